@@ -1,0 +1,66 @@
+// From checked tensors to the plain views that kernels take. Torch-facing; included by launchers
+// only.
+#pragma once
+
+#include <optional>
+
+#include "check.h"
+#include "cpu/numeric.h"
+#include "params.h"
+
+namespace pykvcache {
+
+// Last dimension of a contiguous run; a pool must have 4 dims and be contiguous in the last.
+inline CacheView cache_view(const Tensor& cache, const char* name, Dim* num_blocks, Dim* heads,
+                            Dim* block_size, Dim* head_dim) {
+  check_cpu(cache, name);
+  check_shape(cache, name, {num_blocks, heads, block_size, head_dim});
+  check_last_dim_contiguous(cache, name);
+  if (*block_size < 1) fail("block_size must be at least 1, got ", *block_size);
+  CacheView view;
+  view.data = cache.mutable_data_ptr();
+  view.dtype = to_dtype(cache, name);
+  view.num_blocks = cache.size(0);
+  view.head_dim = cache.size(3);
+  view.stride_block = cache.stride(0);
+  view.stride_head = cache.stride(1);
+  view.stride_slot = cache.stride(2);
+  return view;
+}
+
+inline ScaleView scale_view(const std::optional<Tensor>& scale, const char* name,
+                            const CacheView& cache, int64_t heads, int64_t block_size) {
+  ScaleView view;
+  if (!scale) return view;
+  check_cpu(*scale, name);
+  check_dtype(*scale, name, ScalarType::Float);
+  const auto is = [&](std::initializer_list<int64_t> shape) {
+    if (scale->dim() != static_cast<int64_t>(shape.size())) return false;
+    int64_t i = 0;
+    for (int64_t size : shape)
+      if (scale->size(i++) != size) return false;
+    return true;
+  };
+  if (is({})) {
+    view.kind = ScaleKind::kScalar;
+  } else if (is({heads})) {
+    view.kind = ScaleKind::kHead;
+    view.stride_head = scale->stride(0);
+  } else if (is({cache.num_blocks, heads, block_size}) ||
+             is({cache.num_blocks, heads, cache.head_dim})) {
+    const bool per_slot = scale->size(2) == block_size;
+    view.kind = per_slot ? ScaleKind::kSlot : ScaleKind::kChannel;
+    view.stride_block = scale->stride(0);
+    view.stride_head = scale->stride(1);
+    check_last_dim_contiguous(*scale, name);
+    if (cache.dtype != DType::kFloat8E4M3) fail(name, " per block needs a float8_e4m3fn cache");
+  } else {
+    const std::string blocks = std::to_string(cache.num_blocks) + ", " + std::to_string(heads);
+    fail(name, " must have shape [], [", heads, "], [", blocks, ", ", block_size, "] or [", blocks,
+         ", ", cache.head_dim, "], got ", shape_of(*scale));
+  }
+  view.data = static_cast<float*>(scale->mutable_data_ptr());
+  return view;
+}
+
+}  // namespace pykvcache

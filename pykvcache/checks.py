@@ -1,0 +1,240 @@
+"""Argument checks of the operators, for backends written in Python.
+
+Every message is one line that names the argument, what it must be and what it is. The C++ backends
+check the same things with csrc/check.h.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 576
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CACHE_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
+
+
+class Dims:
+    """Named dimensions: the first tensor that mentions a name binds it, later ones must agree."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+
+    def check(self, name: str, tensor: Tensor, dims: tuple[str, ...]) -> None:
+        """Raise ValueError unless `tensor` has the shape that `dims` spells."""
+        wanted = f"[{', '.join(dims)}]"
+        if tensor.dim() != len(dims):
+            raise ValueError(f"{name} must be {wanted}, got shape {list(tensor.shape)}")
+        for dim, size in zip(dims, tensor.shape, strict=True):
+            bound = self.sizes.setdefault(dim, size)
+            if bound != size:
+                raise ValueError(f"{name} must be {wanted}: {dim} is {bound} but got {size}")
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raise TypeError unless the tensor's dtype is one of `allowed`."""
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} must be {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device} but {other_name} is on {other.device}")
+
+
+def scale_kind(scale: Tensor, block_size: int, head_dim: int) -> str:
+    """Which of the four shapes a scale has: "scalar", "head", "slot" or "channel".
+
+    [num_blocks, HKV, n] is per slot when n == block_size, per channel when n == D; when both sizes
+    are equal it is per slot.
+    """
+    if scale.dim() == 0:
+        return "scalar"
+    if scale.dim() == 1:
+        return "head"
+    return "slot" if scale.shape[-1] == block_size else "channel"
+
+
+def _check_scale(name: str, scale: Tensor | None, cache: Tensor) -> None:
+    if scale is None:
+        return
+    check_dtype(name, scale, torch.float32)
+    num_blocks, heads, block_size, head_dim = cache.shape
+    shapes: tuple[list[int], ...] = (
+        [],
+        [heads],
+        [num_blocks, heads, block_size],
+        [num_blocks, heads, head_dim],
+    )
+    if list(scale.shape) not in shapes:
+        wanted = ", ".join(map(str, shapes[:-1])) + f" or {shapes[-1]}"
+        raise ValueError(f"{name} must have shape {wanted}, got {list(scale.shape)}")
+    if scale.dim() == 3 and cache.dtype != torch.float8_e4m3fn:
+        dtype = str(cache.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} per block needs a float8_e4m3fn cache, got {dtype}")
+
+
+def check_cache(
+    k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor | None, seq_lens: Tensor | None
+) -> Dims:
+    """Check the pool, and the block table against it; returns the dimensions bound so far."""
+    dims = Dims()
+    check_dtype("k_cache", k_cache, *CACHE_DTYPES)
+    dims.check("k_cache", k_cache, ("num_blocks", "HKV", "block_size", "D"))
+    if k_cache.shape[2] < 1:
+        raise ValueError(f"block_size must be at least 1, got {k_cache.shape[2]}")
+    if v_cache is not None:
+        check_dtype("v_cache", v_cache, k_cache.dtype)
+        dims.check("v_cache", v_cache, ("num_blocks", "HKV", "block_size", "Dv"))
+        check_device("v_cache", v_cache, "k_cache", k_cache)
+    if block_table is None or seq_lens is None:
+        return dims
+    check_dtype("block_table", block_table, torch.int32)
+    check_dtype("seq_lens", seq_lens, torch.int32)
+    dims.check("block_table", block_table, ("B", "max_blocks"))
+    dims.check("seq_lens", seq_lens, ("B",))
+    check_device("block_table", block_table, "k_cache", k_cache)
+    check_device("seq_lens", seq_lens, "k_cache", k_cache)
+    if seq_lens.numel() and not torch.compiler.is_compiling():
+        _check_lengths(block_table, seq_lens, k_cache.shape[0], k_cache.shape[2])
+    return dims
+
+
+def _check_lengths(block_table: Tensor, seq_lens: Tensor, num_blocks: int, block_size: int) -> None:
+    shortest, longest = int(seq_lens.min()), int(seq_lens.max())
+    if shortest < 0:
+        raise ValueError(f"seq_lens must not be negative, got {shortest}")
+    room = block_table.shape[1] * block_size
+    if longest > room:
+        raise ValueError(f"seq_lens has {longest} but block_table holds {room} tokens a row")
+    first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
+    used = block_table[first[None] < seq_lens[:, None]]
+    if used.numel() and int(used.max()) >= num_blocks:
+        raise ValueError(f"block_table has block {int(used.max())} but k_cache has {num_blocks}")
+
+
+def check_write(
+    k: Tensor,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Check the arguments of write_kv; nothing is written when one is wrong."""
+    dims = check_cache(k_cache, v_cache, None, None)
+    if (v is None) != (v_cache is None):
+        raise ValueError("v and v_cache must be given together")
+    check_dtype("k", k, *FLOAT_DTYPES)
+    dims.check("k", k, ("T", "HKV", "D"))
+    check_device("k", k, "k_cache", k_cache)
+    if v is not None:
+        check_dtype("v", v, k.dtype)
+        dims.check("v", v, ("T", "HKV", "Dv"))
+    if k_cache.dtype not in (k.dtype, torch.float8_e4m3fn):
+        check_dtype("k", k, k_cache.dtype)
+    check_dtype("slot_mapping", slot_mapping, torch.int64)
+    dims.check("slot_mapping", slot_mapping, ("T",))
+    _check_scale("k_scale", k_scale, k_cache)
+    if v_cache is not None:
+        _check_scale("v_scale", v_scale, v_cache)
+    num_slots = k_cache.shape[0] * k_cache.shape[2]
+    if slot_mapping.numel() and int(slot_mapping.max()) >= num_slots:
+        raise ValueError(f"slot_mapping has slot {int(slot_mapping.max())} of {num_slots}")
+
+
+def check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    window: int,
+    chunk: int,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    bias: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    v_head_dim: int,
+) -> None:
+    """Check the arguments of paged_attention."""
+    dims = check_cache(k_cache, v_cache, block_table, seq_lens)
+    check_dtype("q", q, *FLOAT_DTYPES)
+    dims.check("q", q, ("T", "HQ", "D"))
+    check_device("q", q, "k_cache", k_cache)
+    check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    dims.check("cu_seqlens_q", cu_seqlens_q, ("B + 1",))
+    if cu_seqlens_q.shape[0] != seq_lens.shape[0] + 1:
+        raise ValueError(
+            f"cu_seqlens_q must be [B + 1] = [{seq_lens.shape[0] + 1}], "
+            f"got shape {list(cu_seqlens_q.shape)}"
+        )
+    starts = cu_seqlens_q.tolist()
+    if starts[0] != 0 or starts[-1] != q.shape[0] or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens_q must rise from 0 to T = {q.shape[0]}, got {starts}")
+    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
+    if max_seqlen_q < longest:
+        raise ValueError(f"max_seqlen_q is {max_seqlen_q} but a row has {longest} queries")
+    if q.shape[1] % max(k_cache.shape[1], 1):
+        raise ValueError(f"HQ must be a multiple of HKV: got {q.shape[1]} and {k_cache.shape[1]}")
+    stored = k_cache.shape[3] if v_cache is None else v_cache.shape[3]
+    for name, size, limit in (("D", q.shape[2], MAX_HEAD_DIM), ("v_head_dim", v_head_dim, stored)):
+        if not 1 <= size <= limit:
+            raise ValueError(f"{name} must be 1 to {limit}, got {size}")
+    for name, value in (("window", window), ("chunk", chunk), ("softcap", softcap)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    for name, tensor in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if tensor is not None:
+            check_dtype(name, tensor, torch.float32)
+            dims.check(name, tensor, ("HQ",))
+    _check_scale("k_scale", k_scale, k_cache)
+    if v_cache is not None:
+        _check_scale("v_scale", v_scale, v_cache)
+    if bias is not None:
+        _check_bias(
+            bias, len(seq_lens), q.shape[1], longest, int(seq_lens.max()) if starts[1:] else 0
+        )
+
+
+def _check_bias(bias: Tensor, batch: int, heads: int, max_q: int, max_kv: int) -> None:
+    check_dtype("bias", bias, *FLOAT_DTYPES, torch.bool)
+    wanted = f"bias must broadcast to [B, HQ, max_q, max_kv] = {[batch, heads, max_q, max_kv]}"
+    if bias.dim() != 4:
+        raise ValueError(f"{wanted}, got shape {list(bias.shape)}")
+    exact = bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+    enough = all(n == 1 or n >= m for n, m in zip(bias.shape[2:], (max_q, max_kv), strict=True))
+    if not exact or not enough:
+        raise ValueError(f"{wanted}, got shape {list(bias.shape)}")
+
+
+def check_copy(src: list[Tensor], dst: list[Tensor], pairs: Tensor) -> None:
+    """Check the arguments of copy_blocks; nothing is copied when one is wrong."""
+    check_dtype("pairs", pairs, torch.int64)
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs must be [N, 2], got shape {list(pairs.shape)}")
+    if len(src) != len(dst):
+        raise ValueError(f"src and dst must be equally long, got {len(src)} and {len(dst)} caches")
+    for i, (source, target) in enumerate(zip(src, dst, strict=True)):
+        check_dtype(f"dst[{i}]", target, source.dtype)
+        if source.shape[1:] != target.shape[1:]:
+            raise ValueError(
+                f"src[{i}] and dst[{i}] must have blocks of one shape, "
+                f"got {list(source.shape[1:])} and {list(target.shape[1:])}"
+            )
+        if pairs.numel() == 0:
+            continue
+        for name, cache, column in (("src", source, 0), ("dst", target, 1)):
+            low, high = int(pairs[:, column].min()), int(pairs[:, column].max())
+            if low < 0 or high >= cache.shape[0]:
+                bad = low if low < 0 else high
+                raise ValueError(f"pairs has block {bad} but {name}[{i}] has {cache.shape[0]}")

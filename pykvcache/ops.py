@@ -1,0 +1,469 @@
+"""The contract: one schema table that every backend implements, and the public functions over it.
+
+Each backend has its own namespace of torch operators with the schemas below
+(`pykvcache_cpu::write_kv`, `pykvcache_reference::write_kv`, ...), so any of them can be called on
+its own, compiled with `torch.compile(fullgraph=True)` and checked with `torch.library.opcheck`. The
+functions here choose the backend and hand it caches in the one layout that backends know:
+[num_blocks, HKV, block_size, D] with any strides, last dim contiguous.
+
+Schemas are registered here, in Python, so that they exist even where nothing was compiled. C++
+kernels are boxed and trust the schema: `_check_signatures` compares the two when the extension is
+loaded.
+
+Read first: pykvcache/reference.py. Read next: pykvcache/allocator.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykvcache import reference
+
+SCHEMAS: dict[str, str] = {
+    "write_kv": (
+        "(Tensor k, Tensor? v, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slot_mapping, "
+        "Tensor(c!)? k_scale, Tensor(d!)? v_scale) -> ()"
+    ),
+    "paged_attention": (
+        "(Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, "
+        "Tensor cu_seqlens_q, int max_seqlen_q, float scale, bool causal, int window, int chunk, "
+        "float softcap, Tensor? sinks, Tensor? alibi_slopes, Tensor? bias, Tensor? k_scale, "
+        "Tensor? v_scale, int v_head_dim, Tensor? plan, bool deterministic) -> (Tensor, Tensor)"
+    ),
+    "merge_states": "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    "copy_blocks": "(Tensor[] src, Tensor(a!)[] dst, Tensor pairs) -> ()",
+    "gather_kv": (
+        "(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, "
+        "Tensor cu_seqlens_k, int total_k) -> (Tensor, Tensor)"
+    ),
+    "slot_mapping": (
+        "(Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, int num_tokens, "
+        "int block_size) -> Tensor"
+    ),
+    "plan": (
+        "(Tensor seq_lens, Tensor cu_seqlens_q, int max_seqlen_q, int num_heads, int num_kv_heads, "
+        "int head_dim, int window, int chunk, bool deterministic) -> Tensor"
+    ),
+}
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+LAYOUTS = ("HND", "NHD")
+
+
+class OpTable:
+    """The operators of one backend, each bound once: `table.write_kv(...)` is one dispatcher call.
+
+    Arguments are positional, as in SCHEMAS; no default, no layout, no conversion.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        namespace = getattr(torch.ops, f"pykvcache_{backend}")
+        for name in SCHEMAS:
+            setattr(self, name, getattr(namespace, name).default)
+
+    write_kv: Callable[..., None]
+    paged_attention: Callable[..., tuple[Tensor, Tensor]]
+    merge_states: Callable[..., tuple[Tensor, Tensor]]
+    copy_blocks: Callable[..., None]
+    gather_kv: Callable[..., tuple[Tensor, Tensor]]
+    slot_mapping: Callable[..., Tensor]
+    plan: Callable[..., Tensor]
+
+
+def _fake_paged_attention(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    v_head_dim = args[16]
+    out = q.new_empty(q.shape[0], q.shape[1], v_head_dim)
+    return out, q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
+
+
+def _fake_merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
+
+
+def _fake_gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_k: Tensor,
+    total_k: int,
+) -> tuple[Tensor, Tensor]:
+    v_dim = 0 if v_cache is None else v_cache.shape[3]
+    k = k_cache.new_empty(total_k, k_cache.shape[1], k_cache.shape[3])
+    return k, k_cache.new_empty(total_k, k_cache.shape[1], v_dim)
+
+
+def _fake_slot_mapping(
+    block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, num_tokens: int, block_size: int
+) -> Tensor:
+    return block_table.new_empty(num_tokens, dtype=torch.int64)
+
+
+def _fake_plan(seq_lens: Tensor, *args: Any) -> Tensor:
+    return seq_lens.new_empty(0, dtype=torch.int32)
+
+
+FAKES: dict[str, Callable[..., Any]] = {
+    "write_kv": lambda *args: None,
+    "paged_attention": _fake_paged_attention,
+    "merge_states": _fake_merge_states,
+    "copy_blocks": lambda *args: None,
+    "gather_kv": _fake_gather_kv,
+    "slot_mapping": _fake_slot_mapping,
+    "plan": _fake_plan,
+}
+_libraries: list[torch.library.Library] = []
+
+
+def _register() -> None:
+    for backend in BACKENDS:
+        library = torch.library.Library(f"pykvcache_{backend}", "DEF")
+        _libraries.append(library)  # a Library unregisters its operators when it dies
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema)
+            if backend == "reference":
+                implementation = getattr(reference, name)
+                library.impl(name, implementation, "CompositeExplicitAutograd")
+            torch.library.register_fake(
+                f"pykvcache_{backend}::{name}", FAKES[name], lib=library, allow_override=True
+            )
+
+
+def _check_signatures(signatures: list[str], backend: str) -> None:
+    """Raise ImportError when a C++ signature differs from the schema it is registered under."""
+    namespace = getattr(torch.ops, f"pykvcache_{backend}")
+    for signature in signatures:
+        name, _, types = signature.partition("(")
+        schema = getattr(namespace, name).default._schema
+        expected = _schema_types(schema)
+        if f"({types}" != expected:
+            raise ImportError(
+                f"pykvcache._C was built from other sources: {name} takes ({types} in C++ but "
+                f"{expected} in pykvcache/ops.py; rebuild with: pip install -e ."
+            )
+
+
+def _schema_types(schema: torch.FunctionSchema) -> str:
+    arguments = ",".join(_schema_word(argument.type) for argument in schema.arguments)
+    returns = ",".join(_schema_word(value.type) for value in schema.returns)
+    return f"({arguments})->({returns})"
+
+
+def _schema_word(torch_type: object) -> str:
+    """Optional[Tensor] -> Tensor?, List[Tensor] -> Tensor[], others as they are."""
+    text = re.sub(r"Optional\[(\w+)\]", r"\1?", str(torch_type))
+    return re.sub(r"List\[(\w+)\]", r"\1[]", text)
+
+
+def _load_cpu() -> str:
+    try:
+        from pykvcache import _C
+    except ImportError as error:
+        return f"not built or not loadable ({error}); build it with: pip install -e ."
+    _check_signatures(_C.signatures(), "cpu")
+    return "ready"
+
+
+def _load_later(backend: str) -> str:
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return "this version of pykvcache has no such kernels"
+
+
+@functools.cache
+def _status(backend: str) -> str:
+    """Load a backend; "ready", or why it is not."""
+    if backend == "reference":
+        return "ready"
+    return _load_cpu() if backend == "cpu" else _load_later(backend)
+
+
+def backends() -> dict[str, str]:
+    """Every backend by name, with "ready" or the reason why it cannot be used."""
+    return {backend: _status(backend) for backend in BACKENDS}
+
+
+@functools.cache
+def _table(backend: str) -> OpTable:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if _status(backend) != "ready":
+        raise RuntimeError(f"backend {backend!r} is not available: {_status(backend)}")
+    return OpTable(backend)
+
+
+@functools.cache
+def _auto(device_type: str) -> str:
+    for backend in AUTO_ORDER.get(device_type, ("reference",)):
+        if _status(backend) == "ready":
+            break
+    if backend == "reference":
+        warnings.warn(
+            f"pykvcache runs its slow reference on {device_type!r}; "
+            "`python -m pykvcache info` says why the other backends are not loaded",
+            stacklevel=3,
+        )
+    return backend
+
+
+def table(backend: str, device_type: str) -> OpTable:
+    """The operators of `backend`, or of the best one for `device_type` when it is "auto".
+
+    Raises:
+        ValueError: `backend` is not a name in BACKENDS.
+        RuntimeError: that backend cannot be used here; the message says why.
+    """
+    return _table(_auto(device_type) if backend == "auto" else backend)
+
+
+def _hnd(cache: Tensor | None, layout: str) -> Tensor | None:
+    """The cache as [num_blocks, HKV, block_size, D], without a copy."""
+    if layout == "HND" or cache is None:
+        return cache
+    if layout != "NHD":
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return cache.transpose(1, 2)
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.dtype == torch.float32 else x.float()
+
+
+def write_kv(
+    k: Tensor,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *,
+    layout: str = "HND",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Scatter new keys and values into their slots, in place.
+
+    Args:
+        k, v: [T, HKV, D] and [T, HKV, Dv], float32, float16 or bfloat16; v is None when v_cache is.
+        k_cache, v_cache: [num_blocks, HKV, block_size, D | Dv] ("HND") or
+            [num_blocks, block_size, HKV, D | Dv] ("NHD"), dtype of k, or float8_e4m3fn.
+        slot_mapping: int64 [T], block_id * block_size + offset; -1 skips the token.
+        k_scale, v_scale: float32 [], [HKV], [num_blocks, HKV, block_size] or [num_blocks, HKV, D];
+            stored = value / scale. The two per-block kinds need a float8_e4m3fn cache and are
+            filled
+            here: one scale a slot, or one a channel set by the call that writes a block's first
+                slot.
+        backend: "auto" or a name from `backends()`.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, device or dtype; nothing was
+            written.
+    """
+    table(backend, k_cache.device.type).write_kv(
+        k, v, _hnd(k_cache, layout), _hnd(v_cache, layout), slot_mapping, k_scale, v_scale
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    v_head_dim: int | None = None,
+    layout: str = "HND",
+    plan: Tensor | None = None,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed queries over the blocks of their sequences.
+
+    Decode, prefill, chunked prefill and any mix of them are one call: row b's queries are
+    q[cu_seqlens_q[b]:cu_seqlens_q[b + 1]] and query i of q_len stands at position
+    seq_lens[b] - q_len + i. A query at a negative position is padding and attends to nothing.
+
+    Args:
+        q: [T, HQ, D], float32, float16 or bfloat16; HQ a multiple of HKV, D up to 576.
+        k_cache, v_cache: as in `write_kv`; v_cache=None takes V from the first v_head_dim of K.
+        block_table: int32 [B, max_blocks]; -1 below seq_len is a hole: masked, positions keep
+            counting.
+        seq_lens: int32 [B], KV length including this step's tokens; 0 is legal.
+        cu_seqlens_q: int32 [B + 1], running sum of the rows' query counts, from 0 to T.
+        max_seqlen_q: at least the longest row's query count.
+        scale: factor of q k^T; default D ** -0.5.
+        causal: query at position p sees keys at positions <= p.
+        window: sees the last `window` positions, its own included; 0 = all.
+        chunk: sees its own chunk only, positions >= p // chunk * chunk; 0 = all.
+        softcap: scores become softcap * tanh(scores / softcap); 0 = off.
+        sinks: [HQ] logits that take part in the softmax but add no value (gpt-oss).
+        alibi_slopes: [HQ]; adds slope * (key position - query position), after softcap.
+        bias: float (added last) or bool (True = may attend), broadcastable to [B, HQ, max_q,
+            max_kv].
+        k_scale, v_scale: factors of the stored values, shapes as in `write_kv`.
+        v_head_dim: Dv of the output; default v_cache's last dim.
+        layout: "HND" or "NHD", of both caches.
+        plan: what `plan` returned for these lengths, reused by all layers of a step.
+        deterministic: a row's bits do not depend on the other rows, max_seqlen_q or the thread
+            count.
+        backend: "auto" or a name from `backends()`.
+
+    Returns:
+        out [T, HQ, Dv] in q's dtype and lse float32 [T, HQ] (natural log, sink included). A query
+        that attends to nothing has out = 0 and lse = -inf.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, device, dtype or range.
+    """
+    if v_head_dim is None:
+        if v_cache is None:
+            raise ValueError("v_head_dim must be given when v_cache is None")
+        v_head_dim = v_cache.shape[-1]
+    return table(backend, q.device.type).paged_attention(
+        q,
+        _hnd(k_cache, layout),
+        _hnd(v_cache, layout),
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        max_seqlen_q,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        causal,
+        window,
+        chunk,
+        softcap,
+        _float32(sinks),
+        _float32(alibi_slopes),
+        bias,
+        k_scale,
+        v_scale,
+        v_head_dim,
+        plan,
+        deterministic,
+    )
+
+
+def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Combine attention over disjoint sets of keys into attention over all of them.
+
+    Args:
+        outs: [S, T, HQ, D], each normalised over its own keys.
+        lses: float32 [S, T, HQ], natural log; -inf marks a partial that saw no key.
+
+    Returns:
+        out [T, HQ, D] and lse float32 [T, HQ]. Give a sink to one partial only.
+    """
+    return table(backend, outs.device.type).merge_states(outs, lses)
+
+
+def copy_blocks(
+    src: list[Tensor], dst: list[Tensor], pairs: Tensor, *, backend: str = "auto"
+) -> None:
+    """Copy whole blocks, for copy-on-write or swapping: dst[i][pairs[n, 1]] = src[i][pairs[n, 0]].
+
+    Args:
+        src, dst: lists of caches, blocks in the first dim; src[i] and dst[i] may be one tensor, or
+            tensors on two devices.
+        pairs: int64 [N, 2]; no destination is also a source.
+
+    Raises:
+        ValueError, TypeError: lists of different length, blocks of different shape, a block id out
+            of range; nothing was copied.
+    """
+    if not src and not dst:
+        return
+    same_device = all(s.device == d.device for s, d in zip(src, dst, strict=False))
+    if backend == "auto" and not same_device:
+        backend = "reference"
+    table(backend, dst[0].device.type if dst else "cpu").copy_blocks(src, dst, pairs)
+
+
+def gather_kv(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_k: Tensor,
+    total_k: int,
+    *,
+    layout: str = "HND",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Blocks to dense rows, end to end: k [total_k, HKV, D] and v [total_k, HKV, Dv].
+
+    Args:
+        k_cache, v_cache, block_table, seq_lens, layout, backend: as in `paged_attention`.
+        cu_seqlens_k: int32 [B + 1], running sum of seq_lens.
+        total_k: cu_seqlens_k[-1], known to the host.
+
+    Both have the cache's dtype; holes are zero. Without v_cache, v is [total_k, HKV, 0].
+    """
+    return table(backend, k_cache.device.type).gather_kv(
+        _hnd(k_cache, layout), _hnd(v_cache, layout), block_table, seq_lens, cu_seqlens_k, total_k
+    )
+
+
+def slot_mapping(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    num_tokens: int,
+    block_size: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Slots of the newest tokens of every row, computed on the device: int64 [num_tokens].
+
+    Token i of row b is the one at position seq_lens[b] - q_len[b] + i; negative positions, holes
+    and tokens after the last row get -1.
+    """
+    return table(backend, block_table.device.type).slot_mapping(
+        block_table, seq_lens, cu_seqlens_q, num_tokens, block_size
+    )
+
+
+def plan(
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    window: int = 0,
+    chunk: int = 0,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Work partition of `paged_attention` for these lengths: opaque int32, sized by B and device.
+
+    Compute it once per layer group and step and pass it to every layer. The CPU and the reference
+    divide their work inside the operator, so there it is empty.
+    """
+    return table(backend, seq_lens.device.type).plan(
+        seq_lens, cu_seqlens_q, max_seqlen_q, num_heads, num_kv_heads, head_dim, window, chunk,
+        deterministic,
+    )  # fmt: skip
+
+
+_register()
