@@ -53,7 +53,7 @@ SCHEMAS: dict[str, str] = {
     ),
 }
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-AUTO_ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTO_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 LAYOUTS = ("HND", "NHD")
 
 
@@ -192,25 +192,27 @@ def backends() -> dict[str, str]:
 
 
 @functools.cache
-def _table(backend: str) -> OpTable:
+def _best(device_type: str) -> str:
+    """The first ready backend for a device; the reference, with a warning, when there is none."""
+    for backend in AUTO_ORDER.get(device_type, ()):
+        if _status(backend) == "ready":
+            return backend
+    warnings.warn(
+        f"pykvcache runs its slow reference on {device_type!r}; "
+        "`python -m pykvcache info` says why the other backends are not loaded",
+        stacklevel=4,
+    )
+    return "reference"
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend: str, device_type: str) -> str:
+    if backend == "auto":
+        return _best(device_type)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     if _status(backend) != "ready":
         raise RuntimeError(f"backend {backend!r} is not available: {_status(backend)}")
-    return OpTable(backend)
-
-
-@functools.cache
-def _auto(device_type: str) -> str:
-    for backend in AUTO_ORDER.get(device_type, ("reference",)):
-        if _status(backend) == "ready":
-            break
-    if backend == "reference":
-        warnings.warn(
-            f"pykvcache runs its slow reference on {device_type!r}; "
-            "`python -m pykvcache info` says why the other backends are not loaded",
-            stacklevel=3,
-        )
     return backend
 
 
@@ -221,7 +223,7 @@ def table(backend: str, device_type: str) -> OpTable:
         ValueError: `backend` is not a name in BACKENDS.
         RuntimeError: that backend cannot be used here; the message says why.
     """
-    return _table(_auto(device_type) if backend == "auto" else backend)
+    return _tables[_choose(backend, device_type)]
 
 
 def _hnd(cache: Tensor | None, layout: str) -> Tensor | None:
@@ -467,3 +469,4 @@ def plan(
 
 
 _register()
+_tables = {backend: OpTable(backend) for backend in BACKENDS}
