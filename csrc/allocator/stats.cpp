@@ -1,0 +1,84 @@
+#include "allocator/stats.h"
+
+#include "allocator/inspector.h"
+
+namespace pykvcache {
+
+std::vector<Inspector::Use> Inspector::count_uses() const {
+  const int32_t block_size = allocator_.block_size_;
+  std::vector<Use> uses(pool_.num_blocks());
+  for (uint32_t slot = 0; slot < store_.num_slots(); ++slot) {
+    const int32_t length = store_.sequence(slot).length;
+    for (int32_t group = 0; group < store_.groups(); ++group) {
+      const Table& table = store_.table(slot, group);
+      for (size_t i = table.dead / block_size; i < table.blocks.size(); ++i) {
+        const int64_t first = static_cast<int64_t>(i) * block_size;
+        const auto offset = [&](int64_t position) {
+          return static_cast<int32_t>(std::clamp<int64_t>(position - first, 0, block_size));
+        };
+        Use& use = uses[table.blocks[i]];
+        const int32_t begin = offset(table.dead), end = offset(length);
+        use.begin = use.refs == 0 ? begin : std::min(use.begin, begin);
+        use.end = std::max(use.end, end);
+        use.group = group;
+        use.index = static_cast<int32_t>(i);
+        ++use.refs;
+      }
+    }
+  }
+  return uses;
+}
+
+int64_t Inspector::metadata_bytes() const {
+  size_t bytes = sizeof(Allocator);
+  bytes += pool_.refs_.capacity() * sizeof(uint32_t) + pool_.free_.capacity() * sizeof(int32_t);
+  bytes += store_.sequences_.capacity() * sizeof(Sequence);
+  bytes += store_.tables_.capacity() * sizeof(Table);
+  for (const Table& table : store_.tables_) bytes += table.blocks.capacity() * sizeof(int32_t);
+  return static_cast<int64_t>(bytes);
+}
+
+Stats Inspector::stats() const {
+  Stats stats;
+  const int64_t block_size = allocator_.block_size_;
+  const int64_t most_layers =
+      *std::max_element(allocator_.layers_.begin(), allocator_.layers_.end());
+  stats.group_blocks.resize(store_.groups());
+  for (const Use& use : count_uses()) {
+    if (use.refs == 0) continue;
+    const int64_t layers = allocator_.layers_[use.group];
+    const int64_t live = use.end > 0 ? use.end - use.begin : 0;
+    stats.live += live * layers;
+    (use.end > 0 ? stats.internal : stats.reserved) += (block_size - live) * layers;
+    stats.rounding += block_size * (most_layers - layers);
+    stats.table_entries += use.refs;
+    ++stats.table_blocks;
+    ++stats.group_blocks[use.group];
+  }
+  const int64_t pinned_only = pool_.num_used() - stats.table_blocks;
+  const int64_t free_slots = pool_.num_free() * block_size * most_layers;
+  const bool waits = allocator_.refused_ > pool_.num_free();
+  stats.reserved += pinned_only * block_size * most_layers;
+  (waits ? stats.external : stats.idle) = free_slots;
+
+  stats.num_blocks = pool_.num_blocks();
+  stats.used_blocks = pool_.num_used();
+  stats.peak_blocks = pool_.peak();
+  stats.pinned_blocks = static_cast<int64_t>(pool_.pins_.size());
+  stats.sequences = store_.num_live();
+  for (const Sequence& sequence : store_.sequences_) {
+    if (sequence.handle != 0) stats.tokens += sequence.length;
+  }
+  const Allocator::Counters& counters = allocator_.counters_;
+  stats.copies = counters.copies;
+  stats.forks = counters.forks;
+  stats.refusals = counters.refusals;
+  stats.steps = counters.steps;
+  stats.block_steps = counters.block_steps;
+  stats.metadata_bytes = metadata_bytes();
+  return stats;
+}
+
+Stats Allocator::stats() const { return Inspector(*this).stats(); }
+
+}  // namespace pykvcache

@@ -1,0 +1,278 @@
+"""The block allocator: which blocks of a pool belong to which sequence.
+
+`BlockAllocator` deals in block ids and never sees a tensor. Sequences are int64 handles, every call
+is batched, and a call that raises has changed nothing. The work is done in csrc/allocator/ (start
+with allocator.h); here arguments are checked and results become numpy arrays, which
+`torch.from_numpy` takes as they are. Read next: batch.py (one call a decode step), then cache.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pykvcache.batch import Batch, Int32Array, Int64Array, int_argument
+from pykvcache.errors import (
+    AllocatorError,
+    DoubleFree,
+    IntegrityError,
+    OutOfBlocks,
+    SnapshotError,
+    UnknownBlock,
+    UnknownSequence,
+)
+from pykvcache.pool_stats import PoolStats
+
+if TYPE_CHECKING:
+    from pykvcache import _C
+
+__all__ = [
+    "AllocatorError",
+    "Batch",
+    "BlockAllocator",
+    "DoubleFree",
+    "IntegrityError",
+    "OutOfBlocks",
+    "PoolStats",
+    "SnapshotError",
+    "UnknownBlock",
+    "UnknownSequence",
+]
+
+
+def _load_core() -> Any:
+    import torch  # noqa: F401  (loads the libraries that the extension links to)
+
+    try:
+        from pykvcache import _C
+    except ImportError as error:
+        raise ImportError(
+            f"the block allocator needs the compiled extension pykvcache._C: {error}; "
+            "build it with `pip install .`"
+        ) from error
+    return _C
+
+
+class BlockAllocator:
+    """Gives blocks of one pool to sequences, lets them share blocks, and takes them back.
+
+    A sequence has one length and, for each layer group, its own block table. Shared blocks are
+    copied when one of their owners writes (`append()` says which). Arguments may be lists, numpy
+    arrays or CPU tensors of integers; where there is one value for each row, an int stands for all
+    rows. Calls may come from several threads.
+
+    Args:
+        num_blocks: blocks in the pool.
+        block_size: token slots of a block.
+        groups: number of layer groups.
+        layers: number of layers of each group, if they differ. Groups share the pool's tensors by
+            position; with `layers`, `stats()` counts what the smaller groups leave unused.
+
+    Raises:
+        ValueError: a size is not positive or too large.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        groups: int | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        layers = (1,) * (1 if groups is None else groups) if layers is None else tuple(layers)
+        if groups not in (None, len(layers)):
+            raise ValueError(f"groups is {groups} but layers has {len(layers)} entries: {layers}")
+        self._core: _C.Allocator = _load_core().Allocator(num_blocks, block_size, layers)
+        self._block_size = block_size
+        self._layers = layers
+
+    @property
+    def block_size(self) -> int:
+        """Token slots of a block."""
+        return self._block_size
+
+    @property
+    def groups(self) -> int:
+        """Number of layer groups."""
+        return len(self._layers)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self._core.num_blocks()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody uses."""
+        return self._core.num_free()
+
+    @property
+    def num_sequences(self) -> int:
+        """Live sequences."""
+        return self._core.num_sequences()
+
+    @property
+    def peak(self) -> int:
+        """Most blocks that were in use at once."""
+        return self._core.peak()
+
+    def allocate(self, lengths: ArrayLike) -> Int64Array:
+        """New sequences of `lengths` tokens, blocks included; returns their handles [B]."""
+        return _int64(self._core.allocate(int_argument("lengths", lengths)))
+
+    def append(self, seqs: ArrayLike, counts: ArrayLike = 1) -> list[Int64Array]:
+        """Add `counts` tokens to the sequences.
+
+        Returns:
+            Per group int64 [N, 2]: (src, dst) blocks that `ops.copy_blocks` must copy before the
+            new tokens are written, because src is shared.
+
+        Raises:
+            OutOfBlocks: the pool has not enough blocks for all rows; nothing has changed.
+        """
+        copies = self._core.append(int_argument("seqs", seqs), int_argument("counts", counts))
+        if copies is None:
+            return [np.empty((0, 2), np.int64) for _ in self._layers]
+        return [_int64(pairs).reshape(-1, 2) for pairs in copies]
+
+    def reserve(self, seqs: ArrayLike, capacities: ArrayLike) -> None:
+        """Take blocks ahead, so that the sequences can grow to `capacities` tokens without more."""
+        self._core.reserve(int_argument("seqs", seqs), int_argument("capacities", capacities))
+
+    def fork(self, seqs: ArrayLike, n: int = 1) -> Int64Array:
+        """`n` new sequences for each of `seqs`, sharing its blocks; [B * n], row by row."""
+        return _int64(self._core.fork(int_argument("seqs", seqs), n))
+
+    def select(self, seqs: ArrayLike, index: ArrayLike) -> Int64Array:
+        """Reorder, repeat and drop rows: new row i shares the blocks of seqs[index[i]].
+
+        All of `seqs` are consumed. Returns handles [len(index)].
+        """
+        return _int64(self._core.select(int_argument("seqs", seqs), int_argument("index", index)))
+
+    def truncate(self, seqs: ArrayLike, lengths: ArrayLike) -> None:
+        """Shorten the sequences to `lengths` tokens, and give back reserved blocks.
+
+        Raises:
+            ValueError: a length is above the present one, or below tokens that were released.
+        """
+        self._core.truncate(int_argument("seqs", seqs), int_argument("lengths", lengths))
+
+    def release_before(self, seqs: ArrayLike, positions: ArrayLike, group: int = 0) -> None:
+        """Declare that tokens below `positions` are not attended again by layers of `group`.
+
+        Blocks that lie wholly below are given back and their entries become -1. Positions below 0
+        do nothing; those beyond the end mean the end.
+        """
+        args = int_argument("seqs", seqs), int_argument("positions", positions)
+        self._core.release_before(*args, group)
+
+    def free(self, seqs: ArrayLike) -> None:
+        """End the sequences and give back their blocks."""
+        self._core.free(int_argument("seqs", seqs))
+
+    def pin(self, blocks: ArrayLike) -> None:
+        """Hold blocks in use: neither given out again nor written, until as many unpin() calls."""
+        self._core.pin(int_argument("blocks", blocks))
+
+    def unpin(self, blocks: ArrayLike) -> None:
+        """Undo one pin of each block."""
+        self._core.unpin(int_argument("blocks", blocks))
+
+    def pin_sequences(self, seqs: ArrayLike) -> Int64Array:
+        """Pin all present blocks of the sequences; returns the block ids, to unpin later."""
+        return _int64(self._core.pin_sequences(int_argument("seqs", seqs)))
+
+    def grow(self, num_blocks: int) -> None:
+        """The pool has become larger; block ids stay valid."""
+        self._core.grow(num_blocks)
+
+    def lengths(self, seqs: ArrayLike) -> Int32Array:
+        """Tokens of each sequence, [B]."""
+        return np.frombuffer(self._core.lengths(int_argument("seqs", seqs)), np.int32)
+
+    def block_table(self, seqs: ArrayLike, group: int = 0) -> Int32Array:
+        """Block ids [B, most blocks of a row]; -1: the row has no such block, or released it."""
+        seqs = int_argument("seqs", seqs)
+        table = np.frombuffer(self._core.block_table(seqs, group), np.int32)
+        rows = self._num_rows(seqs)
+        return table.reshape(rows, table.size // max(rows, 1))
+
+    def slot_mapping(
+        self, seqs: ArrayLike, counts: ArrayLike, group: int = 0, width: int = 0
+    ) -> Int64Array:
+        """Slots of the last `counts` tokens of each sequence.
+
+        [sum(counts)], or with `width` > 0 [B * width], where the first width - counts[row] entries
+        of a row are -1 (left padding).
+        """
+        args = int_argument("seqs", seqs), int_argument("counts", counts)
+        return _int64(self._core.slot_mapping(*args, group, width))
+
+    def batch(
+        self,
+        seqs: ArrayLike,
+        *,
+        windows: Sequence[int] = (),
+        chunks: Sequence[int] = (),
+        columns: int = 0,
+    ) -> Batch:
+        """Metadata arrays for `seqs`; its `step()` is append() and all views in one call.
+
+        Args:
+            windows, chunks: what each group still reads of the past, see `Batch.set_reach()`.
+            columns: width of the block tables to begin with; they grow when a row needs more.
+        """
+        return Batch(self._core, self.groups, np.asarray(seqs, np.int64), windows, chunks, columns)
+
+    def stats(self) -> PoolStats:
+        """Where the slots of the pool are. Walks all tables: not for every step."""
+        return PoolStats(**self._core.stats())
+
+    def check_integrity(self) -> None:
+        """Recount every reference, table and free block; IntegrityError says what is wrong."""
+        self._core.check_integrity()
+
+    def snapshot(self) -> bytes:
+        """The whole state, for restore(). Handles and block ids stay what they are."""
+        return self._core.snapshot()
+
+    def restore(self, snapshot: bytes) -> None:
+        """Go back to a snapshot of an allocator with the same block size and groups.
+
+        Raises:
+            SnapshotError: the bytes are damaged or no snapshot; nothing has changed.
+            ValueError: they are of another geometry, or of a larger pool.
+        """
+        if not isinstance(snapshot, bytes):
+            raise TypeError(f"snapshot must be bytes, got {type(snapshot).__name__}")
+        self._core.restore(snapshot)
+
+    def clone(self) -> BlockAllocator:
+        """An independent copy, in which all handles mean the same sequences."""
+        copy = BlockAllocator.__new__(BlockAllocator)
+        copy._core, copy._block_size, copy._layers = (
+            self._core.clone(),
+            self._block_size,
+            self._layers,
+        )
+        return copy
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockAllocator(num_blocks={self.num_blocks}, block_size={self.block_size}, "
+            f"groups={self.groups}, num_free={self.num_free}, num_sequences={self.num_sequences})"
+        )
+
+    @staticmethod
+    def _num_rows(seqs: bytes | list[int] | tuple[int, ...] | int) -> int:
+        return (
+            len(seqs) // 8 if isinstance(seqs, bytes) else 1 if isinstance(seqs, int) else len(seqs)
+        )
+
+
+def _int64(buffer: bytearray) -> Int64Array:
+    return np.frombuffer(buffer, np.int64)
