@@ -1,0 +1,65 @@
+// What the launchers know of the kernels: one table of functions per instruction set, chosen at run
+// time. Each kernels/*.cpp is compiled once per set and defines its functions in the namespace of
+// that set. Read next: kernels/decode.cpp and kernels/prefill.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace pykvcache {
+
+// A piece of one batch row's attention: some of its queries and KV heads against some of its keys.
+struct AttentionItem {
+  int64_t row = 0;
+  int64_t head_begin = 0;  // KV heads
+  int64_t head_end = 0;
+  int64_t q_begin = 0;  // queries of the row
+  int64_t q_end = 0;
+  int64_t kv_begin = 0;  // positions, already clipped to what these queries see
+  int64_t kv_end = 0;
+  // nullptr: the item covers all keys and writes params.out and params.lse. Otherwise it writes its
+  // places in one split of the row, without sinks: fp32 [q_len, HQ, Dv] and [q_len, HQ].
+  float* partial_out = nullptr;
+  float* partial_lse = nullptr;
+};
+
+struct KernelTable {
+  // Few query rows per KV head (q_len * G <= kMaxDecodeRows), K, V and q of one dtype, no bias and
+  // no scales. Streams all heads of the item block by block.
+  void (*decode)(const AttentionParams&, const AttentionItem&, void* scratch);
+  int64_t (*decode_scratch_bytes)(const AttentionParams&);
+  // Any item of one KV head.
+  void (*prefill)(const AttentionParams&, const AttentionItem&, void* scratch);
+  int64_t (*prefill_scratch_bytes)(const AttentionParams&);
+  int64_t (*prefill_query_tile)(const AttentionParams&);  // q_end - q_begin at most
+  // Combines the splits [num_splits, q_len, HQ, Dv] and [num_splits, q_len, HQ] of an item that was
+  // cut along its keys, and the sinks, into params.out and params.lse.
+  void (*merge_splits)(const AttentionParams&, const AttentionItem&, const float* partial_out,
+                       const float* partial_lse, int64_t num_splits);
+};
+
+constexpr int64_t kMaxDecodeRows = 16;
+constexpr int64_t kMaxHeadDim = 576;
+
+const KernelTable& kernels();
+
+#define KV_DECLARE_KERNELS(isa)                                                               \
+  namespace isa {                                                                             \
+  void decode(const AttentionParams&, const AttentionItem&, void*);                           \
+  int64_t decode_scratch_bytes(const AttentionParams&);                                       \
+  void prefill(const AttentionParams&, const AttentionItem&, void*);                          \
+  int64_t prefill_scratch_bytes(const AttentionParams&);                                      \
+  int64_t prefill_query_tile(const AttentionParams&);                                         \
+  void merge_splits(const AttentionParams&, const AttentionItem&, const float*, const float*, \
+                    int64_t);                                                                 \
+  }
+
+KV_DECLARE_KERNELS(portable)
+#ifdef KV_X86
+KV_DECLARE_KERNELS(avx2)
+KV_DECLARE_KERNELS(avx512)
+KV_DECLARE_KERNELS(avx512bf16)
+#endif
+
+}  // namespace pykvcache

@@ -1,0 +1,388 @@
+// Attention of a few query rows over a paged cache: decode and speculative decode. The work is a
+// stream of (tile of tokens, KV head) steps, heads innermost, so that the blocks of a tile are read
+// through once; each step prefetches the rows of the next one while it computes. Per step:
+//   scores  [rows, tile]  q . k, transposed sums of kAccumulators dot products at a time
+//   softmax [rows, tile]  online; sums are rescaled only when the maximum has grown a lot
+//   values  [rows, Dv]    p . v, added to the head's accumulators
+// rows are the q_len * G query rows of a KV head, query-major. Needs AttentionItem as kernels.h
+// says.
+#include "cpu/kernels.h"
+#include "cpu/kernels/line.h"
+#include "cpu/kernels/paged.h"
+#include "cpu/kernels/softmax.h"
+#include "cpu/visible.h"
+
+namespace pykvcache::KV_ISA {
+namespace {
+
+#ifndef KV_TILE_BYTES
+#define KV_TILE_BYTES 8192
+#endif
+#ifndef KV_LOCALITY_K
+#define KV_LOCALITY_K 3
+#endif
+#ifndef KV_LOCALITY_V
+#define KV_LOCALITY_V 3
+#endif
+
+constexpr int64_t kMaxTile = 64;     // tokens
+constexpr int64_t kTokenGroup = 16;  // tiles are padded to this
+
+alignas(64) const char kZeroRow[(kMaxHeadDim + 16) * sizeof(float)] = {};
+
+struct Tile {
+  int64_t count = 0;
+  int32_t positions[kMaxTile];
+  int64_t k_offsets[kMaxTile];
+  int64_t v_offsets[kMaxTile];
+};
+
+// Addresses of a tile's rows for one head; past the tile's count they point at zeros.
+template <class T>
+struct TileRows {
+  const T* k[kMaxTile];
+  const T* v[kMaxTile];
+};
+
+// Sizes and the carved-up scratch of one item; leading dimension [heads of the item].
+template <class T>
+struct Workspace {
+  using Query = typename Line<T>::Query;
+  using Prob = typename Line<T>::Prob;
+
+  int64_t rows;        // query rows per KV head, padded for the row groups
+  int64_t q_stride;    // D, padded to lines
+  int64_t out_stride;  // Dv, padded to lines
+  Query* queries;      // [heads, rows, q_stride]
+  float* out;          // [heads, rows, out_stride], lines in accumulator order
+  float* sums;         // [heads, rows, kWidth], lane-wise
+  float* maxima;       // [heads, rows]
+  float* scores;       // [rows, kMaxTile]
+  Prob* probs;         // [rows, kMaxTile]
+  int64_t bytes = 0;
+
+  Workspace(const AttentionParams& p, int64_t heads, int64_t query_rows, void* scratch) {
+    rows = round_up(query_rows, 4);
+    q_stride = round_up(p.head_dim, Line<T>::kElems);
+    out_stride = round_up(p.v_head_dim, Line<T>::kElems);
+    auto* base = static_cast<char*>(scratch);
+    queries = carve<Query>(base, heads * rows * q_stride);
+    out = carve<float>(base, heads * rows * out_stride);
+    sums = carve<float>(base, heads * rows * kWidth);
+    maxima = carve<float>(base, heads * rows);
+    scores = carve<float>(base, rows * kMaxTile);
+    probs = carve<Prob>(base, rows * kMaxTile);
+  }
+
+ private:
+  template <class U>
+  U* carve(char* base, int64_t count) {
+    U* at = reinterpret_cast<U*>(base + bytes);
+    bytes += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
+    return at;
+  }
+};
+
+template <class T>
+class Decode {
+ public:
+  Decode(const AttentionParams& p, const AttentionItem& item, void* scratch)
+      : p_(p),
+        item_(item),
+        group_(p.num_heads / p.num_kv_heads),
+        first_token_(p.cu_seqlens_q[item.row] + item.q_begin),
+        query_rows_((item.q_end - item.q_begin) * group_),
+        seq_len_(p.seq_lens[item.row]),
+        first_position_(seq_len_ - (p.cu_seqlens_q[item.row + 1] - p.cu_seqlens_q[item.row]) +
+                        item.q_begin),
+        plain_(p.softcap == 0.0f && p.alibi_slopes == nullptr),
+        tile_tokens_(tile_tokens(p)),
+        w_(p, item.head_end - item.head_begin, query_rows_, scratch) {}
+
+  void run() {
+    for (int64_t head = item_.head_begin; head < item_.head_end; ++head) begin_head(head);
+    TokenCursor cursor(p_, item_.row, item_.kv_begin, item_.kv_end);
+    Tile tiles[2];
+    TileRows<T> rows[2];
+    int tile = 0, step = 0;
+    fill(cursor, tiles[0]);
+    locate(tiles[0], item_.head_begin, rows[0]);
+    while (tiles[tile].count > 0) {
+      fill(cursor, tiles[1 - tile]);
+      for (int64_t head = item_.head_begin; head < item_.head_end; ++head, step ^= 1) {
+        if (head + 1 < item_.head_end)
+          locate(tiles[tile], head + 1, rows[1 - step]);
+        else
+          locate(tiles[1 - tile], item_.head_begin, rows[1 - step]);
+        attend(tiles[tile], head, rows[step], rows[1 - step]);
+      }
+      tile = 1 - tile;
+    }
+    for (int64_t head = item_.head_begin; head < item_.head_end; ++head) finish_head(head);
+  }
+
+ private:
+  using L = Line<T>;
+  using Query = typename L::Query;
+  using Prob = typename L::Prob;
+
+  static int64_t tile_tokens(const AttentionParams& p) {
+    const int64_t row_bytes = (p.head_dim + p.v_head_dim) * static_cast<int64_t>(sizeof(T));
+    return max_of(kTokenGroup,
+                  min_of(kMaxTile, KV_TILE_BYTES / row_bytes / kTokenGroup * kTokenGroup));
+  }
+
+  // Calls f<R>(row) for groups of 4, 2 or 1 rows; a group of 4 may end in one padding row.
+  template <class F>
+  KV_INLINE void for_row_groups(int64_t rows, F f) {
+    for (int64_t row = 0; row < rows; row += 4) {
+      if (rows - row >= 3)
+        f.template operator()<4>(row);
+      else if (rows - row == 2)
+        f.template operator()<2>(row);
+      else
+        f.template operator()<1>(row);
+    }
+  }
+
+  int64_t local(int64_t head) const { return head - item_.head_begin; }
+  float* out_row(int64_t head, int64_t row) const {
+    return w_.out + (local(head) * w_.rows + row) * w_.out_stride;
+  }
+
+  void fill(TokenCursor& cursor, Tile& tile) const {
+    tile.count = cursor.take(tile_tokens_, tile.positions, tile.k_offsets, tile.v_offsets);
+  }
+
+  void locate(const Tile& tile, int64_t head, TileRows<T>& rows) const {
+    const T* k = head_base<T>(p_.k, head);
+    const T* v = head_base<T>(p_.v, head);
+    const T* zeros = reinterpret_cast<const T*>(kZeroRow);
+    for (int64_t t = 0; t < tile.count; ++t) rows.k[t] = k + tile.k_offsets[t];
+    for (int64_t t = 0; t < tile.count; ++t) rows.v[t] = v + tile.v_offsets[t];
+    for (int64_t t = tile.count; t < tile_tokens_; ++t) rows.k[t] = rows.v[t] = zeros;
+  }
+
+  void begin_head(int64_t head) {
+    const int64_t first = local(head) * w_.rows;
+    Query* queries = w_.queries + first * w_.q_stride;
+    __builtin_memset(queries, 0, static_cast<size_t>(w_.rows * w_.q_stride) * sizeof(Query));
+    __builtin_memset(w_.out + first * w_.out_stride, 0,
+                     static_cast<size_t>(w_.rows * w_.out_stride) * sizeof(float));
+    __builtin_memset(w_.sums + first * kWidth, 0,
+                     static_cast<size_t>(w_.rows * kWidth) * sizeof(float));
+    for (int64_t row = 0; row < w_.rows; ++row) w_.maxima[first + row] = kNoMax;
+    for (int64_t row = 0; row < query_rows_; ++row) {
+      const T* q = static_cast<const T*>(p_.q) + (first_token_ + row / group_) * p_.q_stride_token +
+                   (head * group_ + row % group_) * p_.q_stride_head;
+      L::pack_query(queries + row * w_.q_stride, q, p_.head_dim);
+    }
+  }
+
+  void attend(const Tile& tile, int64_t head, const TileRows<T>& rows, const TileRows<T>& next) {
+    const int64_t padded = round_up(tile.count, kTokenGroup);
+    const Query* queries = w_.queries + local(head) * w_.rows * w_.q_stride;
+    for_row_groups(query_rows_, [&]<int R>(int64_t row) {
+      if (row == 0)
+        score<R, true>(queries, rows.k, next.k, padded, w_.scores);
+      else
+        score<R, false>(queries + row * w_.q_stride, rows.k, next.k, padded,
+                        w_.scores + row * kMaxTile);
+    });
+    for (int64_t row = 0; row < query_rows_; ++row) softmax(tile, head, row, padded);
+    for_row_groups(query_rows_, [&]<int R>(int64_t row) {
+      if (row == 0)
+        add_values<R, true>(w_.probs, rows.v, next.v, tile.count, out_row(head, 0));
+      else
+        add_values<R, false>(w_.probs + row * kMaxTile, rows.v, next.v, tile.count,
+                             out_row(head, row));
+    });
+  }
+
+  template <int R, bool kFetch>
+  void score(const Query* queries, const T* const* rows, const T* const* next, int64_t count,
+             float* scores) const {
+    constexpr int N = kAccumulators / R;
+    const int64_t whole = p_.head_dim / L::kElems * L::kElems;
+    for (int64_t t = 0; t < count; t += N) {
+      Vec sums[kAccumulators] = {};
+      for (int64_t d = 0; d < whole; d += L::kElems) {
+        if (kFetch)
+          for (int i = 0; i < N; ++i) __builtin_prefetch(next[t + i] + d, 0, KV_LOCALITY_K);
+        L::template dot<R, N, false>(sums, queries, w_.q_stride, rows + t, d, L::kElems);
+      }
+      if (whole < p_.head_dim)
+        L::template dot<R, N, true>(sums, queries, w_.q_stride, rows + t, whole,
+                                    static_cast<int>(p_.head_dim - whole));
+      float lanes[kAccumulators];
+      for (int first = 0; first < kAccumulators; first += kWidth)
+        store(lanes + first, reduce_rows(reinterpret_cast<const Vec(&)[kWidth]>(sums[first])));
+      for (int r = 0; r < R; ++r)
+        __builtin_memcpy(scores + r * kMaxTile + t, lanes + r * N, N * sizeof(float));
+    }
+  }
+
+  // Scores of one row to base-2 logits, in place, when more than a scale is asked for.
+  void transform(const Tile& tile, int64_t head, int64_t row, float* scores, int64_t padded) const {
+    const int64_t position = first_position_ + row / group_;
+    if (p_.softcap != 0.0f)
+      for (int64_t t = 0; t < padded; t += kWidth)
+        store(scores + t, tanh(load(scores + t) * broadcast(p_.scale / p_.softcap)) *
+                              broadcast(p_.softcap * kLog2e));
+    else
+      for (int64_t t = 0; t < padded; t += kWidth)
+        store(scores + t, load(scores + t) * broadcast(p_.scale * kLog2e));
+    if (p_.alibi_slopes != nullptr) {
+      const float slope = p_.alibi_slopes[head * group_ + row % group_] * kLog2e;
+      for (int64_t t = 0; t < tile.count; ++t)
+        scores[t] += slope * static_cast<float>(tile.positions[t] - position);
+    }
+  }
+
+  void softmax(const Tile& tile, int64_t head, int64_t row, int64_t padded) {
+    float* scores = w_.scores + row * kMaxTile;
+    Vec factor = broadcast(p_.scale * kLog2e);
+    if (!plain_) {
+      transform(tile, head, row, scores, padded);
+      factor = broadcast(1.0f);
+    }
+    const KvRange keys = visible_keys(p_, first_position_ + row / group_, seq_len_);
+    if (tile.positions[0] < keys.begin || tile.positions[tile.count - 1] >= keys.end)
+      for (int64_t t = 0; t < tile.count; ++t)
+        if (tile.positions[t] < keys.begin || tile.positions[t] >= keys.end) scores[t] = -kInfinity;
+    for (int64_t t = tile.count; t < padded; ++t) scores[t] = -kInfinity;
+
+    float& max = w_.maxima[local(head) * w_.rows + row];
+    float* sums = w_.sums + (local(head) * w_.rows + row) * kWidth;
+    Vec highest = broadcast(-kInfinity);
+    for (int64_t t = 0; t < padded; t += kWidth)
+      highest = pykvcache::KV_ISA::max(highest, load(scores + t) * factor);
+    if (any_greater(highest, broadcast(max + kMaxLag))) raise_max(head, row, reduce_max(highest));
+    const Vec shift = broadcast(max);
+    Vec sum = load(sums);
+    Prob* probs = w_.probs + row * kMaxTile;
+    for (int64_t t = 0; t < padded; t += kWidth) {
+      const Vec weight = exp2(load(scores + t) * factor - shift);
+      sum = sum + weight;
+      store(probs + t, weight);
+    }
+    store(sums, sum);
+  }
+
+  void raise_max(int64_t head, int64_t row, float highest) {
+    float& max = w_.maxima[local(head) * w_.rows + row];
+    float* sums = w_.sums + (local(head) * w_.rows + row) * kWidth;
+    const Vec shrink = exp2(broadcast(max - highest));
+    max = highest;
+    store(sums, load(sums) * shrink);
+    float* out = out_row(head, row);
+    for (int64_t d = 0; d < w_.out_stride; d += kWidth) store(out + d, load(out + d) * shrink);
+  }
+
+  // Rows that fit the registers together with the accumulators of a line each.
+  template <int R, bool kFetch>
+  void add_values(const Prob* probs, const T* const* rows, const T* const* next, int64_t count,
+                  float* out) const {
+    if constexpr (R > 1 && R * L::kVecs > kAccumulators) {
+      add_values<R / 2, kFetch>(probs, rows, next, count, out);
+      add_values<R / 2, false>(probs + R / 2 * kMaxTile, rows, next, count,
+                               out + R / 2 * w_.out_stride);
+    } else {
+      constexpr int kLines = max_of(1, min_of(4, kAccumulators / (R * L::kVecs)));
+      const int64_t dim = p_.v_head_dim;
+      int64_t d = 0;
+      for (; d + kLines * L::kElems <= dim; d += kLines * L::kElems)
+        add_lines<R, kLines, kFetch, false>(probs, rows, next, count, out, d, 0);
+      for (; d + L::kElems <= dim; d += L::kElems)
+        add_lines<R, 1, kFetch, false>(probs, rows, next, count, out, d, 0);
+      if (d < dim)
+        add_lines<R, 1, kFetch, true>(probs, rows, next, count, out, d, static_cast<int>(dim - d));
+    }
+  }
+
+  template <int R, int kLines, bool kFetch, bool kTail>
+  void add_lines(const Prob* probs, const T* const* rows, const T* const* next, int64_t count,
+                 float* out, int64_t d, int tail) const {
+    constexpr int kVecs = kLines * L::kVecs;
+    Vec sums[R * kVecs];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kVecs; ++c)
+        sums[r * kVecs + c] = load(out + r * w_.out_stride + d + c * kWidth);
+    for (int64_t t = 0; t < count; t += L::kTokens) {
+      if (kFetch)
+        for (int i = 0; i < L::kTokens; ++i)
+          for (int l = 0; l < kLines; ++l)
+            __builtin_prefetch(next[t + i] + d + l * L::kElems, 0, KV_LOCALITY_V);
+      L::template accumulate<R, kLines, kTail>(sums, probs + t, kMaxTile, rows + t, d, tail);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kVecs; ++c)
+        store(out + r * w_.out_stride + d + c * kWidth, sums[r * kVecs + c]);
+  }
+
+  void finish_head(int64_t head) const {
+    const int64_t row_begin = p_.cu_seqlens_q[item_.row];
+    for (int64_t row = 0; row < query_rows_; ++row) {
+      const int64_t token = first_token_ + row / group_;
+      const int64_t q_head = head * group_ + row % group_;
+      const int64_t state = local(head) * w_.rows + row;
+      float* from = out_row(head, row);
+      for (int64_t d = 0; d < w_.out_stride; d += L::kElems) L::restore_order(from + d);
+      const float sum = reduce_add(load(w_.sums + state * kWidth));
+      if (item_.partial_out != nullptr) {
+        const Normalizer n = normalize(w_.maxima[state], sum, nullptr);
+        const int64_t at = (token - row_begin) * p_.num_heads + q_head;
+        item_.partial_lse[at] = n.lse;
+        store_scaled(item_.partial_out + at * p_.v_head_dim, from, n.scale, p_.v_head_dim);
+      } else {
+        const float* sink = p_.sinks == nullptr ? nullptr : p_.sinks + q_head;
+        const Normalizer n = normalize(w_.maxima[state], sum, sink);
+        const int64_t at = token * p_.num_heads + q_head;
+        p_.lse[at] = n.lse;
+        store_scaled(static_cast<T*>(p_.out) + at * p_.v_head_dim, from, n.scale, p_.v_head_dim);
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const AttentionItem& item_;
+  const int64_t group_;
+  const int64_t first_token_;  // of the item, in the packed queries
+  const int64_t query_rows_;
+  const int64_t seq_len_;
+  const int64_t first_position_;  // of the item's first query; negative in left padding
+  const bool plain_;              // scores need no more than the scale
+  const int64_t tile_tokens_;
+  Workspace<T> w_;
+};
+
+template <class T>
+int64_t workspace_bytes(const AttentionParams& p) {
+  return Workspace<T>(p, p.num_kv_heads, kMaxDecodeRows, nullptr).bytes;
+}
+
+}  // namespace
+
+void decode(const AttentionParams& p, const AttentionItem& item, void* scratch) {
+  switch (p.q_dtype) {
+    case DType::kBFloat16:
+      return Decode<BFloat16>(p, item, scratch).run();
+    case DType::kFloat16:
+      return Decode<Float16>(p, item, scratch).run();
+    default:
+      return Decode<float>(p, item, scratch).run();
+  }
+}
+
+int64_t decode_scratch_bytes(const AttentionParams& p) {
+  switch (p.q_dtype) {
+    case DType::kBFloat16:
+      return workspace_bytes<BFloat16>(p);
+    case DType::kFloat16:
+      return workspace_bytes<Float16>(p);
+    default:
+      return workspace_bytes<float>(p);
+  }
+}
+
+}  // namespace pykvcache::KV_ISA

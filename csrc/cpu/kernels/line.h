@@ -1,0 +1,137 @@
+// How cache rows enter the two products of attention, one cache line (64 bytes of a row) at a time:
+// scores += q . k over a line, and out += p * v over a line. Storage types are widened to float on
+// load; bf16 with AVX512_BF16 uses the pair dot product instead, for V on pairs of tokens.
+#pragma once
+
+#include "cpu/kernels/vec.h"
+
+namespace pykvcache::KV_ISA {
+
+constexpr int kLineBytes = 64;
+#if defined(__AVX512F__)
+constexpr int kAccumulators = 16;  // registers that hold sums; the rest hold operands
+#else
+constexpr int kAccumulators = 8;
+#endif
+
+template <class T>
+struct Line {
+  using Query = float;  // what q is stored as for dot()
+  using Prob = float;   // what p is stored as for accumulate()
+  static constexpr int kElems = kLineBytes / static_cast<int>(sizeof(T));
+  static constexpr int kVecs = kElems / kWidth;
+  static constexpr int kTokens = 1;  // tokens that accumulate() takes at once
+
+  KV_INLINE void pack_query(Query* to, const T* from, int64_t n) {
+    int64_t d = 0;
+    for (; d + kWidth <= n; d += kWidth) store(to + d, load(from + d));
+    if (d < n) store_n(to + d, load_n(from + d, n - d), n - d);
+  }
+
+  // sums[r * N + t] += q[r] . rows[t] over the `n` elements from `offset`; kTail: n < kElems.
+  template <int R, int N, bool kTail>
+  KV_INLINE void dot(Vec (&sums)[R * N], const Query* q, int64_t q_stride, const T* const* rows,
+                     int64_t offset, int n) {
+    for (int c = 0; c < kVecs; ++c) {
+      const int left = n - c * kWidth;
+      if (kTail && left <= 0) return;
+      const int64_t at = offset + c * kWidth;
+      Vec query[R];
+      for (int r = 0; r < R; ++r) query[r] = load(q + r * q_stride + at);
+      for (int t = 0; t < N; ++t) {
+        const Vec key = kTail && left < kWidth ? load_n(rows[t] + at, left) : load(rows[t] + at);
+        for (int r = 0; r < R; ++r) sums[r * N + t] = fma(query[r], key, sums[r * N + t]);
+      }
+    }
+  }
+
+  // out[r * L * kVecs + ...] += probs[r][0] * rows[0] over L lines from `offset`.
+  template <int R, int L, bool kTail>
+  KV_INLINE void accumulate(Vec (&out)[R * L * kVecs], const Prob* probs, int64_t prob_stride,
+                            const T* const* rows, int64_t offset, int n) {
+    Vec weight[R];
+    for (int r = 0; r < R; ++r) weight[r] = broadcast(probs[r * prob_stride]);
+    for (int c = 0; c < L * kVecs; ++c) {
+      const int left = n - c * kWidth;
+      if (kTail && left <= 0) return;
+      const T* from = rows[0] + offset + c * kWidth;
+      const Vec value = kTail && left < kWidth ? load_n(from, left) : load(from);
+      for (int r = 0; r < R; ++r)
+        out[r * L * kVecs + c] = fma(weight[r], value, out[r * L * kVecs + c]);
+    }
+  }
+
+  // Accumulators of one line to the order of the row.
+  KV_INLINE void restore_order(float*) {}
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Line<BFloat16> {
+  using Query = BFloat16;
+  using Prob = BFloat16;
+  static constexpr int kElems = 32;
+  static constexpr int kVecs = 2;
+  static constexpr int kTokens = 2;
+
+  KV_INLINE void pack_query(Query* to, const BFloat16* from, int64_t n) {
+    __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(BFloat16));
+  }
+
+  KV_INLINE __m512i load_line(const BFloat16* p) { return _mm512_loadu_si512(p); }
+  KV_INLINE __m512i load_line_n(const BFloat16* p, int n) {
+    return _mm512_maskz_loadu_epi16((1u << n) - 1u, p);
+  }
+  KV_INLINE Vec pair_dot(Vec sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+
+  template <int R, int N, bool kTail>
+  KV_INLINE void dot(Vec (&sums)[R * N], const Query* q, int64_t q_stride,
+                     const BFloat16* const* rows, int64_t offset, int n) {
+    __m512i query[R];
+    for (int r = 0; r < R; ++r) query[r] = load_line(q + r * q_stride + offset);
+    for (int t = 0; t < N; ++t) {
+      const __m512i key = kTail ? load_line_n(rows[t] + offset, n) : load_line(rows[t] + offset);
+      for (int r = 0; r < R; ++r) sums[r * N + t] = pair_dot(sums[r * N + t], query[r], key);
+    }
+  }
+
+  // Interleaves two rows so that each 32-bit lane holds one dimension of both tokens; the unpack
+  // works inside 128-bit lanes, hence restore_order().
+  template <int R, int L, bool kTail>
+  KV_INLINE void accumulate(Vec (&out)[R * L * kVecs], const Prob* probs, int64_t prob_stride,
+                            const BFloat16* const* rows, int64_t offset, int n) {
+    __m512i weight[R];
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      __builtin_memcpy(&pair, probs + r * prob_stride, sizeof(pair));
+      weight[r] = _mm512_set1_epi32(pair);
+    }
+    for (int l = 0; l < L; ++l) {
+      const int64_t at = offset + l * kElems;
+      const __m512i first = kTail ? load_line_n(rows[0] + at, n) : load_line(rows[0] + at);
+      const __m512i second = kTail ? load_line_n(rows[1] + at, n) : load_line(rows[1] + at);
+      const __m512i low = _mm512_unpacklo_epi16(first, second);
+      const __m512i high = _mm512_unpackhi_epi16(first, second);
+      for (int r = 0; r < R; ++r) {
+        Vec* sums = &out[(r * L + l) * kVecs];
+        sums[0] = pair_dot(sums[0], low, weight[r]);
+        sums[1] = pair_dot(sums[1], high, weight[r]);
+      }
+    }
+  }
+
+  KV_INLINE void restore_order(float* line) {
+    const Vec low = load(line);
+    const Vec high = load(line + kWidth);
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second =
+        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    store(line, _mm512_permutex2var_ps(low, first, high));
+    store(line + kWidth, _mm512_permutex2var_ps(low, second, high));
+  }
+};
+#endif
+
+}  // namespace pykvcache::KV_ISA
