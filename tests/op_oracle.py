@@ -6,11 +6,14 @@ error sets the tolerance: a backend may be twice as far from the truth, no more.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from op_cases import Case, Data
 from torch import Tensor
 
 
+@functools.lru_cache(maxsize=8)
 def dense_attention(case: Case, data: Data, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """out [T, HQ, Dv] and lse [T, HQ], every operation done in `dtype`."""
     q, kwargs = data.args[0], data.kwargs
@@ -47,15 +50,15 @@ def dense_attention(case: Case, data: Data, dtype: torch.dtype) -> tuple[Tensor,
 
 def _allowed(case: Case, q_len: int, kv_len: int) -> Tensor:
     """Bool [q_len, kv_len], spelled out pair by pair."""
-    allowed = torch.zeros(q_len, kv_len, dtype=torch.bool)
-    for i in range(q_len):
-        position = kv_len - q_len + i
-        for j in range(kv_len):
-            after = case.causal and j > position
-            left = case.window and j <= position - case.window
-            other_chunk = case.chunk and j < position // case.chunk * case.chunk
-            allowed[i, j] = position >= 0 and not (after or left or other_chunk)
-    return allowed
+
+    def allowed(position: int, key: int) -> bool:
+        after = case.causal and key > position
+        left = case.window and key <= position - case.window
+        other_chunk = case.chunk and key < position // case.chunk * case.chunk
+        return position >= 0 and not (after or left or other_chunk)
+
+    rows = [[allowed(kv_len - q_len + i, j) for j in range(kv_len)] for i in range(q_len)]
+    return torch.tensor(rows, dtype=torch.bool).reshape(q_len, kv_len)
 
 
 def assert_as_good_as_dense(case: Case, data: Data, out: Tensor, lse: Tensor) -> None:
@@ -64,7 +67,7 @@ def assert_as_good_as_dense(case: Case, data: Data, out: Tensor, lse: Tensor) ->
     One rounding of the output dtype is allowed on top: max error x 2 and mean error x 1.5.
     """
     truth, true_lse = dense_attention(case, data, torch.float64)
-    naive, _ = dense_attention(case, data, case.dtype)
+    naive, naive_lse = dense_attention(case, data, case.dtype)
     assert out.dtype == case.dtype and out.shape == truth.shape
     assert lse.dtype == torch.float32 and lse.shape == true_lse.shape
     error, naive_error = (out.double() - truth).abs(), (naive.double() - truth).abs()
@@ -77,10 +80,12 @@ def assert_as_good_as_dense(case: Case, data: Data, out: Tensor, lse: Tensor) ->
     masked = true_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, masked), "lse is -inf in other places"
     assert (out[masked] == 0).all(), "a query that attends to nothing must give zeros"
-    # scores of 16-bit inputs are exact products, so only their float32 sums differ
-    torch.testing.assert_close(
-        lse[~masked].double(), true_lse[~masked], atol=2e-4 * case.spread**2, rtol=2e-5
-    )
+    if not masked.all():
+        lse_error = (lse.double() - true_lse)[~masked].abs().max()
+        naive_error = (naive_lse - true_lse)[~masked].abs().max()
+        assert lse_error <= naive_error + 1e-5, (
+            f"lse error {lse_error:.3g}, dense {naive_error:.3g}"
+        )
 
 
 def _worst(error: Tensor) -> list[int]:
