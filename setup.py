@@ -135,12 +135,21 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        build_dir = Path(self.build_temp).resolve() / ext.name
+        build_dir = self.object_dir() / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         write_ninja(build_dir, target)
         command = [*ninja_command(), "-C", str(build_dir), f"-j{max_jobs()}"]
         if subprocess.call(command) != 0:
             raise SystemExit("pykvcache: the C++ build failed; the compiler's message is above")
+
+    def object_dir(self) -> Path:
+        """Where objects are kept; a fixed place for in-place builds, so that they are incremental.
+
+        An editable install is one too, but setuptools gives it a new temporary folder each time.
+        """
+        in_place = self.inplace or getattr(self, "editable_mode", False)
+        folder = ROOT / "build" / "inplace" if in_place else Path(self.build_temp)
+        return folder.resolve()
 
 
 def ninja_command() -> list[str]:

@@ -1,0 +1,1 @@
+"""Entry points: `python -m benchmarks.NAME`; the code that they run is pykvcache/bench/."""

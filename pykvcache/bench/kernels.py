@@ -1,0 +1,235 @@
+"""Times `ops.paged_attention` beside torch SDPA on contiguous K and V, cold, checked first.
+
+Every call of a contender touches another copy of its K and V until COLD_BYTES have gone by, as the
+layers of a model do; a single copy would sit in the processor's caches and flatter. Blocks lie in
+one pool as pykvcache/cache.py lays them out, in shuffled order. `folded` is SDPA with the query
+heads of a KV head moved to the query axis: it reads each KV head once and is the honest baseline
+for decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from pykvcache import ops
+from pykvcache.bench import peaks
+from pykvcache.bench.cases import Case
+from pykvcache.bench.timing import Contender, Timing, interleave
+
+COLD_BYTES = 256 * 2**20
+CHECKED_QUERIES = 32
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender on one case. Times in seconds; rates by the median; `peak` in the rate's unit.
+
+    rate: bytes of KV a second in decode, FLOP a second in prefill.
+    peak: read bandwidth or matrix-multiply rate of the same interleaved run.
+    speedup: median of the baseline (`folded`, or `sdpa` where nothing is folded) over this median.
+    """
+
+    case: Case
+    threads: int
+    contender: str
+    timing: Timing
+    rate: float
+    peak: float
+    speedup: float
+
+    def to_json(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "phase": case.phase,
+            "heads": case.heads.name,
+            "dtype": case.dtype_name,
+            "batch": case.batch,
+            "length": case.length,
+            "threads": self.threads,
+            "contender": self.contender,
+            **asdict(self.timing),
+            "rate": self.rate,
+            "peak": self.peak,
+            "speedup": self.speedup,
+        }
+
+
+class WrongResult(RuntimeError):
+    """A contender's output is not the reference's: its time means nothing."""
+
+
+class Workload:
+    """Tensors of a case and the contenders over them; all copies hold the same K and V.
+
+    Args:
+        case: what is called.
+        block_sizes: one paged contender each.
+        backend: of the paged contenders.
+    """
+
+    def __init__(self, case: Case, block_sizes: Sequence[int], backend: str = "cpu") -> None:
+        torch.manual_seed(SEED)
+        self.backend = backend
+        heads = case.heads
+        self.case = case
+        self.copies = -(-COLD_BYTES // case.kv_bytes)
+        query = (case.batch, heads.num_heads, case.query_len, heads.head_dim)
+        kv = (case.batch, heads.num_kv_heads, case.length, heads.head_dim)
+        self.q = torch.randn(query).to(case.dtype)
+        self.k = torch.randn(kv).to(case.dtype).expand(self.copies, *kv).contiguous()
+        self.v = torch.randn(kv).to(case.dtype).expand(self.copies, *kv).contiguous()
+        self.packed_q = self.q.transpose(1, 2).flatten(0, 1).contiguous()  # [T, HQ, D]
+        self.seq_lens = torch.full((case.batch,), case.length, dtype=torch.int32)
+        steps = torch.arange(case.batch + 1, dtype=torch.int32)
+        self.cu_seqlens_q = steps * case.query_len
+        self.contenders: dict[str, Contender] = {"sdpa": self.sdpa}
+        if case.phase == "decode" and heads.group > 1:
+            self.contenders["folded"] = self.folded
+        for block_size in block_sizes:
+            self.contenders[f"paged {block_size}"] = self.paged(block_size)
+
+    @property
+    def baseline(self) -> str:
+        return "folded" if "folded" in self.contenders else "sdpa"
+
+    def sdpa(self, call: int) -> Tensor:
+        copy = call % self.copies
+        return scaled_dot_product_attention(
+            self.q,
+            self.k[copy],
+            self.v[copy],
+            is_causal=self.case.phase == "prefill",
+            enable_gqa=self.case.heads.group > 1,
+        )
+
+    def folded(self, call: int) -> Tensor:
+        copy = (call + self.copies // 2) % self.copies  # not the one that `sdpa` has just read
+        heads = self.case.heads
+        q = self.q.view(self.case.batch, heads.num_kv_heads, heads.group, heads.head_dim)
+        return scaled_dot_product_attention(q, self.k[copy], self.v[copy]).view_as(self.q)
+
+    def paged(self, block_size: int) -> Contender:
+        """`ops.paged_attention` over shuffled blocks; its output is [T, HQ, D]."""
+        case, heads = self.case, self.case.heads
+        per_row = -(-case.length // block_size)
+        tables = torch.randperm(self.copies * case.batch * per_row, dtype=torch.int32)
+        tables = tables.view(self.copies, case.batch, per_row)
+        half = heads.num_kv_heads * block_size * heads.head_dim
+        storage = torch.zeros(tables.numel(), 2 * half, dtype=case.dtype)
+        shape = (tables.numel(), heads.num_kv_heads, block_size, heads.head_dim)
+        k_cache, v_cache = (part.view(shape) for part in storage.split(half, dim=1))
+        for copy in range(self.copies):
+            _fill(k_cache, tables[copy], self.k[copy])
+            _fill(v_cache, tables[copy], self.v[copy])
+
+        def run(call: int) -> Tensor:
+            out, _ = ops.paged_attention(
+                self.packed_q,
+                k_cache,
+                v_cache,
+                tables[call % self.copies],
+                self.seq_lens,
+                self.cu_seqlens_q,
+                case.query_len,
+                backend=self.backend,
+            )
+            return out
+
+        return run
+
+    def check(self) -> None:
+        """Raise WrongResult unless every contender meets the reference.
+
+        A paged result may be off by twice what SDPA in the same dtype is, plus one rounding step.
+        """
+        queries, expected = self._expected
+        errors = {}
+        for name, run in self.contenders.items():
+            out = run(self.copies - 1)
+            if not name.startswith("paged"):
+                out = out.transpose(1, 2).flatten(0, 1)
+            errors[name] = (out[queries].float() - expected).abs().max().item()
+        rounding = torch.finfo(self.case.dtype).eps * expected.abs().max().item()
+        allowed = 2 * errors["sdpa"] + rounding
+        for name, error in errors.items():
+            if not error <= allowed:  # also when the error is NaN
+                raise WrongResult(
+                    f"{self.case.name}: {name} is off by {error:.3g}, allowed {allowed:.3g}"
+                )
+
+    @cached_property
+    def _expected(self) -> tuple[Tensor, Tensor]:
+        """Packed query numbers, and their output by the reference in float32 [n, HQ, D].
+
+        The reference sees K and V as one block a row. A prefill is checked at its first, middle and
+        last queries, which are prefills of their own that end there.
+        """
+        case = self.case
+        caches = self.k[0].float(), self.v[0].float()
+        table = torch.arange(case.batch, dtype=torch.int32)[:, None]
+        count = min(CHECKED_QUERIES, case.query_len)
+        ends = sorted({count, max(count, case.query_len // 2), case.query_len})
+        chosen, outputs = [], []
+        for end in ends:
+            rows = torch.arange(case.batch)[:, None] * case.query_len
+            queries = (rows + torch.arange(end - count, end)).flatten()
+            out, _ = ops.paged_attention(
+                self.packed_q[queries].float(),
+                *caches,
+                table,
+                self.seq_lens - (case.query_len - end),
+                torch.arange(case.batch + 1, dtype=torch.int32) * count,
+                count,
+                backend="reference",
+            )
+            chosen.append(queries)
+            outputs.append(out)
+        return torch.cat(chosen), torch.cat(outputs)
+
+
+def _fill(cache: Tensor, table: Tensor, rows: Tensor) -> None:
+    """Write rows [B, HKV, L, D] into the blocks that table [B, blocks] names."""
+    block_size = cache.shape[2]
+    for blocks, row in zip(table.long(), rows, strict=True):
+        for i, block in enumerate(blocks.tolist()):
+            part = row[:, i * block_size : (i + 1) * block_size]
+            cache[block, :, : part.shape[1]] = part
+
+
+def measure(
+    case: Case, block_sizes: Sequence[int], thread_counts: Sequence[int], seconds: float
+) -> Iterator[Result]:
+    """Per thread count: check a case, then time contenders and peak in one interleaved run.
+
+    Leaves torch with the last thread count.
+
+    Raises:
+        WrongResult: before anything is timed.
+    """
+    workload = Workload(case, block_sizes)
+    for threads in thread_counts:
+        torch.set_num_threads(threads)
+        workload.check()
+        yield from _timed(workload, threads, seconds)
+
+
+def _timed(workload: Workload, threads: int, seconds: float) -> Iterator[Result]:
+    case = workload.case
+    decode = case.phase == "decode"
+    peak_contenders = peaks.read_contenders() if decode else peaks.gemm_contenders(case.dtype)
+    timings = interleave(workload.contenders | peak_contenders, seconds)
+    peak = peaks.read_bandwidth(timings) if decode else peaks.gemm_rate(timings)
+    work = case.kv_bytes if decode else case.flops
+    baseline = timings[workload.baseline].median
+    for name in workload.contenders:
+        timing = timings[name]
+        rate, speedup = work / timing.median, baseline / timing.median
+        yield Result(case, threads, name, timing, rate, peak, speedup)
