@@ -1,0 +1,210 @@
+"""The memory behind block ids: K and V tensors of every layer, and the allocator over them.
+
+A block id names one slice of every storage. Storage i holds, per block, the keys and then the
+values of the i-th layer of whichever layer group owns the block, so groups give each other the
+blocks that they release. A layer sees its part as k_cache [num_blocks, HKV, block_size, D] and
+v_cache [..., Dv]: views whose block stride is that of the storage.
+
+Read first: pykvcache/allocator.py. Read next: pykvcache/attention.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pykvcache import ops
+from pykvcache.allocator import BlockAllocator
+
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class KVPool:
+    """Blocks of all layers of one model.
+
+    Args:
+        group_of: layer group of each layer, 0-based.
+        block_size: tokens a block.
+        num_blocks: fixed size of the pool.
+        memory: fixed size in bytes, instead of num_blocks; needs to hold at least one block.
+        kv_dtype: dtype of the caches; None = that of the first keys.
+        backend: "auto" or a name from `ops.backends()`.
+        deterministic: passed on to attention over this pool.
+
+    Without num_blocks and memory the pool grows. Nothing is allocated before `open`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        group_of: Sequence[int],
+        block_size: int = 16,
+        *,
+        num_blocks: int | None = None,
+        memory: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        deterministic: bool = False,
+    ) -> None:
+        check_positive("block_size", block_size)
+        if num_blocks is not None and memory is not None:
+            raise ValueError(f"give num_blocks or memory, not both, got {num_blocks} and {memory}")
+        for name, value in (("num_blocks", num_blocks), ("memory", memory)):
+            if value is not None:
+                check_positive(name, value)
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {_names(KV_DTYPES)}, got {kv_dtype}")
+        self.block_size, self.kv_dtype, self.backend = block_size, kv_dtype, backend
+        self.fixed_blocks, self.memory, self.deterministic = num_blocks, memory, deterministic
+        self.group_of = list(group_of)
+        layers = Counter(self.group_of)
+        self.layers_of_group = [layers[group] for group in range(len(layers))]
+        self.allocator: BlockAllocator | None = None
+        self.k_caches: list[Tensor | None] = [None] * len(self.group_of)
+        self.v_caches: list[Tensor | None] = [None] * len(self.group_of)
+        self._storages: list[Tensor] = []
+        self._storage_of: list[int | None] = [None] * len(self.group_of)
+        self._shapes: list[tuple[int, int, int] | None] = [None] * len(self.group_of)
+        self._position = _positions(self.group_of)
+
+    @property
+    def growable(self) -> bool:
+        """Whether the pool may take more memory when it is full."""
+        return self.fixed_blocks is None and self.memory is None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool; 0 before `open`."""
+        return 0 if self.allocator is None else self.allocator.num_blocks
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all storages."""
+        return sum(storage.nbytes for storage in self._storages)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all storages."""
+        return sum(storage[0].nbytes for storage in self._storages)
+
+    def open(self, k: Tensor, v: Tensor, wanted: int) -> BlockAllocator:
+        """Fix the number of blocks and create the allocator.
+
+        Args:
+            k, v: keys and values of some layer, [B, HKV, T, D] and [B, HKV, T, Dv]; their sizes
+                price a block when the pool is given in bytes (all layers are taken to be alike).
+            wanted: blocks to start with when the size is not fixed.
+        """
+        size = wanted if self.fixed_blocks is None else self.fixed_blocks
+        if self.memory is not None:
+            dtype = self.kv_dtype or k.dtype
+            elements = self.block_size * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3])
+            price = max(self.layers_of_group) * elements * dtype.itemsize
+            size = self.memory // price
+            if size == 0:
+                raise ValueError(
+                    f"memory must hold at least one block of {price} bytes, got {self.memory}"
+                )
+        self.allocator = BlockAllocator(max(size, 1), self.block_size, layers=self.layers_of_group)
+        self.device = k.device
+        self.ops = ops.table(self.backend, k.device.type)
+        return self.allocator
+
+    def caches(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k_cache and v_cache of a bound layer."""
+        k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
+        if k_cache is None or v_cache is None:
+            raise ValueError(f"layer {layer} has no cache before its first update")
+        return k_cache, v_cache
+
+    def bind(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Give a layer its caches, shaped like k [B, HKV, T, D] and v [B, HKV, T, Dv]."""
+        if k.shape[1] != v.shape[1]:
+            raise ValueError(f"k has {k.shape[1]} heads but v has {v.shape[1]}")
+        dtype = self.kv_dtype or k.dtype
+        if dtype not in KV_DTYPES:
+            raise TypeError(f"keys must be one of {_names(KV_DTYPES)}, got {dtype}")
+        heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
+        elements = heads * self.block_size * (k_dim + v_dim)
+        self._shapes[layer] = (heads, k_dim, v_dim)
+        self._storage_of[layer] = self._find_storage(layer, elements, dtype, k.device)
+        self._view(layer)
+
+    def _find_storage(
+        self, layer: int, elements: int, dtype: torch.dtype, device: torch.device
+    ) -> int:
+        """That of another group's layer at the same position, if it fits; else a new one."""
+        for other, index in enumerate(self._storage_of):
+            if index is None or self._position[other] != self._position[layer]:
+                continue
+            storage = self._storages[index]
+            fits = storage.shape[1] >= elements and storage.dtype == dtype
+            if fits and storage.device == device and self.group_of[other] != self.group_of[layer]:
+                return index
+        self._storages.append(torch.empty(self.num_blocks, elements, dtype=dtype, device=device))
+        return len(self._storages) - 1
+
+    def _view(self, layer: int) -> None:
+        index, shape = self._storage_of[layer], self._shapes[layer]
+        assert index is not None and shape is not None
+        heads, k_dim, v_dim = shape
+        storage, split = self._storages[index], heads * self.block_size * k_dim
+        end = split + heads * self.block_size * v_dim
+        cells = (self.num_blocks, heads, self.block_size)
+        self.k_caches[layer] = storage[:, :split].view(*cells, k_dim)
+        self.v_caches[layer] = storage[:, split:end].view(*cells, v_dim)
+
+    def grow(self, num_blocks: int) -> None:
+        """Make the pool larger; block ids stay valid. Copies one storage at a time."""
+        assert self.allocator is not None
+        used = self.allocator.peak
+        self.allocator.grow(num_blocks)
+        for index, old in enumerate(self._storages):
+            new = old.new_empty(num_blocks, old.shape[1])
+            new[:used] = old[:used]
+            self._storages[index] = new
+            del old
+        for layer, bound in enumerate(self._storage_of):
+            if bound is not None:
+                self._view(layer)
+
+    def copy_blocks(self, group: int, pairs: Tensor) -> None:
+        """Copy blocks in all layers of a group: pairs int64 [N, 2] of (source, target)."""
+        used = {
+            index
+            for layer, index in enumerate(self._storage_of)
+            if index is not None and self.group_of[layer] == group
+        }
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for index in sorted(used):
+            storage = self._storages[index]
+            by_device.setdefault(storage.device, []).append(storage)
+        for device, storages in by_device.items():
+            self.ops.copy_blocks(storages, storages, pairs.to(device))
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int, ValueError unless it is at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _positions(group_of: Sequence[int]) -> list[int]:
+    """Index of each layer within its group."""
+    seen: Counter[int] = Counter()
+    positions = []
+    for group in group_of:
+        positions.append(seen[group])
+        seen[group] += 1
+    return positions

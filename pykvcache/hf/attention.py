@@ -1,0 +1,214 @@
+"""The attention function that transformers calls: reads the blocks behind a cache's handles.
+
+Plain keys and values (no cache, training, cross-attention, encoders, other caches) go to the
+implementation that the model had before it was patched.
+
+Read first: pykvcache/hf/masks.py. Read next: pykvcache/hf/patching.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pykvcache.hf.counters import counters
+from pykvcache.hf.handles import PagedKeys, PagedValues
+from pykvcache.hf.layer import PagedLayer
+from pykvcache.hf.masks import LazyMask, align_columns, lazy_eager_mask, lazy_sdpa_mask
+from pykvcache.hf.rows import packed
+
+SDPA_NAME = "pykvcache"
+EAGER_NAME = "pykvcache_eager"
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class _NoBackward(torch.autograd.Function):
+    """Identity on the result of paged attention that refuses to give a wrong gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "attention over a PagedCache has no gradient: run without a cache, or with DynamicCache"
+        )
+
+
+@functools.cache
+def _eager_function(module_name: str) -> AttentionFunction:
+    """The eager attention of the file that defines an attention module."""
+    module = sys.modules[module_name]
+    for name in ("eager_attention_forward", "text_eager_attention_forward"):
+        if hasattr(module, name):
+            return getattr(module, name)  # type: ignore[no-any-return]
+    raise ValueError(f"{module_name} has no eager_attention_forward to fall back on")
+
+
+def _dense_attention(
+    eager: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the model did before it was patched."""
+    if isinstance(attention_mask, LazyMask):
+        attention_mask = attention_mask.stock()
+    function = _eager_function(type(module).__module__) if eager else sdpa_attention_forward
+    out: tuple[Tensor, Tensor | None] = function(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    return out
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+Masking = tuple[bool, int, int, Tensor | None]  # causal, window, chunk, bias
+
+
+def _masking(layer: PagedLayer, mask: Tensor, key: Tensor) -> Masking:
+    """How the kernel has to mask: by limits where the mask is plain, else by a dense bias."""
+    if isinstance(mask, LazyMask):
+        known = mask.padding is None or layer.rows.announced
+        window, chunk = mask.limits
+        if known and (window or chunk or not layer.window):
+            return True, window, chunk, None
+        mask = mask.dense()
+    return False, 0, 0, _align(layer, mask, key)
+
+
+def _add_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A mask or bias that also adds a float bias."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+
+def _align(layer: PagedLayer, columns: Tensor, key: Tensor) -> Tensor:
+    """A mask or bias over the columns of a handle, as one over stored positions."""
+    rows, length = layer.rows, key.shape[2]
+    pads = None
+    if rows.pads is not None:
+        pads = torch.tensor(rows.pads, device=columns.device)
+    return align_columns(columns[..., :length], layer.seen - length, pads, layer.seen)
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: PagedKeys,
+    attention_mask: Tensor | None,
+    value_dim: int,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    is_causal: bool | None,
+) -> Tensor:
+    """[B, HQ, T, D] to [B, T, HQ, Dv] over the blocks of `key`'s layer."""
+    counters.paged += 1
+    layer = key.layer
+    rows = layer.rows
+    pool, metadata = rows.pool, rows.metadata[layer.group]
+    tokens = query.shape[2]
+    if attention_mask is None:
+        causal = tokens == 1 or _is_causal(module, is_causal)
+        window, chunk, bias = layer.window, 0, None
+    else:
+        causal, window, chunk, bias = _masking(layer, attention_mask, key)
+    if position_bias is not None:
+        bias = _add_bias(bias, _align(layer, position_bias, key))
+    q = packed(query)
+    if pool.kv_dtype is not None:
+        q = q.to(pool.kv_dtype)
+    out, _ = pool.ops.paged_attention(
+        q,
+        pool.k_caches[layer.index],
+        pool.v_caches[layer.index],
+        metadata.block_table,
+        metadata.seq_lens,
+        metadata.cu_seqlens_q,
+        tokens,
+        q.shape[2] ** -0.5 if scaling is None else scaling,
+        causal,
+        window,
+        chunk,
+        softcap or 0.0,
+        sinks if sinks is None or sinks.dtype == torch.float32 else sinks.float(),
+        None,
+        bias,
+        None,
+        None,
+        value_dim,
+        metadata.plan,
+        pool.deterministic,
+    )
+    if pool.kv_dtype is not None:
+        out = out.to(query.dtype)
+    if tokens == 1:
+        return out.unsqueeze(1)
+    return out.view(-1, tokens, out.shape[1], value_dim)
+
+
+def _attention_function(eager: bool) -> AttentionFunction:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if type(key) is PagedKeys and type(value) is PagedValues:
+            out = _paged_attention(
+                module,
+                query,
+                key,
+                attention_mask,
+                value.shape[3],
+                scaling,
+                softcap,
+                s_aux,
+                position_bias,
+                is_causal,
+            )
+            return (_NoBackward.apply(query, out) if query.requires_grad else out), None
+        given = {
+            "scaling": scaling,
+            "softcap": softcap,
+            "s_aux": s_aux,
+            "position_bias": position_bias,
+            "is_causal": is_causal,
+        }
+        kwargs |= {name: argument for name, argument in given.items() if argument is not None}
+        return _dense_attention(eager, module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def register() -> None:
+    """Make both names known to transformers: for models that use sdpa and for eager ones."""
+    for name, eager, mask in (
+        (SDPA_NAME, False, lazy_sdpa_mask),
+        (EAGER_NAME, True, lazy_eager_mask),
+    ):
+        AttentionInterface.register(name, _attention_function(eager))
+        AttentionMaskInterface.register(name, mask)

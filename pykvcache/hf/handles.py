@@ -1,0 +1,77 @@
+"""Lazy keys and values: what `PagedCache.update` returns in place of dense tensors.
+
+A handle has the shape, dtype and device that transformers expects and no data. Our attention
+function reads the blocks behind it; any other code that touches it (repeat_kv, cat, a model's own
+matmul) gets dense keys or values [B, HKV, S, D] gathered from the blocks: slow, but right, and
+counted.
+
+Read next: pykvcache/hf/masks.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pykvcache.hf.counters import counters
+
+if TYPE_CHECKING:
+    from pykvcache.hf.layer import PagedLayer
+
+
+class LazyTensor(torch.Tensor):
+    """A tensor without data that becomes dense when an operator touches it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def dense(self) -> Tensor:
+        """The tensor that this one stands for."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def resolve(x: Any) -> Any:
+            return x.dense() if isinstance(x, LazyTensor) else x
+
+        return func(*tree_map(resolve, args), **tree_map(resolve, kwargs or {}))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
+
+
+class PagedKeys(LazyTensor):
+    """Keys of the last `length` positions of a layer, [B, HKV, length, D]."""
+
+    layer: PagedLayer
+    end: int
+    side = 0
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, layer: PagedLayer, end: int, shape: tuple[int, ...], dtype: torch.dtype, device: Any
+    ) -> PagedKeys:
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        handle.layer, handle.end, handle._dense = layer, end, None
+        return handle
+
+    def __init__(self, *args: Any) -> None:
+        """Everything is set in `__new__`."""
+
+    def dense(self) -> Tensor:
+        """Gathered once, kept while the handle lives; positions of padding are zero."""
+        if self._dense is None:
+            counters.gathered += 1
+            self._dense = self.layer.gather(self.end - self.shape[2], self.end)[self.side]
+        return self._dense
+
+
+class PagedValues(PagedKeys):
+    """Values of the last `length` positions of a layer, [B, HKV, length, Dv]."""
+
+    side = 1

@@ -1,0 +1,169 @@
+"""One attention layer of a `PagedCache`: writes into blocks, hands out lazy handles.
+
+Read first: pykvcache/hf/rows.py. Read next: pykvcache/hf/cache.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from pykvcache.hf.handles import PagedKeys, PagedValues
+from pykvcache.hf.rows import Rows, packed
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Stands for a `DynamicLayer`, or for a `DynamicSlidingWindowLayer` when it has a window.
+
+    Args:
+        rows: the batch, shared by all layers of the cache.
+        index: among the paged layers.
+        group: layer group.
+        sliding_window: positions that a query sees, its own included; None = all.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, rows: Rows, index: int, group: int, sliding_window: int | None) -> None:
+        self.rows, self.index, self.group = rows, index, group
+        self.sliding_window, self.is_sliding = sliding_window, sliding_window is not None
+        self.window = sliding_window or 0
+        self.seen = 0
+        self.is_initialized = False
+        self._apart: DynamicLayer | None = None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Dense keys, as a `DynamicLayer` would hold them; None before the first update."""
+        return self._dense_side(0)
+
+    @property
+    def values(self) -> Tensor | None:
+        """Dense values, as `keys`."""
+        return self._dense_side(1)
+
+    def _dense_side(self, side: int) -> Tensor | None:
+        if self._apart is not None:
+            kept: Tensor = (self._apart.keys, self._apart.values)[side]
+            return kept
+        if self.seen == 0:
+            return None
+        return self.gather(self._kept(), self.seen)[side]
+
+    @property
+    def record_past(self) -> bool:
+        """Whether positions outside the window are kept for a later `crop`."""
+        return self.rows.recording
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take memory for keys and values shaped like these, [B, HKV, T, D] and [B, HKV, T, Dv]."""
+        pool = self.rows.pool
+        if pool.allocator is None:
+            self.rows.open(key_states, value_states)
+        pool.bind(self.index, key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens; returns handles of what the next attention may read.
+
+        Raises:
+            OutOfBlocks: the pool is full; nothing was written.
+        """
+        if torch.compiler.is_compiling():
+            handles: tuple[Tensor, Tensor] = _update_outside_graph(self, key_states, value_states)
+            return handles
+        rows = self.rows
+        batch, heads, tokens, k_dim = key_states.shape
+        if not self.is_initialized:
+            if self._apart is not None or not rows.expects(self.seen, tokens):
+                return self._update_apart(key_states, value_states)
+            self.lazy_initialization(key_states, value_states)
+        if self.seen == rows.seen:
+            rows.append(batch, tokens)
+        elif self.seen + tokens != rows.seen:
+            raise ValueError(
+                f"layer {self.index} gets tokens {self.seen} to {self.seen + tokens} but the cache "
+                f"is at {rows.seen}: every layer must be updated in every forward"
+            )
+        self._write(packed(key_states), packed(value_states))
+        start, end = self._kept(), self.seen + tokens
+        self.seen = end
+        dtype, device = self.dtype, self.device
+        return (
+            PagedKeys(self, end, (batch, heads, end - start, k_dim), dtype, device),
+            PagedValues(
+                self, end, (batch, heads, end - start, value_states.shape[3]), dtype, device
+            ),
+        )
+
+    def _write(self, k: Tensor, v: Tensor) -> None:
+        """Scatter packed k [B * T, HKV, D] and v [B * T, HKV, Dv] into this forward's slots."""
+        pool = self.rows.pool
+        if pool.kv_dtype is not None:
+            k, v = k.to(pool.kv_dtype), v.to(pool.kv_dtype)
+        slots = self.rows.metadata[self.group].slot_mapping
+        caches = pool.k_caches[self.index], pool.v_caches[self.index]
+        pool.ops.write_kv(k, v, *caches, slots, None, None)
+
+    def _update_apart(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer that caches other tokens than the first one did (vision keys) stays dense."""
+        if self._apart is None:
+            self._apart = DynamicLayer()
+        kept: tuple[Tensor, Tensor] = self._apart.update(k, v)
+        return kept
+
+    def gather(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Dense keys and values of padded positions [start, end): [B, HKV, end - start, D | Dv]."""
+        return self.rows.gather(self, start, end)
+
+    def _kept(self) -> int:
+        """First padded position that a query at `seen` could see."""
+        return max(self.seen - self.window + 1, 0) if self.window else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, first position) of the keys that `update` returns for so many new tokens."""
+        start = self._kept()
+        return self.seen - start + query_length, start
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen if self._apart is None else self._apart.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """The window, or -1."""
+        return self.sliding_window or -1
+
+    def activate_past_recording(self) -> None:
+        """Keep positions outside the window until the next `crop`."""
+        self.rows.recording = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; `PagedCache.crop` does it for all layers at once."""
+        raise RuntimeError("crop the PagedCache, not one of its layers: they share block tables")
+
+    def reset(self) -> None:
+        """Forget this layer's tokens; `PagedCache.reset` also frees the blocks."""
+        self.seen, self._apart = 0, None
+
+    def offload(self) -> None:
+        """Blocks stay where they are."""
+
+    def prefetch(self) -> None:
+        """Blocks stay where they are."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder dense keys; block tables are reordered once, by `PagedCache.reorder_cache`."""
+        if self._apart is not None:
+            self._apart.reorder_cache(beam_idx)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _update_outside_graph(layer: PagedLayer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return layer.update(k, v)

@@ -1,0 +1,274 @@
+"""The rows of a `PagedCache`: sequences, padding, and the metadata of the current forward.
+
+transformers counts positions with the left padding of a batch, the pool stores none of it. `seen`
+is the padded length that all rows have in common; row b holds its own seen - pads[b] tokens, so its
+padded position p is stored position p - pads[b].
+
+Read first: pykvcache/cache.py, pykvcache/batch.py. Read next: pykvcache/hf/layer.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykvcache.allocator import BlockAllocator, OutOfBlocks
+from pykvcache.batch import Batch, Int64Array
+from pykvcache.cache import KVPool
+from pykvcache.metadata import AttentionMetadata
+
+if TYPE_CHECKING:
+    from pykvcache.hf.layer import PagedLayer
+
+FIRST_BLOCKS = 64  # of a pool that grows
+
+
+class Rows:
+    """One sequence per row of the batch, in every layer group.
+
+    Args:
+        pool: where the blocks are; several caches may share it.
+        windows: of each layer group, 0 = all positions.
+        max_length: padded length that no row will exceed, to size the pool; None = unknown.
+    """
+
+    def __init__(self, pool: KVPool, windows: Sequence[int], max_length: int | None = None) -> None:
+        self.pool, self.windows, self.max_length = pool, list(windows), max_length
+        self.seen = 0
+        self.recording = False
+        self.pads: list[int] | None = None  # None: no row has padding
+        self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
+        self._seqs: Int64Array | None = None
+        self._batch: Batch | None = None
+        self._revision = -1
+        self._announced = -1
+
+    def __del__(self) -> None:
+        self._free()
+
+    @property
+    def allocator(self) -> BlockAllocator:
+        """The pool's allocator; there is one from the first update on."""
+        assert self.pool.allocator is not None
+        return self.pool.allocator
+
+    @property
+    def seqs(self) -> Int64Array:
+        """Handles of the rows."""
+        assert self._seqs is not None
+        return self._seqs
+
+    def open(self, k: Tensor, v: Tensor) -> None:
+        """Size the pool for a first update with k [B, HKV, T, D] and v [B, HKV, T, Dv]."""
+        self.pool.open(k, v, self._wanted_blocks(k.shape[0], k.shape[2]))
+
+    def _wanted_blocks(self, batch: int, tokens: int) -> int:
+        """Blocks for all rows up to max_length; a windowed group holds the prompt or its window."""
+        if self.max_length is None:
+            return FIRST_BLOCKS
+        size, total = self.pool.block_size, 0
+        for pad in self.pads or [0] * batch:
+            prompt = -(-(tokens - pad) // size)
+            whole = -(-(max(self.max_length, tokens) - pad) // size)
+            later = (min(-(-w // size) + 2, whole) if w else whole for w in self.windows)
+            total += max(prompt * len(self.windows), sum(later))
+        return total
+
+    def announce(self, mask: Tensor | None) -> None:
+        """Take note of the 2D mask [B, seen + T] of the forward that begins.
+
+        Plain left padding is not stored from then on. After any other mask `announced` is False for
+        this forward, everything is stored and attention needs a dense mask.
+        """
+        self._announced = -1
+        if mask is None or mask.dim() != 2:
+            return
+        width = mask.shape[1]
+        real = mask if mask.dtype == torch.bool else mask != 0
+        first, count = real.to(torch.int8).argmax(1), real.sum(1)
+        pads = (width - count).tolist()
+        for row, start in enumerate(first.tolist()):
+            if start != pads[row] and pads[row] != width:
+                return
+        if self.seen > 0 and not self._extends(pads):
+            return
+        self.pads = pads if any(pads) else None
+        self._announced = width
+
+    def _extends(self, pads: list[int]) -> bool:
+        """Whether `pads` is what is known so far; rows of nothing but padding may get more."""
+        known = self.pads or [0] * len(pads)
+        return len(known) == len(pads) and all(
+            new == old or (old == self.seen and new > old)
+            for old, new in zip(known, pads, strict=True)
+        )
+
+    @property
+    def announced(self) -> bool:
+        """Whether the 2D mask of the current forward is plain left padding, as stored."""
+        return self._announced == self.seen
+
+    def expects(self, seen: int, tokens: int) -> bool:
+        """Whether a layer at `seen` that gets so many tokens is in step with the others."""
+        return seen == self.seen or seen + tokens == self.seen
+
+    def append(self, batch: int, tokens: int) -> None:
+        """Begin a forward: take blocks for `tokens` new positions, bring the metadata up to date.
+
+        Raises:
+            OutOfBlocks: a pool of fixed size is full; nothing has changed.
+            ValueError: the batch has another number of rows than before.
+        """
+        step = self._batch
+        if step is None:
+            step = self._start(batch)
+        elif batch != len(self.seqs):
+            raise ValueError(f"the cache holds {len(self.seqs)} rows but keys have {batch}")
+        end = self.seen + tokens
+        counts: int | list[int] = tokens
+        if self.pads is not None:
+            counts = [min(tokens, max(end - pad, 0)) for pad in self.pads]
+        while True:
+            try:
+                copies = step.step(counts, tokens, not self.recording)
+                break
+            except OutOfBlocks as error:
+                if not self.pool.growable:
+                    raise
+                total = self.pool.num_blocks
+                self.pool.grow(max(2 * total, total + error.needed))
+        for group, pairs in enumerate(copies):
+            if len(pairs):
+                self.pool.copy_blocks(group, torch.from_numpy(pairs))
+        self.seen = end
+        if step.revision != self._revision or self.pool.device.type != "cpu":
+            self._refresh(step)
+
+    def _start(self, batch: int) -> Batch:
+        self._seqs = self.allocator.allocate([0] * batch)
+        columns = -(-(self.max_length or 0) // self.pool.block_size)
+        self._batch = self.allocator.batch(self._seqs, windows=self.windows, columns=columns)
+        return self._batch
+
+    def _refresh(self, step: Batch) -> None:
+        device = self.pool.device
+        seq_lens = torch.from_numpy(step.seq_lens).to(device)
+        cu_seqlens_q = torch.from_numpy(step.cu_seqlens_q).to(device)
+        self.metadata = [
+            AttentionMetadata(
+                torch.from_numpy(table).to(device),
+                seq_lens,
+                cu_seqlens_q,
+                step.max_seqlen_q,
+                torch.from_numpy(slots).to(device),
+            )
+            for table, slots in zip(step.block_tables, step.slot_mappings, strict=True)
+        ]
+        self._revision = step.revision
+
+    def gather(self, layer: PagedLayer, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Dense keys and values of padded positions [start, end): [B, HKV, end - start, D | Dv].
+
+        Positions of padding, and those released, are zero.
+        """
+        pool, seqs = self.pool, self.seqs
+        k_cache, v_cache = pool.caches(layer.index)
+        device = k_cache.device
+        pads = np.array(self.pads or [0] * len(seqs), np.int64)
+        first_block = max(start - int(pads.max()), 0) // pool.block_size
+        skipped = first_block * pool.block_size
+        lengths = np.maximum(end - pads - skipped, 0)
+        table = self.allocator.block_table(seqs, layer.group)[:, first_block:]
+        ends = torch.from_numpy(lengths.cumsum())
+        packed_k, packed_v = pool.ops.gather_kv(
+            k_cache,
+            v_cache,
+            torch.from_numpy(np.ascontiguousarray(table)).to(device),
+            torch.from_numpy(lengths.astype(np.int32)).to(device),
+            torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32),
+            int(lengths.sum()),
+        )
+        position = torch.arange(start, end) - torch.from_numpy(pads)[:, None]  # [B, n], stored
+        index = (ends - torch.from_numpy(lengths))[:, None] + position - skipped
+        padding = (position < 0).to(device)
+        index = index.masked_fill(position < 0, 0).to(device)
+        return _pick(packed_k, index, padding, layer.dtype), _pick(
+            packed_v, index, padding, layer.dtype
+        )
+
+    def crop(self, remove: int) -> None:
+        """Forget the last `remove` positions, and what left the windows while recording.
+
+        Raises:
+            RuntimeError: positions that become visible again were released.
+        """
+        remove = min(remove, self.seen)
+        window = min((w for w in self.windows if w), default=0)
+        if remove and window and self.seen >= window and not self.recording:
+            raise RuntimeError(
+                "positions outside the sliding window are gone: call activate_past_recording() on "
+                "the cache before what is to be cropped"
+            )
+        end = self.seen - remove
+        lengths: int | list[int] = end
+        if self.pads is not None:
+            self.pads = [min(pad, end) for pad in self.pads]
+            lengths = [end - pad for pad in self.pads]
+        if remove:
+            self.allocator.truncate(self.seqs, lengths)
+        self.seen, self._announced = end, -1
+        for group, size in enumerate(self.windows):
+            if size and self.recording:
+                positions = np.asarray(lengths) - size + 1
+                self.allocator.release_before(self.seqs, positions, group)
+
+    def select(self, index: list[int]) -> None:
+        """New row i is row index[i]; blocks are shared and copied when written."""
+        if self._seqs is None or self._batch is None:
+            return
+        self._seqs = self.allocator.select(self._seqs, index)
+        self._batch.bind(self._seqs)
+        if self.pads is not None:
+            pads = self.pads
+            self.pads = [pads[i] for i in index]
+
+    def fork(self) -> Rows:
+        """Rows with the same tokens, sharing all blocks."""
+        copy = Rows(self.pool, self.windows, self.max_length)
+        copy.seen, copy.recording = self.seen, self.recording
+        copy.pads = None if self.pads is None else list(self.pads)
+        if self._seqs is not None:
+            copy._seqs = self.allocator.fork(self._seqs)
+            copy._batch = self.allocator.batch(copy._seqs, windows=self.windows)
+        return copy
+
+    def reset(self) -> None:
+        """Forget every row and give its blocks back."""
+        self._free()
+        self._seqs = self._batch = self.pads = None
+        self.seen, self._announced, self._revision = 0, -1, -1
+
+    def _free(self) -> None:
+        if self._seqs is not None and self.pool.allocator is not None:
+            self.pool.allocator.free(self._seqs)
+
+
+def packed(x: Tensor) -> Tensor:
+    """[B, H, T, D] as packed tokens [B * T, H, D], without a copy where strides allow."""
+    if x.requires_grad:
+        x = x.detach()
+    x = x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pick(packed_rows: Tensor, index: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """packed_rows [N, H, D] at index [B, n] as [B, H, n, D], zero where padding."""
+    if len(packed_rows) == 0:
+        shape = (*index.shape, *packed_rows.shape[1:])
+        return packed_rows.new_zeros(shape, dtype=dtype).transpose(1, 2)
+    dense = packed_rows[index].masked_fill(padding[..., None, None], 0)
+    return dense.to(dtype).transpose(1, 2).contiguous()
