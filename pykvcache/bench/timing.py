@@ -12,8 +12,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-Contender = Callable[[int], object]
+Contender = Callable[[int], Any]
 """Called with the running number of the call, by which it picks the copy of its data to touch."""
 
 MIN_SAMPLE_SECONDS = 5e-3
@@ -36,46 +37,72 @@ class Timing:
         cuts = statistics.quantiles(samples, n=10, method="inclusive")
         return cls(statistics.median(samples), cuts[0], cuts[-1], len(samples))
 
+    def over(self, count: int) -> Timing:
+        """The same timing for one of `count` equal parts of a call."""
+        return Timing(self.median / count, self.p10 / count, self.p90 / count, self.samples)
 
-def interleave(
-    contenders: Mapping[str, Contender],
-    seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time all contenders in turn, each round starting with another one.
 
-    Args:
-        contenders: by name.
-        seconds: stop after the first round that ends later than this (at least MIN_ROUNDS rounds).
-        clock: seconds; `time.process_time` for CPU time.
+def interleave(contenders: Mapping[str, Contender], seconds: float) -> dict[str, Timing]:
+    """Time short calls in turn, until a round ends later than `seconds` (and MIN_ROUNDS are done).
+
+    Contenders are warmed up; a sample is the mean of as many calls as fill MIN_SAMPLE_SECONDS.
     """
-    names = list(contenders)
-    calls = {name: _calls_per_sample(contenders[name], clock) for name in names}
-    numbers = dict.fromkeys(names, 0)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    calls = {name: _calls_per_sample(run) for name, run in contenders.items()}
+    numbers = dict.fromkeys(contenders, 0)
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
     started = time.perf_counter()
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
-        first = rounds % len(names)
-        for name in names[first:] + names[:first]:
+        for name in _turn_order(contenders, rounds):
             run, count, number = contenders[name], calls[name], numbers[name]
-            start = clock()
+            start = time.perf_counter()
             for call in range(number, number + count):
                 run(call)
-            samples[name].append((clock() - start) / count)
+            samples[name].append((time.perf_counter() - start) / count)
             numbers[name] = number + count
         rounds += 1
-    return {name: Timing.of(samples[name]) for name in names}
+    return {name: Timing.of(samples[name]) for name in contenders}
 
 
-def _calls_per_sample(run: Contender, clock: Callable[[], float]) -> int:
+def take_turns(
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time long calls in turn: `rounds` samples of one call each, without warming up.
+
+    Args:
+        contenders: by name.
+        rounds: samples of each contender.
+        clock: seconds; `time.process_time` for CPU time.
+        advance: called after each sample.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in _turn_order(contenders, number):
+            start = clock()
+            contenders[name](number)
+            samples[name].append(clock() - start)
+            advance()
+    return {name: Timing.of(samples[name]) for name in contenders}
+
+
+def _turn_order(contenders: Mapping[str, Contender], number: int) -> list[str]:
+    """Names, each round starting with the next one."""
+    names = list(contenders)
+    first = number % len(names)
+    return names[first:] + names[:first]
+
+
+def _calls_per_sample(run: Contender) -> int:
     """Calls that fill a sample; running them also warms the contender up."""
     count = 1
     while True:
-        start = clock()
+        start = time.perf_counter()
         for call in range(count):
             run(call)
-        elapsed = clock() - start
+        elapsed = time.perf_counter() - start
         if elapsed >= MIN_SAMPLE_SECONDS:
             return count
         count = max(2 * count, int(1.2 * count * MIN_SAMPLE_SECONDS / max(elapsed, 1e-6)))

@@ -62,7 +62,7 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
 def _open_text(path: Path) -> Iterator[TextIO]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8", newline="") as file:
-        yield file  # type: ignore[misc]  # both openers return text in mode "rt"
+        yield file
 
 
 def _csv_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any]]:
