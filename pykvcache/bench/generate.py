@@ -126,7 +126,7 @@ def measure_step(
 
     STEP_TOKENS steps after a prompt of STEP_PROMPT tokens, whose prefill is counted with them.
     """
-    model = models.build_llama(256, 768, 2, 4, 2, 32_000)
+    model = models.build_llama(256, 768, 2, 4, 2, 4_096)
     inputs = models.random_prompts([STEP_PROMPT], model.config.vocab_size)
 
     def unpatched(_: int) -> None:

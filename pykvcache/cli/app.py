@@ -1,0 +1,27 @@
+"""The typer application: which commands there are."""
+
+from __future__ import annotations
+
+import typer
+
+from pykvcache.cli.demo import demo
+from pykvcache.cli.info import info
+
+app = typer.Typer(
+    name="pykvcache",
+    help="A block-paged KV cache for PyTorch and Hugging Face models.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def show_help(context: typer.Context) -> None:
+    """Print the commands when none was named."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command(epilog="Example: python -m pykvcache info --json")(info)
+app.command(epilog="Example: python -m pykvcache demo --batch 8 --plot blocks.png")(demo)

@@ -1,0 +1,95 @@
+"""`python -m pykvcache demo`: the same batch with and without pykvcache, compared."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pykvcache.bench import demo as bench
+from pykvcache.bench import tables
+from pykvcache.bench.progress import task_progress
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Name or folder of a causal model; a small random Llama.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts in the batch.")] = 16,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each prompt.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Chooses the prompt lengths.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a picture of the block map.")
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the figures; - = standard output.")
+    ] = None,
+) -> None:
+    """Generate for a batch of prompts unpatched, then patched, and compare.
+
+    Prompt lengths are those of real requests. Exit code 1 if tokens differ in float32.
+    """
+    if dtype not in bench.DTYPES:
+        raise typer.BadParameter(f"--dtype must be one of {', '.join(bench.DTYPES)}, got {dtype!r}")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'pykvcache[plot]'")
+    if importlib.util.find_spec("transformers") is None:
+        raise typer.BadParameter("demo needs transformers: pip install 'pykvcache[hf]'")
+    lengths = bench.prompt_lengths(batch, seed)
+    try:
+        loaded = bench.load_model(model, bench.DTYPES[dtype])
+        with task_progress("generating", 2 * max_new_tokens) as advance:
+            found = bench.compare(loaded, lengths, max_new_tokens, block_size, advance)
+    except (OSError, ValueError) as error:
+        prefix = f"--model {model}: " if model else ""
+        raise typer.BadParameter(prefix + str(error).partition("\n")[0]) from error
+    console = tables.open_console(stderr=json == "-")
+    console.print(demo_table(found))
+    console.print(verdict(found))
+    if plot is not None:
+        found.cache.plot(plot)
+        console.print(f"block map: {plot}")
+    if json is not None:
+        tables.save_json(json, [found.to_json() | {"dtype": dtype, "model": model}])
+    if found.difference is not None and dtype == "float32":
+        raise typer.Exit(1)
+
+
+def demo_table(found: bench.Comparison) -> Table:
+    """One line a run."""
+    lengths = found.prompt_lengths
+    title = (
+        f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens, "
+        f"{found.new_tokens} new tokens each"
+    )
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for column in ("seconds", "tokens/s", "KV MiB", "of it waste"):
+        table.add_column(column, justify="right")
+    runs = (("unpatched", found.unpatched, "padding"), ("patched", found.patched, "last blocks"))
+    for name, run, reason in runs:
+        table.add_row(
+            name,
+            f"{run.seconds:.2f}",
+            f"{run.tokens_per_second:.0f}",
+            f"{run.kv_bytes / 2**20:.2f}",
+            f"{100 * run.waste:.1f}% ({reason})",
+        )
+    return table
+
+
+def verdict(found: bench.Comparison) -> str:
+    """Whether the tokens are identical, and if not where they part."""
+    difference = found.difference
+    if difference is None:
+        return "tokens identical: yes"
+    return (
+        f"tokens identical: no; first at row {difference.row}, new token {difference.step}: "
+        f"{difference.unpatched_token} unpatched, {difference.patched_token} patched, "
+        f"logit margin {difference.margin:.3g}"
+    )
