@@ -470,3 +470,4 @@ def plan(
 
 _register()
 _tables = {backend: OpTable(backend) for backend in BACKENDS}
+_status("cpu")  # a compiled part that drifted from SCHEMAS fails here, at import
