@@ -21,9 +21,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-KERNEL_PACKAGES = sorted(
-    p.name for p in (ROOT / "kernels").iterdir() if (p / "__init__.py").exists()
-)
+OBJECTS = ROOT / "build" / "objects"  # kept for every kind of build, so that all are incremental
+KERNEL_PACKAGES = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py"))
 
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
@@ -135,21 +134,12 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        build_dir = self.object_dir() / ext.name
+        build_dir = OBJECTS / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
         write_ninja(build_dir, target)
         command = [*ninja_command(), "-C", str(build_dir), f"-j{max_jobs()}"]
         if subprocess.call(command) != 0:
             raise SystemExit("pykvcache: the C++ build failed; the compiler's message is above")
-
-    def object_dir(self) -> Path:
-        """Where objects are kept; a fixed place for in-place builds, so that they are incremental.
-
-        An editable install is one too, but setuptools gives it a new temporary folder each time.
-        """
-        in_place = self.inplace or getattr(self, "editable_mode", False)
-        folder = ROOT / "build" / "inplace" if in_place else Path(self.build_temp)
-        return folder.resolve()
 
 
 def ninja_command() -> list[str]:
