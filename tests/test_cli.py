@@ -1,0 +1,168 @@
+"""The command line: what it prints, its JSON, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pykvcache import cli, ops
+from pykvcache.bench import demo as bench_demo
+from pykvcache.bench import models
+
+TINY = ("--batch", "3", "--max-new-tokens", "4")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pykvcache", *arguments])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own model is too large for a unit test."""
+    monkeypatch.setattr(
+        bench_demo,
+        "load_model",
+        lambda name, dtype: models.build_llama(32, 64, 2, 4, 2, 128, dtype),
+    )
+
+
+def test_module_runs_as_a_program(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pykvcache", "info"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert f"torch              {torch.__version__}" in result.stdout
+
+
+def test_info_names_every_backend_and_its_state(run) -> None:
+    code, out, _ = run("info")
+    assert code == 0
+    for name, status in ops.backends().items():
+        assert f"backend {name}" in out
+        assert status.split(";")[0] in out
+
+
+def test_info_json(run) -> None:
+    code, out, _ = run("info", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["backends"] == ops.backends()
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_demo_compares_and_draws(run, tiny_model, tmp_path: Path) -> None:
+    picture = tmp_path / "blocks.png"
+    code, out, err = run("demo", *TINY, "--plot", str(picture))
+    assert code == 0
+    assert "tokens identical: yes" in out
+    assert "unpatched" in out and "patched" in out and "padding" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert err == ""  # no progress bar where there is no terminal
+
+
+def test_demo_json(run, tiny_model) -> None:
+    code, out, err = run("demo", *TINY, "--block-size", "8", "--json", "-")
+    saved = json.loads(out)
+    row = saved["results"][0]
+    assert code == 0
+    assert "tokens identical: yes" in err
+    assert row["identical"] is True and row["difference"] is None
+    assert len(row["prompt_lengths"]) == 3
+    assert row["stats"]["block_size"] == 8
+    bytes_a_token = row["stats"]["block_bytes"] // 8
+    longest = max(row["prompt_lengths"]) + 3
+    assert row["unpatched"]["kv_bytes"] == 3 * longest * bytes_a_token
+    blocks = sum(-(-(length + 3) // 8) for length in row["prompt_lengths"])
+    assert row["patched"]["kv_bytes"] == blocks * 8 * bytes_a_token
+    needed = sum(length + 3 for length in row["prompt_lengths"]) * bytes_a_token
+    for run_name in ("unpatched", "patched"):
+        waste = 1 - needed / row[run_name]["kv_bytes"]
+        assert row[run_name]["waste"] == pytest.approx(waste, abs=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "expected_code"), [("float32", 1), ("bfloat16", 0)])
+def test_demo_reports_tokens_that_differ(
+    run, tiny_model, monkeypatch: pytest.MonkeyPatch, dtype: str, expected_code: int
+) -> None:
+    generate = bench_demo._timed_generate
+
+    def spoil_patched(model, *arguments):
+        tokens, cache, seconds = generate(model, *arguments)
+        if "_pykvcache_patch" in vars(model):
+            tokens[1, -2] = (tokens[1, -2] + 1) % 128
+        return tokens, cache, seconds
+
+    monkeypatch.setattr(bench_demo, "_timed_generate", spoil_patched)
+    code, out, _ = run("demo", *TINY, "--dtype", dtype)
+    assert code == expected_code
+    assert "tokens identical: no; first at row 1, new token 2" in out
+    assert "logit margin" in out
+
+
+def test_demo_takes_a_model_from_a_folder(run, tmp_path: Path) -> None:
+    models.build_llama(32, 64, 1, 2, 1, 64).save_pretrained(tmp_path)
+    code, out, _ = run("demo", "--model", str(tmp_path), *TINY)
+    assert code == 0
+    assert "tokens identical: yes" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nonsense"], ["nonsense"]),
+        (["demo", "--bath", "3"], ["--bath"]),
+        (["demo", "--batch", "many"], ["--batch", "many"]),
+        (["demo", "--batch", "0"], ["--batch", "1"]),
+        (["demo", "--block-size", "0"], ["--block-size", "1"]),
+        (["demo", "--dtype", "int8"], ["--dtype", "float32", "int8"]),
+        (["demo", "--model", "/no/such/folder"], ["--model", "/no/such/folder"]),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("pykvcache: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_plot_without_matplotlib_says_what_to_install(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
+    )
+    code, _, err = run("demo", "--plot", "blocks.png")
+    assert code == 2
+    assert (
+        err == "pykvcache: Invalid value: --plot needs matplotlib: pip install 'pykvcache[plot]'\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["info", "demo"])
+def test_help_has_an_example(run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"Example: python -m pykvcache {command}" in out
