@@ -131,7 +131,7 @@ def test_demo_takes_a_model_from_a_folder(run, tmp_path: Path) -> None:
     [
         (["nonsense"], ["nonsense"]),
         (["demo", "--bath", "3"], ["--bath"]),
-        (["demo", "--batch", "many"], ["--batch", "many"]),
+        (["demo", "--batch", "many"], ["--batch", "integer"]),
         (["demo", "--batch", "0"], ["--batch", "1"]),
         (["demo", "--block-size", "0"], ["--block-size", "1"]),
         (["demo", "--dtype", "int8"], ["--dtype", "float32", "int8"]),
