@@ -7,6 +7,7 @@ table is the time of a decode step of a small model at batch 1. docs/measuring.m
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from pykvcache.bench import environment, tables
 from pykvcache.bench.generate import WORKLOADS, Result, measure, measure_step
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.timing import Timing
+from pykvcache.cli import run
 
 STEP_RUNS = 10
 
@@ -54,6 +56,10 @@ def step_table(timings: dict[str, Timing]) -> Table:
     return table
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     workload: Annotated[str, typer.Option(help="mixed, long, step or all.")] = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
@@ -94,4 +100,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run(app))

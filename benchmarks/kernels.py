@@ -7,6 +7,7 @@ be folded). docs/measuring.md has the method.
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ import typer
 from pykvcache.bench import cases, environment, tables
 from pykvcache.bench.kernels import Result, measure
 from pykvcache.bench.progress import task_progress
+from pykvcache.cli import run
 
 
 def integers(text: str) -> list[int]:
@@ -35,6 +37,10 @@ def chosen(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     threads: Annotated[str, typer.Option(help="Thread counts.")] = "1,2",
     block_sizes: Annotated[str, typer.Option(help="Block sizes.")] = "16,32,64",
@@ -72,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run(app))

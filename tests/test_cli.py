@@ -13,7 +13,9 @@ import torch
 from pykvcache import cli, ops
 from pykvcache.bench import demo as bench_demo
 from pykvcache.bench import models
+from pykvcache.bench.timing import WrongResult
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--batch", "3", "--max-new-tokens", "4")
 
 
@@ -145,6 +147,38 @@ def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str
     assert err.startswith("pykvcache: ") and err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("kernels", ["--threads", "two"], "positive integers"),
+        ("kernels", ["--heads", "mqa"], "--heads knows gqa, mha"),
+        ("generate", ["--workload", "short"], "mixed, long, step, all"),
+    ],
+)
+def test_wrong_arguments_of_benchmarks(module: str, arguments: list[str], words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert words in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_wrong_result_is_one_line_and_exit_code_1(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(*_: object) -> None:
+        raise WrongResult("decode is off by 0.5, allowed 0.1")
+
+    monkeypatch.setattr(bench_demo, "compare", compare)
+    monkeypatch.setattr(bench_demo, "load_model", lambda *_: None)
+    code, out, err = run("demo", *TINY)
+    assert (code, out) == (1, "")
+    assert err == "pykvcache: decode is off by 0.5, allowed 0.1\n"
 
 
 def test_plot_without_matplotlib_says_what_to_install(run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import pykvcache
 from pykvcache.bench import models
-from pykvcache.bench.timing import Timing, take_turns
+from pykvcache.bench.timing import Timing, WrongResult, take_turns
 
 NO_OP = "pykvcache_benchmark_no_op"
 CHECKED_ROWS, CHECKED_TOKENS = 4, 8
@@ -82,7 +82,7 @@ def measure(
     """Time the three variants in turns, `repeats` times; calls `advance` after each run.
 
     Raises:
-        RuntimeError: patched and unpatched tokens differ in float32; nothing was timed.
+        WrongResult: patched and unpatched tokens differ in float32; nothing was timed.
     """
     lengths = workload.prompt_lengths()
     model = models.build_llama(512, 1536, 8, 8, 2, 32_000, torch.bfloat16)
@@ -152,7 +152,7 @@ def generate(model: Any, inputs: dict[str, Any], new_tokens: int) -> Any:
 
 
 def check_tokens(model: Any, lengths: list[int], block_size: int) -> None:
-    """Raise RuntimeError unless a few short rows get the same tokens patched and unpatched."""
+    """Raise WrongResult unless a few short rows get the same tokens patched and unpatched."""
     dtype = model.dtype
     model.float()
     inputs = models.random_prompts(sorted(lengths)[:CHECKED_ROWS], model.config.vocab_size)
@@ -161,7 +161,7 @@ def check_tokens(model: Any, lengths: list[int], block_size: int) -> None:
         tokens = generate(model, inputs, CHECKED_TOKENS).sequences
     model.to(dtype)
     if not torch.equal(tokens, expected):
-        raise RuntimeError("patched and unpatched generate differ in float32; nothing was timed")
+        raise WrongResult("patched and unpatched generate differ in float32; nothing was timed")
 
 
 def register_no_op() -> None:

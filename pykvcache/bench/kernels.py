@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pykvcache import ops
 from pykvcache.bench import peaks
 from pykvcache.bench.cases import Case
-from pykvcache.bench.timing import Contender, Timing, interleave
+from pykvcache.bench.timing import Contender, Timing, WrongResult, interleave
 
 COLD_BYTES = 256 * 2**20
 CHECKED_QUERIES = 32
@@ -60,10 +60,6 @@ class Result:
             "peak": self.peak,
             "speedup": self.speedup,
         }
-
-
-class WrongResult(RuntimeError):
-    """A contender's output is not the reference's: its time means nothing."""
 
 
 class Workload:

@@ -21,6 +21,10 @@ MIN_SAMPLE_SECONDS = 5e-3
 MIN_ROUNDS = 3
 
 
+class WrongResult(RuntimeError):
+    """A contender's output is not what it must be, so its time means nothing."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds a call: median, 10th and 90th percentile of the samples."""

@@ -7,22 +7,38 @@ A wrong argument is one line on standard error and exit code 2.
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
 
 
 def main() -> int:
     """Run the command in sys.argv and return its exit code."""
+    from pykvcache.cli.app import app
+
+    return run(app)
+
+
+def run(app: typer.Typer) -> int:
+    """Run a typer application on sys.argv: 2 = wrong arguments, 1 = wrong result, 130 = Ctrl-C."""
     import typer
 
-    from pykvcache.cli.app import app
+    from pykvcache.bench.timing import WrongResult
 
     command = typer.main.get_command(app)
     try:
         return command(standalone_mode=False) or 0
     except (typer.Abort, KeyboardInterrupt):
-        print("pykvcache: interrupted", file=sys.stderr)
-        return 130
+        return _fail("interrupted", 130)
+    except WrongResult as error:
+        return _fail(str(error), 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors; which click depends on typer
             raise
-        print(f"pykvcache: {error.format_message()}", file=sys.stderr)
-        return 2
+        return _fail(error.format_message(), 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pykvcache: {message}", file=sys.stderr)
+    return code
