@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"reference", "checks", "errors", "pool_stats", "_C", "kernels"},
     {"allocator", "batch", "metadata", "ops"},
-    {"cache"},
+    {"cache", "plot"},
     {"attention"},
     {"hf", "engine"},
     {""},  # pykvcache/__init__.py: the names that users import
