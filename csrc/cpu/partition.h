@@ -97,7 +97,9 @@ class Partition {
     }
     for (whole.head_begin = 0; whole.head_begin < p.num_kv_heads; ++whole.head_begin) {
       whole.head_end = whole.head_begin + 1;
-      for (whole.q_begin = 0; whole.q_begin < q_len; whole.q_begin = whole.q_end) {
+      // Last tiles first: under a causal mask they see the most keys.
+      for (int64_t tile = (q_len - 1) / query_tile; tile >= 0; --tile) {
+        whole.q_begin = tile * query_tile;
         whole.q_end = std::min(whole.q_begin + query_tile, q_len);
         const int64_t rows = (whole.q_end - whole.q_begin) * group;
         const int64_t flops = 2 * rows * (p.head_dim + p.v_head_dim);

@@ -10,13 +10,13 @@ namespace pykvcache::KV_ISA {
 
 // What the modifications need to know of a panel's query rows.
 struct LaneLogits {
-  float slope[kPanel];      // ALiBi
-  float place[kPanel];      // of the query, from the tile's origin
+  float slope[kPanel];       // ALiBi
+  float place[kPanel];       // of the query, from the tile's origin
   int64_t bias_row[kPanel];  // element of bias[b, h, i, 0]
 };
 
-KV_INLINE bool has_plain_logits(const AttentionParams& p) {
-  return p.softcap == 0.0f && p.alibi_slopes == nullptr && p.bias.data == nullptr && p.scale > 0.0f;
+KV_INLINE bool has_plain_logits(const AttentionParams& p, float scale) {
+  return p.softcap == 0.0f && p.alibi_slopes == nullptr && p.bias.data == nullptr && scale > 0.0f;
 }
 
 KV_INLINE Vec gather_bias(const BiasView& bias, const int64_t* rows, int64_t position) {
@@ -35,7 +35,7 @@ constexpr float kLowestFloat = -3.402823466e38f;
 
 // Turns raw scores q . k into final logits in base 2. What was hidden (-inf) stays so.
 template <int C>
-KV_INLINE void modify_logits(const AttentionParams& p, const LaneLogits& lanes,
+KV_INLINE void modify_logits(const AttentionParams& p, float scale, const LaneLogits& lanes,
                              const TokenTile& tile, const TileRange& range, float* scores,
                              Vec (&tops)[C]) {
   for (int c = 0; c < C; ++c) tops[c] = broadcast(-kInfinity);
@@ -43,7 +43,7 @@ KV_INLINE void modify_logits(const AttentionParams& p, const LaneLogits& lanes,
     for (int c = 0; c < C; ++c) {
       float* at = scores + t * kPanel + c * kWidth;
       const Vec raw = load(at);
-      Vec logit = raw * broadcast(p.scale);
+      Vec logit = raw * broadcast(scale);
       if (p.softcap > 0.0f)
         logit = broadcast(p.softcap) * tanh(logit * broadcast(1.0f / p.softcap));
       if (p.alibi_slopes != nullptr)
@@ -52,7 +52,8 @@ KV_INLINE void modify_logits(const AttentionParams& p, const LaneLogits& lanes,
       if (p.bias.data != nullptr)
         logit = logit + gather_bias(p.bias, lanes.bias_row + c * kWidth, tile.positions[t]);
       Vec final = max(logit, broadcast(kLowestLogit)) * broadcast(kLog2e);
-      final = select_greater(broadcast(kLowestFloat), min(raw, logit), broadcast(-kInfinity), final);
+      final =
+          select_greater(broadcast(kLowestFloat), min(raw, logit), broadcast(-kInfinity), final);
       store(at, final);
       tops[c] = max(tops[c], final);
     }

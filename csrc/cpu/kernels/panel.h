@@ -4,21 +4,22 @@
 #pragma once
 
 #include "cpu/kernels/gemm.h"
+#include "cpu/kernels/pack.h"
 #include "cpu/kernels/softmax.h"
 
 namespace pykvcache::KV_ISA {
 
 struct Panel {
   int64_t first_row;
-  int64_t vecs;        // vectors that hold rows
-  bool fresh;          // no tile has been added yet: `out` is undefined
-  float* queries;      // [steps][kPanel] words
-  float* out;          // [Dv rounded up][kPanel]
-  float* max;          // [kPanel], running maximum of the scores in base 2; may lag
-  float* sum;          // [kPanel]
-  int32_t* low;        // [kPanel], first visible position of each row
-  int32_t* end;        // [kPanel], past the last one; not above low if the row sees nothing
-  int64_t seen_low;    // what any row sees
+  int64_t vecs;      // vectors that hold rows
+  bool fresh;        // no tile has been added yet: `out` is undefined
+  float* queries;    // [steps][kPanel] words
+  float* out;        // [Dv rounded up][kPanel]
+  float* max;        // [kPanel], running maximum of the scores in base 2; may lag
+  float* sum;        // [kPanel]
+  int32_t* low;      // [kPanel], first visible position of each row
+  int32_t* end;      // [kPanel], past the last one; not above low if the row sees nothing
+  int64_t seen_low;  // what any row sees
   int64_t seen_end;
   int64_t shared_low;  // what all rows see
   int64_t shared_end;
@@ -39,7 +40,7 @@ struct LaneLimits {
   float last[kPanel];
 };
 
-KV_INLINE LaneLimits lane_limits(const Panel& panel, int64_t origin) {
+KV_INLINE LaneLimits lane_limits(const Panel& panel, int32_t origin) {
   LaneLimits limits;
   for (int i = 0; i < kPanel; ++i) {
     limits.low[i] = static_cast<float>(panel.low[i] - origin);
@@ -49,14 +50,16 @@ KV_INLINE LaneLimits lane_limits(const Panel& panel, int64_t origin) {
 }
 
 // scores[t] = keys[t] . queries for the tokens of `range`, hidden ones -inf; tops = their maxima.
-// keys: [tokens] rows of words; places: [tokens], positions from the limits' origin.
+// keys: [tokens] rows of `steps` words.
 template <class Words, int C>
-KV_INLINE void score_tokens(const Panel& panel, const float* const* keys, int64_t steps,
-                            const TileRange& range, const float* places, const LaneLimits& limits,
+KV_INLINE void score_tokens(const Panel& panel, const TokenTile& tile, const TileRange& range,
+                            const float* const* keys, int64_t steps, Lookahead& ahead,
                             float* scores, Vec (&tops)[C]) {
+  const LaneLimits limits = lane_limits(panel, tile.origin);
   constexpr int R = kTileRows<C>;
   for (int c = 0; c < C; ++c) tops[c] = broadcast(-kInfinity);
   for (int64_t t = range.begin; t < range.end; t += R) {
+    ahead.step();
     Vec acc[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -65,11 +68,13 @@ KV_INLINE void score_tokens(const Panel& panel, const float* const* keys, int64_
     multiply_rows<Words>(acc, keys + t, panel.queries, steps);
     if (t < range.open_begin || t + R > range.open_end) {
       for (int r = 0; r < R; ++r) {
-        const Vec place = broadcast(places[t + r]);
+        const Vec place = broadcast(tile.places[t + r]);
         for (int c = 0; c < C; ++c) {
           Vec& score = acc[r][c];
-          score = select_greater(load(limits.low + c * kWidth), place, broadcast(-kInfinity), score);
-          score = select_greater(place, load(limits.last + c * kWidth), broadcast(-kInfinity), score);
+          score =
+              select_greater(load(limits.low + c * kWidth), place, broadcast(-kInfinity), score);
+          score =
+              select_greater(place, load(limits.last + c * kWidth), broadcast(-kInfinity), score);
         }
       }
     }
@@ -106,8 +111,8 @@ KV_INLINE bool raise_maxima(const Panel& panel, const Vec (&tops)[C], float fact
   return raised;
 }
 
-// Replaces scores by the words of their weights 2^(factor * score - max), in place: weights of token
-// t go to row t / kPack. Adds the weights to the running sums.
+// Replaces scores by the words of their weights 2^(factor * score - max), in place: weights of
+// token t go to row t / kPack. Adds the weights to the running sums.
 template <class Words, int C>
 KV_INLINE void weigh_tokens(const Panel& panel, const TileRange& range, float factor,
                             float* scores) {
@@ -149,7 +154,8 @@ KV_INLINE void add_values(const Panel& panel, const float* values, int64_t strid
         if (raised) acc[r][c] = acc[r][c] * shrink[c];
       }
     }
-    multiply_columns<Words>(acc, values + first * stride + d, stride, weights + first * kPanel, steps);
+    multiply_columns<Words>(acc, values + first * stride + d, stride, weights + first * kPanel,
+                            steps);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8

@@ -1,55 +1,23 @@
-// Attention of a few queries of one KV head, with any option of the contract and at any query length:
-// query tokens times the G query heads of the KV head are rows, rows are lanes of panels (panel.h),
-// and the keys they see pass by in tiles under an online softmax. Read gemm.h and panel.h first.
+// Attention of a few queries of one KV head, with any option of the contract and at any query
+// length: query tokens times the G query heads of the KV head are rows, rows are lanes of panels
+// (panel.h), and the keys they see pass by in tiles under an online softmax. Read gemm.h and
+// panel.h first.
 #include "cpu/kernels.h"
 #include "cpu/kernels/logits.h"
 #include "cpu/kernels/pack.h"
 #include "cpu/kernels/panel.h"
+#include "cpu/kernels/prefill_layout.h"
 #include "cpu/visible.h"
 
 namespace pykvcache::KV_ISA {
 namespace {
 
-constexpr int64_t kQueryRows = 256;
-constexpr int64_t kAlignment = 64;
-
-// A function of the layer's shape alone, so that a row's results depend on no other row of the
-// batch. Wide heads take fewer rows to stay in the L2 cache.
-int64_t queries_per_item(const AttentionParams& p) {
-  const int64_t rows = p.head_dim + p.v_head_dim <= 256 ? kQueryRows : kQueryRows / 2;
-  return max_of<int64_t>(1, rows * p.num_kv_heads / p.num_heads);
-}
-
-// Scratch memory of an item, in words.
-struct Layout {
-  int64_t steps;         // words of a row of K or of q
-  int64_t tile_tokens;   // tokens of a tile
-  int64_t key_stride;    // keys [tile_tokens][key_stride]
-  int64_t value_stride;  // values [kTileSteps][value_stride]
-  int64_t out_rows;      // of a panel's out [out_rows][kPanel]
-  int64_t panels;
-
-  Layout(const AttentionParams& p, int64_t pack)
-      : steps(ceil_div(p.head_dim, pack)),
-        tile_tokens(kTileSteps * pack),
-        key_stride(round_up(steps, kWidth) + kRowGap),
-        value_stride(round_up(p.v_head_dim, kMaxTileRows) + kRowGap),
-        out_rows(round_up(p.v_head_dim, max_of(kWidth, kMaxTileRows))),
-        panels(ceil_div(queries_per_item(p) * (p.num_heads / p.num_kv_heads), kPanel)) {}
-
-  int64_t staging_stride() const { return max_of(key_stride, out_rows); }
-  int64_t panel_words() const { return kPanel * (steps + out_rows + 4); }
-  int64_t words() const {
-    return tile_tokens * (key_stride + kPanel) + kTileSteps * value_stride +
-           kWidth * staging_stride() + panels * panel_words();
-  }
-};
-
 // The panels of one item and the tile of tokens that passes by.
 template <class Words>
 class QueryTile {
  public:
-  QueryTile(const AttentionParams& p, const AttentionItem& item, Panel* panels, float* scratch);
+  QueryTile(const AttentionParams& p, const AttentionItem& item, const Layout& layout,
+            const Scratch& scratch);
   void run();
 
  private:
@@ -61,63 +29,76 @@ class QueryTile {
   int64_t rows_of(const Panel& panel) const {
     return min_of<int64_t>(kPanel, rows_ - panel.first_row);
   }
-  Side side(const CacheView& cache, const ScaleView& scale, int64_t width) const {
-    const int32_t* blocks = p_.block_table + item_.row * p_.block_table_stride;
-    return {cache, scale, blocks, p_.block_size, item_.head_begin, width};
-  }
+  const int32_t* blocks() const { return p_.block_table + item_.row * p_.block_table_stride; }
 
-  void place_panel(Panel& panel, int64_t index, float* words);
+  void place_panel(Panel& panel, int64_t index);
   void load_queries(const Panel& panel);
-  bool take_tile(TokenCursor& cursor);
-  int64_t find_token(int64_t position) const;
   void attend(Panel& panel);
   template <int C>
   void attend(Panel& panel, const TileRange& range);
   LaneLogits lane_logits(const Panel& panel) const;
-  void store_results(const Panel& panel);
+  void finish(const Panel& panel);
+  void store_lse(int64_t row, float lse) const;
+  void store_out(int64_t row, const float* out) const;
 
   const AttentionParams& p_;
   const AttentionItem& item_;
-  const Layout layout_;
+  const Layout& layout_;
+  const Scratch& scratch_;
   const int64_t group_, rows_, first_token_, q_len_, seq_len_;
-  int64_t num_panels_;
-  Panel* panels_;
-  float *keys_, *values_, *scores_, *staging_;
-  TokenTile tile_;
-  const float* key_rows_[kMaxTileTokens];
-  bool values_packed_ = false;
+  const int64_t num_panels_;
+  const Side key_side_, value_side_;
+  const float scale_;  // of q . k
+  const TokenTile* tile_ = nullptr;
+  const float* keys_[kMaxTileTokens];
+  Lookahead ahead_;
 };
 
 template <class Words>
-QueryTile<Words>::QueryTile(const AttentionParams& p, const AttentionItem& item, Panel* panels,
-                            float* scratch)
+QueryTile<Words>::QueryTile(const AttentionParams& p, const AttentionItem& item,
+                            const Layout& layout, const Scratch& scratch)
     : p_(p),
       item_(item),
-      layout_(p, Words::kPack),
+      layout_(layout),
+      scratch_(scratch),
       group_(p.num_heads / p.num_kv_heads),
       rows_((item.q_end - item.q_begin) * group_),
       first_token_(p.cu_seqlens_q[item.row]),
       q_len_(p.cu_seqlens_q[item.row + 1] - first_token_),
       seq_len_(p.seq_lens[item.row]),
       num_panels_(ceil_div(rows_, kPanel)),
-      panels_(panels) {
-  keys_ = scratch;
-  values_ = keys_ + layout_.tile_tokens * layout_.key_stride;
-  scores_ = values_ + kTileSteps * layout_.value_stride;
-  staging_ = scores_ + layout_.tile_tokens * kPanel;
-  float* words = staging_ + kWidth * layout_.staging_stride();
+      key_side_{p.k, p.k_scale, blocks(), p.block_size, item.head_begin, p.head_dim},
+      value_side_{p.v, p.v_scale, blocks(), p.block_size, item.head_begin, p.v_head_dim},
+      scale_(p.scale * head_scale(key_side_)),
+      ahead_(key_side_, value_side_, ceil_div(kTileRows<kPanelVecs>, num_panels_)) {}
+
+template <class Words>
+void QueryTile<Words>::run() {
   for (int64_t i = 0; i < num_panels_; ++i) {
-    place_panel(panels_[i], i, words + i * layout_.panel_words());
-    load_queries(panels_[i]);
+    place_panel(scratch_.panels[i], i);
+    load_queries(scratch_.panels[i]);
   }
+  TokenCursor cursor(p_, item_.row, item_.kv_begin, item_.kv_end);
+  TokenTile tiles[2];
+  tiles[0].take(cursor, layout_.tile_tokens);
+  for (int current = 0; tiles[current].count > 0; current = 1 - current) {
+    TokenTile& next = tiles[1 - current];
+    next.take(cursor, layout_.tile_tokens);
+    ahead_.restart(next);
+    tile_ = &tiles[current];
+    find_keys<Words>(key_side_, *tile_, scratch_.keys, layout_.key_stride, keys_);
+    pack_values<Words>(value_side_, *tile_, scratch_.values, layout_.value_stride);
+    for (int64_t i = 0; i < num_panels_; ++i) attend(scratch_.panels[i]);
+  }
+  for (int64_t i = 0; i < num_panels_; ++i) finish(scratch_.panels[i]);
 }
 
 template <class Words>
-void QueryTile<Words>::place_panel(Panel& panel, int64_t index, float* words) {
+void QueryTile<Words>::place_panel(Panel& panel, int64_t index) {
   panel.first_row = index * kPanel;
   panel.vecs = ceil_div(rows_of(panel), kWidth);
   panel.fresh = true;
-  panel.queries = words;
+  panel.queries = scratch_.panel_words + index * layout_.panel_words();
   panel.out = panel.queries + layout_.steps * kPanel;
   panel.max = panel.out + layout_.out_rows * kPanel;
   panel.sum = panel.max + kPanel;
@@ -145,18 +126,18 @@ template <class Words>
 void QueryTile<Words>::load_queries(const Panel& panel) {
   const int64_t stride = layout_.staging_stride();
   for (int64_t c = 0; c < panel.vecs; ++c) {
-    clear_words(staging_, kWidth * stride);
+    clear_words(scratch_.staging, kWidth * stride);
     for (int64_t i = 0; i < kWidth; ++i) {
       const int64_t row = panel.first_row + c * kWidth + i;
       if (row >= rows_) break;
-      const int64_t element = (first_token_ + query_of(row)) * p_.q_stride_token +
-                              head_of(row) * p_.q_stride_head;
+      const int64_t element =
+          (first_token_ + query_of(row)) * p_.q_stride_token + head_of(row) * p_.q_stride_head;
       convert_row(static_cast<const char*>(p_.q) + element * element_size(p_.q_dtype), p_.q_dtype,
-                  {}, p_.head_dim, reinterpret_cast<Element*>(staging_ + i * stride));
+                  {}, p_.head_dim, reinterpret_cast<Element*>(scratch_.staging + i * stride));
     }
     for (int64_t step = 0; step < layout_.steps; step += kWidth) {
       Vec words[kWidth];
-      for (int i = 0; i < kWidth; ++i) words[i] = load(staging_ + i * stride + step);
+      for (int i = 0; i < kWidth; ++i) words[i] = load(scratch_.staging + i * stride + step);
       transpose(words);
       const int64_t steps = min_of<int64_t>(kWidth, layout_.steps - step);
       for (int64_t i = 0; i < steps; ++i)
@@ -165,42 +146,10 @@ void QueryTile<Words>::load_queries(const Panel& panel) {
   }
 }
 
-// The next tokens of the row, with their keys packed; false at the end.
-template <class Words>
-bool QueryTile<Words>::take_tile(TokenCursor& cursor) {
-  tile_.count =
-      cursor.take(layout_.tile_tokens, tile_.positions, tile_.k_offsets, tile_.v_offsets);
-  if (tile_.count == 0) return false;
-  tile_.padded = round_up(tile_.count, kMaxTileRows);
-  tile_.origin = tile_.positions[0];
-  for (int64_t i = 0; i < tile_.padded; ++i)
-    tile_.places[i] = i < tile_.count ? static_cast<float>(tile_.positions[i] - tile_.origin)
-                                      : kInfinity;
-  find_keys<Words>(side(p_.k, p_.k_scale, p_.head_dim), tile_, keys_, layout_.key_stride, key_rows_);
-  pack_values<Words>(side(p_.v, p_.v_scale, p_.v_head_dim), tile_, values_, layout_.value_stride);
-  return true;
-}
-
-// Index of the first token of the tile at or past `position`.
-template <class Words>
-int64_t QueryTile<Words>::find_token(int64_t position) const {
-  int64_t low = 0, high = tile_.count;
-  const bool has_holes = tile_.positions[high - 1] - tile_.origin != high - 1;
-  if (!has_holes) return max_of<int64_t>(0, min_of(position - tile_.origin, high));
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (tile_.positions[middle] < position)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 template <class Words>
 void QueryTile<Words>::attend(Panel& panel) {
-  TileRange range{find_token(panel.seen_low), find_token(panel.seen_end),
-                  find_token(panel.shared_low), find_token(panel.shared_end)};
+  TileRange range{tile_->find(panel.seen_low), tile_->find(panel.seen_end),
+                  tile_->find(panel.shared_low), tile_->find(panel.shared_end)};
   if (range.begin >= range.end) return;
   range.begin = range.begin / kMaxTileRows * kMaxTileRows;
   range.end = round_up(range.end, kMaxTileRows);
@@ -220,17 +169,16 @@ template <class Words>
 template <int C>
 void QueryTile<Words>::attend(Panel& panel, const TileRange& range) {
   Vec tops[C], shrink[C];
-  score_tokens<Words>(panel, key_rows_, layout_.steps, range, tile_.places,
-                      lane_limits(panel, tile_.origin), scores_, tops);
-  float factor = p_.scale * kLog2e;
-  if (!has_plain_logits(p_)) {
-    modify_logits(p_, lane_logits(panel), tile_, range, scores_, tops);
+  score_tokens<Words>(panel, *tile_, range, keys_, layout_.steps, ahead_, scratch_.scores, tops);
+  float factor = scale_ * kLog2e;
+  if (!has_plain_logits(p_, scale_)) {
+    modify_logits(p_, scale_, lane_logits(panel), *tile_, range, scratch_.scores, tops);
     factor = 1.0f;
   }
   const bool raised = raise_maxima(panel, tops, factor, shrink);
-  weigh_tokens<Words, C>(panel, range, factor, scores_);
-  add_values<Words>(panel, values_, layout_.value_stride, p_.v_head_dim, range, scores_, raised,
-                    shrink);
+  weigh_tokens<Words, C>(panel, range, factor, scratch_.scores);
+  add_values<Words>(panel, scratch_.values, layout_.value_stride, p_.v_head_dim, range,
+                    scratch_.scores, raised, shrink);
   panel.fresh = false;
 }
 
@@ -240,102 +188,77 @@ LaneLogits QueryTile<Words>::lane_logits(const Panel& panel) const {
   for (int64_t i = 0; i < kPanel; ++i) {
     const int64_t row = panel.first_row + min_of(i, rows_of(panel) - 1);
     lanes.slope[i] = p_.alibi_slopes != nullptr ? p_.alibi_slopes[head_of(row)] : 0.0f;
-    lanes.place[i] = static_cast<float>(position_of(row) - tile_.origin);
+    lanes.place[i] = static_cast<float>(position_of(row) - tile_->origin);
     lanes.bias_row[i] = item_.row * p_.bias.stride_batch + head_of(row) * p_.bias.stride_head +
                         query_of(row) * p_.bias.stride_query;
   }
   return lanes;
 }
 
-template <class To>
-void store_row(const float* from, int64_t n, void* to, int64_t element) {
-  convert_row(from, {}, n, static_cast<To*>(to) + element);
-}
-
+// Normalises a panel's sums and writes them back as rows.
 template <class Words>
-void QueryTile<Words>::store_results(const Panel& panel) {
+void QueryTile<Words>::finish(const Panel& panel) {
   const int64_t stride = layout_.staging_stride();
-  const bool is_partial = item_.partial_out != nullptr;
+  const bool has_sinks = p_.sinks != nullptr && item_.partial_out == nullptr;
   if (panel.fresh) clear_words(panel.out, layout_.out_rows * kPanel);
   for (int64_t c = 0; c < panel.vecs; ++c) {
-    float scales[kWidth];
     const int64_t first_row = panel.first_row + c * kWidth;
     const int64_t rows = min_of<int64_t>(kWidth, rows_ - first_row);
-    const int64_t first_out = is_partial ? 0 : first_token_;
-    const auto out_index = [&](int64_t row) {
-      return (first_out + query_of(row)) * p_.num_heads + head_of(row);
-    };
-    float* lse = is_partial ? item_.partial_lse : p_.lse;
-    for (int64_t i = 0; i < kWidth; ++i) {
-      const int64_t row = first_row + min_of(i, rows - 1);
-      const bool has_sink = p_.sinks != nullptr && !is_partial;
-      const Normalizer normal = normalize(panel.max[c * kWidth + i], panel.sum[c * kWidth + i],
-                                          has_sink ? p_.sinks + head_of(row) : nullptr);
-      scales[i] = normal.scale;
-      if (i < rows) lse[out_index(row)] = normal.lse;
+    float scales[kWidth] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = first_row + i, lane = c * kWidth + i;
+      const Normalizer normal = normalize(panel.max[lane], panel.sum[lane],
+                                          has_sinks ? p_.sinks + head_of(row) : nullptr);
+      scales[i] = normal.scale * head_scale(value_side_);
+      store_lse(row, normal.lse);
     }
     for (int64_t d = 0; d < p_.v_head_dim; d += kWidth) {
       Vec columns[kWidth];
       for (int i = 0; i < kWidth; ++i)
         columns[i] = load(panel.out + (d + i) * kPanel + c * kWidth) * load(scales);
       transpose(columns);
-      for (int i = 0; i < kWidth; ++i) store(staging_ + i * stride + d, columns[i]);
+      for (int i = 0; i < kWidth; ++i) store(scratch_.staging + i * stride + d, columns[i]);
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t element = out_index(first_row + i) * p_.v_head_dim;
-      const float* from = staging_ + i * stride;
-      if (is_partial || p_.q_dtype == DType::kFloat32)
-        store_row<float>(from, p_.v_head_dim, is_partial ? item_.partial_out : p_.out, element);
-      else if (p_.q_dtype == DType::kFloat16)
-        store_row<Float16>(from, p_.v_head_dim, p_.out, element);
-      else
-        store_row<BFloat16>(from, p_.v_head_dim, p_.out, element);
-    }
+    for (int64_t i = 0; i < rows; ++i) store_out(first_row + i, scratch_.staging + i * stride);
   }
 }
 
 template <class Words>
-void QueryTile<Words>::run() {
-  TokenCursor cursor(p_, item_.row, item_.kv_begin, item_.kv_end);
-  while (take_tile(cursor))
-    for (int64_t i = 0; i < num_panels_; ++i) attend(panels_[i]);
-  for (int64_t i = 0; i < num_panels_; ++i) store_results(panels_[i]);
+void QueryTile<Words>::store_lse(int64_t row, float lse) const {
+  if (item_.partial_lse != nullptr)
+    item_.partial_lse[query_of(row) * p_.num_heads + head_of(row)] = lse;
+  else
+    p_.lse[(first_token_ + query_of(row)) * p_.num_heads + head_of(row)] = lse;
 }
 
-// Whether words are pairs of bf16: rounding K, V and the weights to it is as exact as the inputs.
-bool uses_bf16_words([[maybe_unused]] const AttentionParams& p) {
-#ifdef __AVX512BF16__
-  const auto fits = [](DType dtype) {
-    return dtype == DType::kBFloat16 || dtype == DType::kFloat8E4M3;
-  };
-  return p.q_dtype == DType::kBFloat16 && fits(p.k.dtype) && fits(p.v.dtype);
-#else
-  return false;
-#endif
+template <class Words>
+void QueryTile<Words>::store_out(int64_t row, const float* out) const {
+  const int64_t width = p_.v_head_dim;
+  const int64_t partial = (query_of(row) * p_.num_heads + head_of(row)) * width;
+  const int64_t whole = partial + first_token_ * p_.num_heads * width;
+  if (item_.partial_out != nullptr)
+    convert_row(out, {}, width, item_.partial_out + partial);
+  else if (p_.q_dtype == DType::kFloat32)
+    convert_row(out, {}, width, static_cast<float*>(p_.out) + whole);
+  else if (p_.q_dtype == DType::kFloat16)
+    convert_row(out, {}, width, static_cast<Float16*>(p_.out) + whole);
+  else
+    convert_row(out, {}, width, static_cast<BFloat16*>(p_.out) + whole);
 }
 
 }  // namespace
 
 int64_t prefill_query_tile(const AttentionParams& p) { return queries_per_item(p); }
 
-int64_t prefill_scratch_bytes(const AttentionParams& p) {
-  const Layout layout(p, uses_bf16_words(p) ? 2 : 1);
-  const int64_t panels = layout.panels * static_cast<int64_t>(sizeof(Panel));
-  return kAlignment + round_up(panels, kAlignment) +
-         layout.words() * static_cast<int64_t>(sizeof(float));
-}
+int64_t prefill_scratch_bytes(const AttentionParams& p) { return Layout(p).bytes(); }
 
 void prefill(const AttentionParams& p, const AttentionItem& item, void* scratch) {
-  const Layout layout(p, uses_bf16_words(p) ? 2 : 1);
-  char* aligned = static_cast<char*>(scratch);
-  aligned += -reinterpret_cast<uintptr_t>(aligned) % kAlignment;
-  Panel* panels = reinterpret_cast<Panel*>(aligned);
-  float* words = reinterpret_cast<float*>(
-      aligned + round_up(layout.panels * static_cast<int64_t>(sizeof(Panel)), kAlignment));
+  const Layout layout(p);
+  const Scratch parts(layout, scratch);
 #ifdef __AVX512BF16__
-  if (uses_bf16_words(p)) return QueryTile<Bf16Words>(p, item, panels, words).run();
+  if (uses_bf16_words(p)) return QueryTile<Bf16Words>(p, item, layout, parts).run();
 #endif
-  QueryTile<Fp32Words>(p, item, panels, words).run();
+  QueryTile<Fp32Words>(p, item, layout, parts).run();
 }
 
 }  // namespace pykvcache::KV_ISA
