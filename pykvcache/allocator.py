@@ -8,6 +8,7 @@ with allocator.h); here arguments are checked and results become numpy arrays, w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,7 @@ class BlockAllocator:
         self._core: _C.Allocator = _load_core().Allocator(num_blocks, block_size, layers)
         self._block_size = block_size
         self._layers = layers
+        self._no_copies = [np.empty((0, 2), np.int64)] * len(layers)
 
     @property
     def block_size(self) -> int:
@@ -116,7 +118,7 @@ class BlockAllocator:
 
     @property
     def peak(self) -> int:
-        """Most blocks that were in use at once."""
+        """Most blocks that were in use at once; ids that were ever given out are below it."""
         return self._core.peak()
 
     def allocate(self, lengths: ArrayLike) -> Int64Array:
@@ -135,7 +137,7 @@ class BlockAllocator:
         """
         copies = self._core.append(int_argument("seqs", seqs), int_argument("counts", counts))
         if copies is None:
-            return [np.empty((0, 2), np.int64) for _ in self._layers]
+            return list(self._no_copies)
         return [_int64(pairs).reshape(-1, 2) for pairs in copies]
 
     def reserve(self, seqs: ArrayLike, capacities: ArrayLike) -> None:
@@ -226,7 +228,7 @@ class BlockAllocator:
             windows, chunks: what each group still reads of the past, see `Batch.set_reach()`.
             columns: width of the block tables to begin with; they grow when a row needs more.
         """
-        return Batch(self._core, self.groups, np.asarray(seqs, np.int64), windows, chunks, columns)
+        return Batch(self._core, self.groups, seqs, windows, chunks, columns)
 
     def stats(self) -> PoolStats:
         """Where the slots of the pool are. Walks all tables: not for every step."""
@@ -253,13 +255,9 @@ class BlockAllocator:
 
     def clone(self) -> BlockAllocator:
         """An independent copy, in which all handles mean the same sequences."""
-        copy = BlockAllocator.__new__(BlockAllocator)
-        copy._core, copy._block_size, copy._layers = (
-            self._core.clone(),
-            self._block_size,
-            self._layers,
-        )
-        return copy
+        clone = copy.copy(self)
+        clone._core = self._core.clone()
+        return clone
 
     def __repr__(self) -> str:
         return (

@@ -30,16 +30,18 @@ def int_argument(name: str, values: Any) -> IntArgument:
 
     Raises TypeError if `values` are not integers and ValueError if they have several dimensions.
     """
-    if isinstance(values, (list, tuple, int)):
+    if type(values) is np.ndarray and values.dtype is _INT64 and values.ndim == 1:
+        return values.tobytes()
+    if isinstance(values, (int, list, tuple)):
         return values
-    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    array = np.asarray(values)
     if array.dtype is not _INT64:
         if array.dtype.kind not in "iu" or array.dtype == np.uint64:
             raise TypeError(f"{name} must be integers, got {array.dtype}")
         array = array.astype(np.int64)
-    if array.ndim != 1:
-        if array.ndim == 0:
-            return int(array)
+    if array.ndim == 0:
+        return int(array)
+    if array.ndim > 1:
         raise ValueError(f"{name} must have one dimension, got shape {list(array.shape)}")
     return array.tobytes()
 
@@ -64,7 +66,7 @@ class Batch:
         self,
         core: _C.Allocator,
         groups: int,
-        seqs: Int64Array,
+        seqs: ArrayLike,
         windows: Sequence[int],
         chunks: Sequence[int],
         columns: int,
@@ -98,8 +100,8 @@ class Batch:
 
     def bind(self, seqs: ArrayLike) -> None:
         """Make `seqs` the rows of the next steps; rows that stay are not written anew."""
+        self._core.bind(int_argument("seqs", seqs))
         self.seqs: Int64Array = np.array(seqs, np.int64).reshape(-1)
-        self._core.bind(self.seqs.tobytes())
 
     def step(self, counts: ArrayLike = 1, width: int = 0, release: bool = True) -> list[Int64Array]:
         """Append `counts` tokens to the rows and bring all arrays up to date.
@@ -137,21 +139,22 @@ class Batch:
             self._columns = max(columns, 3 * self._columns // 2, 16)
         self._capacity = max(tokens, self._capacity)
         shape = (rows, self._columns)
-        self.block_tables = tuple(np.full(shape, -1, np.int32) for _ in range(self._groups))
-        self._slots = tuple(np.empty(self._capacity, np.int64) for _ in range(self._groups))
-        self.seq_lens = np.zeros(rows, np.int32)
-        self.cu_seqlens_q = np.zeros(rows + 1, np.int32)
+        tables = tuple(np.full(shape, -1, np.int32) for _ in range(self._groups))
+        slots = tuple(np.empty(self._capacity, np.int64) for _ in range(self._groups))
+        seq_lens, cu_seqlens_q = np.zeros(rows, np.int32), np.zeros(rows + 1, np.int32)
+        self._arrays = (tables, slots, seq_lens, cu_seqlens_q)
         self._core.set_arrays(
-            tuple(table.ctypes.data for table in self.block_tables),
-            tuple(slots.ctypes.data for slots in self._slots),
-            self.seq_lens.ctypes.data,
-            self.cu_seqlens_q.ctypes.data,
+            tuple(table.ctypes.data for table in tables),
+            tuple(mapping.ctypes.data for mapping in slots),
+            seq_lens.ctypes.data,
+            cu_seqlens_q.ctypes.data,
             self._columns,
             self._capacity,
         )
+        self.block_tables, self.seq_lens, self.cu_seqlens_q = tables, seq_lens, cu_seqlens_q
         self._set_tokens(tokens)
 
     def _set_tokens(self, tokens: int) -> None:
         self.num_tokens = tokens
-        self.slot_mappings = tuple(slots[:tokens] for slots in self._slots)
+        self.slot_mappings = tuple(slots[:tokens] for slots in self._arrays[1])
         self.revision += 1

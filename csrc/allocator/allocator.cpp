@@ -75,14 +75,14 @@ void Allocator::check_available(int64_t needed, int64_t available, const char* o
 void Allocator::allocate(Ints lengths, int64_t* handles) {
   check_counts("allocate", "lengths", lengths, lengths.size(), kMaxInt32);
   int64_t needed = 0;
-  for (const int64_t length : lengths) needed += blocks_for(length) * groups();
+  for (const int64_t length : lengths) needed += block_size_.count(length) * groups();
   check_available(needed, pool_.num_free(), "allocate");
   store_.reserve(static_cast<int64_t>(lengths.size()));
   for (size_t row = 0; row < lengths.size(); ++row) {
     const uint32_t slot = store_.open();
     store_.sequence(slot).length = static_cast<int32_t>(lengths[row]);
     handles[row] = store_.sequence(slot).handle;
-    const int64_t blocks = blocks_for(lengths[row]);
+    const int64_t blocks = block_size_.count(lengths[row]);
     for (int32_t group = 0; group < groups(); ++group) {
       std::vector<int32_t>& table = store_.table(slot, group).blocks;
       table.resize(blocks);
@@ -93,14 +93,14 @@ void Allocator::allocate(Ints lengths, int64_t* handles) {
 
 void Allocator::copy_tables(uint32_t from, uint32_t to) {
   const int32_t length = store_.sequence(from).length;
-  const int64_t blocks = blocks_for(length);
+  const int64_t blocks = block_size_.count(length);
   store_.sequence(to).length = length;
   for (int32_t group = 0; group < groups(); ++group) {
     const Table& source = store_.table(from, group);
     Table& copy = store_.table(to, group);
     copy.dead = source.dead;
     copy.blocks.assign(source.blocks.begin(), source.blocks.begin() + blocks);
-    for (int64_t i = source.dead / block_size_; i < blocks; ++i) pool_.share(copy.blocks[i]);
+    for (int64_t i = block_size_.index(source.dead); i < blocks; ++i) pool_.share(copy.blocks[i]);
   }
   ++counters_.forks;
 }
@@ -154,7 +154,7 @@ void Allocator::drop_blocks(Table& table, int64_t begin, int64_t end) {
 void Allocator::drop_sequence(uint32_t slot) {
   for (int32_t group = groups() - 1; group >= 0; --group) {
     Table& table = store_.table(slot, group);
-    drop_blocks(table, table.dead / block_size_, static_cast<int64_t>(table.blocks.size()));
+    drop_blocks(table, block_size_.index(table.dead), static_cast<int64_t>(table.blocks.size()));
   }
   store_.close(slot);
 }
@@ -179,8 +179,8 @@ void Allocator::truncate(Ints handles, Ints lengths) {
                    store_.sequence(slots_[row]).length, " tokens");
     }
     for (int32_t group = 0; group < groups(); ++group) {
-      const int64_t kept_from =
-          int64_t{store_.table(slots_[row], group).dead} / block_size_ * block_size_;
+      const int32_t released = block_size_.index(store_.table(slots_[row], group).dead);
+      const int64_t kept_from = int64_t{released} * block_size_;
       if (lengths[row] > 0 && lengths[row] < kept_from) {
         bad_argument("truncate: lengths[", row, "] is ", lengths[row], ", but tokens below ",
                      kept_from, " of group ", group, " were released");
@@ -193,8 +193,8 @@ void Allocator::truncate(Ints handles, Ints lengths) {
     for (int32_t group = groups() - 1; group >= 0; --group) {
       Table& table = store_.table(slots_[row], group);
       const int64_t old_blocks = static_cast<int64_t>(table.blocks.size());
-      const int64_t blocks = blocks_for(length);
-      drop_blocks(table, std::max<int64_t>(blocks, table.dead / block_size_), old_blocks);
+      const int64_t blocks = block_size_.count(length);
+      drop_blocks(table, std::max<int64_t>(blocks, block_size_.index(table.dead)), old_blocks);
       table.dead = std::min(table.dead, length);
       table.blocks.resize(blocks);
       if (blocks < old_blocks) ++table.edits;
@@ -213,7 +213,7 @@ void Allocator::release_before(Ints handles, Ints positions, int64_t group) {
     Table& table = store_.table(slots_[row], static_cast<int32_t>(group));
     const int64_t dead = std::min<int64_t>(positions[row], store_.sequence(slots_[row]).length);
     if (dead <= table.dead) continue;
-    const int64_t begin = table.dead / block_size_, end = dead / block_size_;
+    const int64_t begin = block_size_.index(table.dead), end = block_size_.index(dead);
     drop_blocks(table, begin, end);
     std::fill(table.blocks.begin() + begin, table.blocks.begin() + end, -1);
     table.dead = static_cast<int32_t>(dead);
@@ -259,7 +259,7 @@ std::vector<int64_t> Allocator::pin_sequences(Ints handles) {
   for (const uint32_t slot : slots_) {
     for (int32_t group = 0; group < groups(); ++group) {
       const Table& table = store_.table(slot, group);
-      blocks.insert(blocks.end(), table.blocks.begin() + table.dead / block_size_,
+      blocks.insert(blocks.end(), table.blocks.begin() + block_size_.index(table.dead),
                     table.blocks.end());
     }
   }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "allocator/block_pool.h"
+#include "allocator/block_size.h"
 #include "allocator/sequences.h"
 
 namespace pykvcache {
@@ -104,7 +105,8 @@ class Allocator {
 
   void plan_append(Ints handles, Ints counts, std::span<const Reach> reach, const char* op);
   void plan_release(uint32_t slot, int32_t group, Reach reach);
-  void plan_writes(uint32_t slot, int32_t group, int32_t begin, int32_t end);
+  void plan_copy(uint32_t slot, int32_t group, int32_t index);
+  void plan_writes(Ints counts);
   void roll_back();
   Copies commit();
 
@@ -113,13 +115,12 @@ class Allocator {
   void drop_blocks(Table& table, int64_t begin, int64_t end);
   void drop_sequence(uint32_t slot);
   void copy_tables(uint32_t from, uint32_t to);
-  int64_t blocks_for(int64_t tokens) const { return (tokens + block_size_ - 1) / block_size_; }
 
   struct Counters {
     int64_t copies = 0, forks = 0, refusals = 0, steps = 0, block_steps = 0;
   };
 
-  int32_t block_size_;
+  BlockSize block_size_;
   std::vector<int32_t> layers_;  // [group]
   BlockPool pool_;
   SequenceStore store_;
@@ -131,8 +132,8 @@ class Allocator {
 };
 
 // Slots of positions [begin, end), -1 in released blocks.
-void write_slots(const std::vector<int32_t>& blocks, int32_t block_size, int64_t begin, int64_t end,
-                 int64_t* slots);
+void write_slots(const std::vector<int32_t>& blocks, BlockSize block_size, int32_t begin,
+                 int32_t end, int64_t* slots);
 
 // Throws unless there are `rows` values, each 0 to max.
 void check_counts(const char* op, const char* name, Ints values, size_t rows, int64_t max);

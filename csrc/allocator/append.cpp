@@ -19,30 +19,45 @@ void Allocator::plan_release(uint32_t slot, int32_t group, Reach reach) {
                                           : 0;
   if (dead <= table.dead) return;
   plan_.releases.push_back({slot, group, dead});
-  for (int32_t i = dead / block_size_; i-- > table.dead / block_size_;) {
+  for (int32_t i = block_size_.index(dead); i-- > block_size_.index(table.dead);) {
     plan_.unshared.push_back(table.blocks[i]);
     if (pool_.unshare(table.blocks[i])) plan_.given_back.push_back(table.blocks[i]);
   }
 }
 
-// Plans the write of entries [begin, end) of a table: copies of shared ones, and growth.
-void Allocator::plan_writes(uint32_t slot, int32_t group, int32_t begin, int32_t end) {
-  Table& table = store_.table(slot, group);
-  const auto size = static_cast<int32_t>(table.blocks.size());
-  for (int32_t i = begin; i < std::min(end, size); ++i) {
-    if (pool_.refs(table.blocks[i]) == 1) [[likely]]
-      continue;
-    plan_.copies.push_back({slot, group, i});
-    plan_.unshared.push_back(table.blocks[i]);
-    pool_.unshare(table.blocks[i]);
-  }
-  if (end > size) {
-    plan_.needed += end - size;
-    if (static_cast<size_t>(end) > table.blocks.capacity()) {
-      table.blocks.reserve(std::max<size_t>(end, 2 * table.blocks.capacity()));
+void Allocator::plan_copy(uint32_t slot, int32_t group, int32_t index) {
+  const int32_t block = store_.table(slot, group).blocks[index];
+  plan_.copies.push_back({slot, group, index});
+  plan_.unshared.push_back(block);
+  pool_.unshare(block);
+}
+
+// Copies of shared entries that will be written, and growth.
+void Allocator::plan_writes(Ints counts) {
+  int64_t needed = 0;
+  int32_t max_blocks = 0;
+  for (size_t row = 0; row < counts.size(); ++row) {
+    const uint32_t slot = plan_.slots[row];
+    const int32_t end = block_size_.count(plan_.lengths[row]);
+    const int32_t begin = counts[row] > 0 ? block_size_.index(store_.sequence(slot).length) : end;
+    for (int32_t group = 0; group < groups(); ++group) {
+      std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
+      const auto size = static_cast<int32_t>(blocks.size());
+      for (int32_t i = begin; i < std::min(end, size); ++i) {
+        if (pool_.refs(blocks[i]) > 1) [[unlikely]]
+          plan_copy(slot, group, i);
+      }
+      if (end > size) {
+        needed += end - size;
+        if (blocks.capacity() < static_cast<size_t>(end)) {
+          blocks.reserve(std::max<size_t>(end, 2 * blocks.capacity()));
+        }
+      }
+      max_blocks = std::max({max_blocks, end, size});
     }
   }
-  plan_.max_blocks = std::max<int64_t>(plan_.max_blocks, std::max(end, size));
+  plan_.needed = needed + static_cast<int64_t>(plan_.copies.size());
+  plan_.max_blocks = max_blocks;
 }
 
 void Allocator::plan_append(Ints handles, Ints counts, std::span<const Reach> reach,
@@ -55,7 +70,6 @@ void Allocator::plan_append(Ints handles, Ints counts, std::span<const Reach> re
   plan_.releases.clear();
   plan_.unshared.clear();
   plan_.given_back.clear();
-  plan_.needed = plan_.max_blocks = 0;
   for (size_t row = 0; row < counts.size(); ++row) {
     const int64_t length = store_.sequence(plan_.slots[row]).length + counts[row];
     if (length > kMaxLength) {
@@ -70,14 +84,7 @@ void Allocator::plan_append(Ints handles, Ints counts, std::span<const Reach> re
         plan_release(slot, static_cast<int32_t>(group), reach[group]);
       }
     }
-    for (size_t row = 0; row < counts.size(); ++row) {
-      const int32_t begin = store_.sequence(plan_.slots[row]).length / block_size_;
-      const auto end = static_cast<int32_t>(blocks_for(plan_.lengths[row]));
-      for (int32_t group = 0; group < groups(); ++group) {
-        plan_writes(plan_.slots[row], group, counts[row] > 0 ? begin : end, end);
-      }
-    }
-    plan_.needed += static_cast<int64_t>(plan_.copies.size());
+    plan_writes(counts);
     const auto given_back = static_cast<int64_t>(plan_.given_back.size());
     check_available(plan_.needed, pool_.num_free() + given_back, op);
   } catch (...) {
@@ -94,7 +101,7 @@ Copies Allocator::commit() {
   Copies copies(plan_.copies.empty() ? 0 : groups());
   for (const Plan::Release& release : plan_.releases) {
     Table& table = store_.table(release.slot, release.group);
-    const int32_t begin = table.dead / block_size_, end = release.dead / block_size_;
+    const int32_t begin = block_size_.index(table.dead), end = block_size_.index(release.dead);
     std::fill(table.blocks.begin() + begin, table.blocks.begin() + end, -1);
     table.dead = release.dead;
     if (begin < end) ++table.edits;
@@ -110,7 +117,7 @@ Copies Allocator::commit() {
   }
   for (size_t row = 0; row < plan_.slots.size(); ++row) {
     const uint32_t slot = plan_.slots[row];
-    const int64_t end = blocks_for(plan_.lengths[row]);
+    const int64_t end = block_size_.count(plan_.lengths[row]);
     store_.sequence(slot).length = plan_.lengths[row];
     for (int32_t group = 0; group < groups(); ++group) {
       std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
@@ -137,7 +144,7 @@ void Allocator::reserve(Ints handles, Ints capacities) {
                std::numeric_limits<int32_t>::max());
   const auto missing = [&](size_t row, int32_t group) {
     const auto size = static_cast<int64_t>(store_.table(slots_[row], group).blocks.size());
-    return std::max<int64_t>(0, blocks_for(capacities[row]) - size);
+    return std::max<int64_t>(0, block_size_.count(capacities[row]) - size);
   };
   int64_t needed = 0;
   for (size_t row = 0; row < slots_.size(); ++row) {

@@ -1,11 +1,10 @@
 // The pool of block ids: reference counts and the free list, as flat arrays.
 //
 // A block is in use while its count is above zero; each table entry is one reference and each pin
-// is one. Ids from fresh_ up were never handed out, so a new pool costs nothing but its zeroed
-// pages. Freed ids go on a stack. Callers free a table back to front, which makes the next
-// allocation of the same size come out in ascending order. Properties that later parts add to a
-// block (hash, parent, age) are further arrays indexed by block id; take() and give_back() are
-// where a life begins and ends. Next: sequences.h.
+// is one. Freed ids go on a stack and are used before ids that were never handed out. Callers free
+// a table back to front, so that the next allocation of the same size comes out in ascending order.
+// Properties that later parts add to a block (hash, parent, age) are further arrays indexed by
+// block id; take() and give_back() are where a life begins and ends. Next: sequences.h.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +21,8 @@ class BlockPool {
   int64_t num_blocks() const { return static_cast<int64_t>(refs_.size()); }
   int64_t num_free() const { return num_freed_ + num_blocks() - fresh_; }
   int64_t num_used() const { return fresh_ - num_freed_; }
-  int64_t peak() const { return peak_; }
+  // Most blocks that were in use at once; all ids handed out so far are below it.
+  int64_t peak() const { return fresh_; }
   uint32_t refs(int32_t block) const { return refs_[block]; }
 
   // Writes n new block ids, each with one reference. Requires n <= num_free().
@@ -37,7 +37,6 @@ class BlockPool {
       blocks[i] = static_cast<int32_t>(fresh_);
       refs_[fresh_++] = 1;
     }
-    peak_ = std::max(peak_, num_used());
   }
 
   void share(int32_t block) { ++refs_[block]; }
@@ -79,7 +78,6 @@ class BlockPool {
   std::vector<int32_t> free_;  // stack of num_freed_ ids
   int64_t num_freed_ = 0;
   int64_t fresh_ = 0;  // ids below it were handed out at least once
-  int64_t peak_ = 0;
   std::unordered_map<int32_t, uint32_t> pins_;
 };
 

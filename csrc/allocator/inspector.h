@@ -19,10 +19,15 @@ class Inspector {
  private:
   struct Use {  // of a block, by all tables
     int32_t group = -1, index = -1;
-    int32_t begin = 0, end = 0;  // offsets that hold live tokens
+    int32_t live = 0;      // slots that some sequence may still read, at least block_size if all
+    bool written = false;  // holds tokens, live or not
     uint32_t refs = 0;
   };
+  struct Span {  // live slots of a block that one sequence does not fill
+    int32_t block, begin, end;
+  };
   std::vector<Use> count_uses() const;
+  static void add_spans(std::vector<Span>& spans, std::vector<Use>& uses);
   void check_slots() const;
   void check_tables() const;
   void check_references() const;

@@ -41,7 +41,7 @@ void Inspector::check_tables() const {
         require(entries == 0, "free sequence slot ", slot, " has ", entries, " blocks");
         continue;
       }
-      require(sequence.length >= 0 && entries >= allocator_.blocks_for(sequence.length),
+      require(sequence.length >= 0 && entries >= allocator_.block_size_.count(sequence.length),
               "sequence ", sequence.handle, " has ", sequence.length, " tokens in ", entries,
               " blocks of ", block_size, " in group ", group);
       require(table.dead >= 0 && table.dead <= sequence.length, "sequence ", sequence.handle,
@@ -62,7 +62,7 @@ void Inspector::check_references() const {
   for (uint32_t slot = 0; slot < store_.num_slots(); ++slot) {
     for (int32_t group = 0; group < store_.groups(); ++group) {
       const Table& table = store_.table(slot, group);
-      for (size_t i = table.dead / allocator_.block_size_; i < table.blocks.size(); ++i) {
+      for (size_t i = allocator_.block_size_.index(table.dead); i < table.blocks.size(); ++i) {
         const Use& use = uses[table.blocks[i]];
         require(use.group == group && use.index == static_cast<int32_t>(i), "block ",
                 table.blocks[i], " is entry ", i, " of group ", group, " and entry ", use.index,

@@ -41,15 +41,20 @@ class Owned {
   PyObject* object_;
 };
 
-inline int64_t to_int(PyObject* object) {
+inline int64_t to_int(const char* name, PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw ErrorIsSet{};
-  return value;
+  if (value != -1 || !PyErr_Occurred()) return value;
+  const bool is_integer = PyErr_ExceptionMatches(PyExc_OverflowError);
+  PyErr_Clear();
+  PyErr_Format(is_integer ? PyExc_ValueError : PyExc_TypeError,
+               is_integer ? "%s must fit 64 bits, got %R" : "%s must be integers, got %R", name,
+               object);
+  throw ErrorIsSet{};
 }
 
 class IntArgument {
  public:
-  explicit IntArgument(PyObject* object, size_t rows_of_scalar = 1) {
+  IntArgument(const char* name, PyObject* object, size_t rows_of_scalar = 1) {
     if (PyBytes_Check(object)) {
       char* bytes;
       Py_ssize_t size;
@@ -57,21 +62,12 @@ class IntArgument {
       data_ = {reinterpret_cast<const int64_t*>(bytes), size / sizeof(int64_t)};
       return;
     }
-    if (PyLong_Check(object)) {
-      storage_.assign(rows_of_scalar, to_int(object));
-    } else if (PyList_Check(object)) {
-      const Py_ssize_t size = PyList_Size(object);
-      storage_.reserve(size);
-      for (Py_ssize_t i = 0; i < size; ++i) {
-        storage_.push_back(to_int(checked(PyList_GetItem(object, i))));
-      }
+    if (PyList_Check(object)) {
+      append_items(name, object, PyList_Size(object), PyList_GetItem);
+    } else if (PyTuple_Check(object)) {
+      append_items(name, object, PyTuple_Size(object), PyTuple_GetItem);
     } else {
-      const Py_ssize_t size = PyTuple_Size(object);
-      if (size < 0) throw ErrorIsSet{};
-      storage_.reserve(size);
-      for (Py_ssize_t i = 0; i < size; ++i) {
-        storage_.push_back(to_int(checked(PyTuple_GetItem(object, i))));
-      }
+      storage_.assign(rows_of_scalar, to_int(name, object));
     }
     data_ = storage_;
   }
@@ -82,6 +78,12 @@ class IntArgument {
   int64_t operator[](size_t i) const { return data_[i]; }
 
  private:
+  void append_items(const char* name, PyObject* items, Py_ssize_t size,
+                    PyObject* (*get)(PyObject*, Py_ssize_t)) {
+    storage_.reserve(size);
+    for (Py_ssize_t i = 0; i < size; ++i) storage_.push_back(to_int(name, checked(get(items, i))));
+  }
+
   std::vector<int64_t> storage_;
   std::span<const int64_t> data_;
 };

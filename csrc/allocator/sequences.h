@@ -105,7 +105,7 @@ class SequenceStore {
     const int64_t generation = (handle >> kSlotBits) & kMaxGeneration;
     uint32_t slot;
     return handle > 0 && uint32_t(handle >> kTagShift) == tag_ && !find(handle, &slot) &&
-           slot < sequences_.size() && generation > 0 && generation < next_generation_;
+           generation > 0 && generation < next_generation_;
   }
 
   // Slots of a batch; throws UnknownSequence for a handle that does not resolve. With `distinct`, a

@@ -3,6 +3,7 @@
 // then replaces the first. Reference counts are not stored: they follow from tables and pins.
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <utility>
 
 #include "allocator/allocator.h"
@@ -137,13 +138,13 @@ std::string Archive::write(const Allocator& allocator) {
   out.put(kVersion);
   out.put(uint64_t{0});
   out.put(pool.num_blocks());
-  out.put(allocator.block_size_);
+  out.put(int32_t{allocator.block_size_});
   out.put(allocator.layers_.data(), allocator.layers_.size());
   out.put(pool.fresh_);
-  out.put(pool.peak_);
   out.put(pool.free_.data(), pool.num_freed_);
   out.put(static_cast<uint64_t>(pool.pins_.size()));
-  for (const auto& [block, pins] : pool.pins_) {
+  const std::map<int32_t, uint32_t> sorted_pins(pool.pins_.begin(), pool.pins_.end());
+  for (const auto& [block, pins] : sorted_pins) {
     out.put(block);
     out.put(pins);
   }
@@ -185,7 +186,6 @@ Allocator Archive::read(const std::string& bytes, const Allocator& model) {
                       std::vector<int64_t>(layers.begin(), layers.end()), 0);
   BlockPool& pool = allocator.pool_;
   pool.fresh_ = in.get<int64_t>();
-  pool.peak_ = in.get<int64_t>();
   const auto free = in.get_vector<int32_t>();
   if (static_cast<int64_t>(free.size()) > pool.num_blocks()) {
     throw SnapshotError("snapshot has more free blocks than blocks");

@@ -7,6 +7,7 @@ namespace pykvcache {
 std::vector<Inspector::Use> Inspector::count_uses() const {
   const int32_t block_size = allocator_.block_size_;
   std::vector<Use> uses(pool_.num_blocks());
+  std::vector<Span> spans;
   for (uint32_t slot = 0; slot < store_.num_slots(); ++slot) {
     const int32_t length = store_.sequence(slot).length;
     for (int32_t group = 0; group < store_.groups(); ++group) {
@@ -16,17 +17,36 @@ std::vector<Inspector::Use> Inspector::count_uses() const {
         const auto offset = [&](int64_t position) {
           return static_cast<int32_t>(std::clamp<int64_t>(position - first, 0, block_size));
         };
-        Use& use = uses[table.blocks[i]];
         const int32_t begin = offset(table.dead), end = offset(length);
-        use.begin = use.refs == 0 ? begin : std::min(use.begin, begin);
-        use.end = std::max(use.end, end);
+        Use& use = uses[table.blocks[i]];
         use.group = group;
         use.index = static_cast<int32_t>(i);
+        use.written |= end > 0;
         ++use.refs;
+        if (end - begin == block_size) {
+          use.live = block_size;
+        } else if (begin < end) {
+          spans.push_back({table.blocks[i], begin, end});
+        }
       }
     }
   }
+  add_spans(spans, uses);
   return uses;
+}
+
+// Counts slots once that are in several spans.
+void Inspector::add_spans(std::vector<Span>& spans, std::vector<Use>& uses) {
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
+    return a.block != b.block ? a.block < b.block : a.begin < b.begin;
+  });
+  Span last = {-1, 0, 0};
+  for (const Span& span : spans) {
+    if (span.block != last.block) last = {span.block, 0, 0};
+    const int32_t more = std::max(0, span.end - std::max(span.begin, last.end));
+    last.end = std::max(last.end, span.end);
+    uses[span.block].live += more;
+  }
 }
 
 int64_t Inspector::metadata_bytes() const {
@@ -47,9 +67,9 @@ Stats Inspector::stats() const {
   for (const Use& use : count_uses()) {
     if (use.refs == 0) continue;
     const int64_t layers = allocator_.layers_[use.group];
-    const int64_t live = use.end > 0 ? use.end - use.begin : 0;
+    const int64_t live = std::min<int64_t>(use.live, block_size);
     stats.live += live * layers;
-    (use.end > 0 ? stats.internal : stats.reserved) += (block_size - live) * layers;
+    (use.written ? stats.internal : stats.reserved) += (block_size - live) * layers;
     stats.rounding += block_size * (most_layers - layers);
     stats.table_entries += use.refs;
     ++stats.table_blocks;

@@ -1,17 +1,22 @@
 // What kernels read of sequences: lengths, block tables and slots.
 #include <limits>
+#include <numeric>
 
 #include "allocator/allocator.h"
 
 namespace pykvcache {
 
-void write_slots(const std::vector<int32_t>& blocks, int32_t block_size, int64_t begin, int64_t end,
-                 int64_t* slots) {
+void write_slots(const std::vector<int32_t>& blocks, BlockSize block_size, int32_t begin,
+                 int32_t end, int64_t* slots) {
   while (begin < end) {
-    const int64_t index = begin / block_size, offset = begin % block_size;
-    const int64_t run = std::min(end - begin, block_size - offset);
+    const int32_t index = block_size.index(begin), offset = begin - index * block_size;
+    const int32_t run = std::min(end - begin, block_size - offset);
     const int64_t first = int64_t{blocks[index]} * block_size + offset;
-    for (int64_t i = 0; i < run; ++i) slots[i] = blocks[index] < 0 ? -1 : first + i;
+    if (blocks[index] < 0) {
+      std::fill_n(slots, run, -1);
+    } else {
+      std::iota(slots, slots + run, first);
+    }
     slots += run;
     begin += run;
   }
@@ -54,10 +59,10 @@ void Allocator::slot_mapping(Ints handles, Ints counts, int64_t group, int64_t w
   out.assign(total, -1);
   int64_t* slots = out.data();
   for (size_t row = 0; row < slots_.size(); ++row) {
-    const int64_t length = store_.sequence(slots_[row]).length;
+    const int32_t length = store_.sequence(slots_[row]).length;
     if (width > 0) slots += width - counts[row];
     write_slots(store_.table(slots_[row], static_cast<int32_t>(group)).blocks, block_size_,
-                length - counts[row], length, slots);
+                length - static_cast<int32_t>(counts[row]), length, slots);
     slots += counts[row];
   }
 }

@@ -1,0 +1,169 @@
+"""`python -m benchmarks.allocator`: what the block allocator costs, goal beside measured.
+
+"in C++" is a loop with a clock inside the extension (csrc/allocator/timing.cpp), over a worn pool;
+"call" is one call from Python on that many blocks. `pytest benchmarks/allocator.py` runs the same
+operations under pytest-benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+from rich.table import Table
+
+from pykvcache.allocator import BlockAllocator
+from pykvcache.bench import environment, tables
+from pykvcache.bench.timing import Timing, interleave
+
+BLOCK_SIZE, LENGTH, ROWS = 16, 1000, 256
+MOST_LENGTH = 8 * LENGTH
+
+GOALS = {
+    "init, a pool": 60e-3,
+    "allocate, a block": 10e-9,
+    "free, a block": 10e-9,
+    "append to 256 sequences": 5e-6,
+    "step of 256 sequences": 5e-6,
+    "fork of 1,000 tokens": 0.5e-6,
+    "batch.step(), 1 row": 3e-6,
+    "batch.step(), 256 rows": 8e-6,
+    "the extension's append alone": 0.3e-6,
+    "the extension's num_free alone": 0.15e-6,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; times in seconds."""
+
+    where: str
+    operation: str
+    timing: Timing
+    goal: float | None
+
+
+class Pool:
+    """What the calls from Python work on."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.allocator = BlockAllocator(num_blocks, BLOCK_SIZE)
+        self.core = self.allocator._core
+        self.one = self.allocator.allocate([LENGTH])
+        self.many = self.allocator.allocate([LENGTH] * ROWS)
+        columns = -(-MOST_LENGTH // BLOCK_SIZE)
+        self.batches = {
+            seqs.size: self.allocator.batch(seqs, columns=columns) for seqs in (self.one, self.many)
+        }
+        self.lengths = dict.fromkeys(self.batches, LENGTH)
+
+    def step(self, rows: int) -> None:
+        """A decode step; sequences are cut back before they fill the table."""
+        batch = self.batches[rows]
+        self.lengths[rows] += 1
+        if self.lengths[rows] == MOST_LENGTH:
+            self.allocator.truncate(batch.seqs, LENGTH)
+            self.lengths[rows] = LENGTH
+        batch.step()
+
+
+CALLS: dict[str, Callable[[Pool], Any]] = {
+    "batch.step(), 1 row": lambda pool: pool.step(1),
+    "batch.step(), 256 rows": lambda pool: pool.step(ROWS),
+    "append(), 1 row": lambda pool: pool.allocator.append(pool.one, 0),
+    "fork() + free(), 1,000 tokens": lambda pool: pool.allocator.free(
+        pool.allocator.fork(pool.one)
+    ),
+    "allocate() + free(), 1,000 tokens": lambda pool: pool.allocator.free(
+        pool.allocator.allocate([LENGTH])
+    ),
+    "lengths(), 256 rows": lambda pool: pool.allocator.lengths(pool.many),
+    "block_table(), 256 rows": lambda pool: pool.allocator.block_table(pool.many),
+    "the extension's append alone": lambda pool: pool.core.append((int(pool.one[0]),), 0),
+    "the extension's num_free alone": lambda pool: pool.core.num_free(),
+}
+
+
+def time_inside(num_blocks: int, repeats: int) -> list[Row]:
+    """Operations timed in C++."""
+    from pykvcache import _C
+
+    rows = []
+    for operation, nanoseconds in _C.time_allocator(num_blocks, repeats).items():
+        timing = Timing.of([ns * 1e-9 for ns in nanoseconds])
+        rows.append(Row("in C++", operation, timing, GOALS.get(operation)))
+    return rows
+
+
+def time_calls(num_blocks: int, seconds: float) -> list[Row]:
+    """Operations timed from Python."""
+    pool = Pool(num_blocks)
+
+    def contender(call: Callable[[Pool], Any]) -> Callable[[int], Any]:
+        return lambda number: call(pool)
+
+    timings = interleave({name: contender(call) for name, call in CALLS.items()}, seconds)
+    return [Row("call", name, timing, GOALS.get(name)) for name, timing in timings.items()]
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits and a unit: 4.35 us."""
+    if seconds is None:
+        return ""
+    for unit, scale in (("ms", 1e3), ("us", 1e6), ("ns", 1e9)):
+        if seconds * scale >= 1 or unit == "ns":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError("unreachable")
+
+
+def allocator_table(rows: list[Row], num_blocks: int) -> Table:
+    """Median and spread of each operation beside its goal."""
+    title = f"block allocator, {num_blocks:,} blocks of {BLOCK_SIZE} tokens, one core"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("where", "operation"):
+        table.add_column(column)
+    for column in ("goal", "median", "p10", "p90"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in rows:
+        met = "" if row.goal is None else "met" if row.timing.median <= row.goal else "missed"
+        spread = (row.timing.median, row.timing.p10, row.timing.p90)
+        table.add_row(row.where, row.operation, duration(row.goal), *map(duration, spread), met)
+    return table
+
+
+def main(
+    num_blocks: Annotated[int, typer.Option(help="Blocks in the pool.", min=100_000)] = 1_000_000,
+    repeats: Annotated[int, typer.Option(help="Repetitions in C++.", min=1)] = 51,
+    seconds: Annotated[float, typer.Option(help="Time for the calls from Python.")] = 8.0,
+    json: Annotated[str | None, typer.Option(metavar="FILE", help="Also save; - = stdout.")] = None,
+) -> None:
+    """Time the block allocator inside C++ and through Python."""
+    console = tables.open_console(stderr=json == "-")
+    console.print(tables.environment_line(environment.describe()), soft_wrap=True)
+    rows = time_inside(num_blocks, repeats) + time_calls(num_blocks, seconds)
+    console.print(allocator_table(rows, num_blocks), soft_wrap=True)
+    if json is not None:
+        tables.save_json(json, [asdict(row) for row in rows])
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    return Pool(1_000_000)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_call(benchmark: Any, pool: Pool, name: str) -> None:
+    benchmark(CALLS[name], pool)
+
+
+def test_inside(benchmark: Any) -> None:
+    rows = benchmark.pedantic(time_inside, args=(1_000_000, 5), rounds=3)
+    benchmark.extra_info.update({row.operation: row.timing.median for row in rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)
