@@ -131,7 +131,7 @@ def _paged_attention(
         causal, window, chunk, bias = _masking(layer, attention_mask, key)
     if position_bias is not None:
         bias = _add_bias(bias, _align(layer, position_bias, key))
-    q = packed(query)
+    q = packed(query, tokens)
     if pool.kv_dtype is not None:
         q = q.to(pool.kv_dtype)
     out, _ = pool.ops.paged_attention(
@@ -190,7 +190,9 @@ def _attention_function(eager: bool) -> AttentionFunction:
                 position_bias,
                 is_causal,
             )
-            return (_NoBackward.apply(query, out) if query.requires_grad else out), None
+            if query.requires_grad:
+                out = _NoBackward.apply(query, out)  # type: ignore[no-untyped-call]
+            return out, None
         given = {
             "scaling": scaling,
             "softcap": softcap,

@@ -6,6 +6,7 @@ Read first: pykvcache/hf/layer.py. Read next: pykvcache/hf/attention.py.
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pykvcache.cache import KVPool
 from pykvcache.hf.arguments import parse_dtype, parse_memory
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.rows import Rows
+from pykvcache.plot import plot_blocks
 
 
 class PagedCache(DynamicCache):  # type: ignore[misc]
@@ -85,6 +87,26 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             group = group_of[position]
             layers[index] = PagedLayer(self.rows, position, group, windows[group] or None)
         Cache.__init__(self, layers=layers)
+        self._is_sliding: list[bool] = Cache.is_sliding.fget(self)
+        self._is_linear: list[bool] = Cache.is_linear.fget(self)
+        self._is_dummy: list[bool] = Cache.is_dummy.fget(self) if hasattr(Cache, "is_dummy") else []
+
+    is_compileable = False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """Which layers have a window; asked for in every forward, so it is not recomputed."""
+        return self._is_sliding
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers are linear attention."""
+        return self._is_linear
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Which layers hold nothing."""
+        return self._is_dummy
 
     @property
     def pool(self) -> KVPool:
@@ -185,3 +207,13 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             "sharing_factor": stats.sharing_factor,
             "percent": stats.percent(),
         }
+
+    def plot(self, path: str | Path) -> None:
+        """Save a picture of the pool, blocks coloured by row.
+
+        Raises:
+            ValueError: the cache is empty. ImportError: matplotlib is not installed.
+        """
+        if self.pool.allocator is None or self.rows.seen == 0:
+            raise ValueError("the cache is empty, there are no blocks to plot")
+        plot_blocks(self.pool.allocator, self.rows.seqs.tolist(), path)

@@ -45,23 +45,12 @@ class LazyTensor(torch.Tensor):
 
 
 class PagedKeys(LazyTensor):
-    """Keys of the last `length` positions of a layer, [B, HKV, length, D]."""
+    """Keys of the last positions of a layer up to `end`, [B, HKV, length, D]; see `make_handle`."""
 
     layer: PagedLayer
     end: int
     side = 0
-    _dense: Tensor | None
-
-    @staticmethod
-    def __new__(
-        cls, layer: PagedLayer, end: int, shape: tuple[int, ...], dtype: torch.dtype, device: Any
-    ) -> PagedKeys:
-        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        handle.layer, handle.end, handle._dense = layer, end, None
-        return handle
-
-    def __init__(self, *args: Any) -> None:
-        """Everything is set in `__new__`."""
+    _dense: Tensor | None = None
 
     def dense(self) -> Tensor:
         """Gathered once, kept while the handle lives; positions of padding are zero."""
@@ -72,6 +61,18 @@ class PagedKeys(LazyTensor):
 
 
 class PagedValues(PagedKeys):
-    """Values of the last `length` positions of a layer, [B, HKV, length, Dv]."""
+    """Values of the last positions of a layer up to `end`, [B, HKV, length, Dv]."""
 
     side = 1
+
+
+def make_handle(
+    kind: type[PagedKeys], layer: PagedLayer, end: int, shape: tuple[int, ...]
+) -> PagedKeys:
+    """A handle of `shape` on the padded positions of `layer` that end at `end`."""
+    handle = _wrap(kind, shape, dtype=layer.dtype, device=layer.device)
+    handle.layer, handle.end = layer, end
+    return handle  # type: ignore[no-any-return]
+
+
+_wrap: Any = torch.Tensor._make_wrapper_subclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from pykvcache.hf.handles import PagedKeys, PagedValues
+from pykvcache.hf.handles import PagedKeys, PagedValues, make_handle
 from pykvcache.hf.rows import Rows, packed
 
 
@@ -92,15 +92,13 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"layer {self.index} gets tokens {self.seen} to {self.seen + tokens} but the cache "
                 f"is at {rows.seen}: every layer must be updated in every forward"
             )
-        self._write(packed(key_states), packed(value_states))
+        self._write(packed(key_states, tokens), packed(value_states, tokens))
         start, end = self._kept(), self.seen + tokens
         self.seen = end
-        dtype, device = self.dtype, self.device
+        v_dim = value_states.shape[3]
         return (
-            PagedKeys(self, end, (batch, heads, end - start, k_dim), dtype, device),
-            PagedValues(
-                self, end, (batch, heads, end - start, value_states.shape[3]), dtype, device
-            ),
+            make_handle(PagedKeys, self, end, (batch, heads, end - start, k_dim)),
+            make_handle(PagedValues, self, end, (batch, heads, end - start, v_dim)),
         )
 
     def _write(self, k: Tensor, v: Tensor) -> None:

@@ -244,7 +244,8 @@ def patch(
 
 
 def _check_model(model: PreTrainedModel, state: PatchState) -> None:
-    if "past_key_values" not in state.parameters and "kwargs" not in state.parameters:
+    attends_causally = any(getattr(module, "is_causal", False) for module in model.modules())
+    if not (model.can_generate() or (attends_causally and "past_key_values" in state.parameters)):
         raise ValueError(f"{type(model).__name__} has no attention with a key-value cache to page")
     state.new_cache(model.config)
 

@@ -257,11 +257,11 @@ class Rows:
             self.pool.allocator.free(self._seqs)
 
 
-def packed(x: Tensor) -> Tensor:
+def packed(x: Tensor, tokens: int) -> Tensor:
     """[B, H, T, D] as packed tokens [B * T, H, D], without a copy where strides allow."""
     if x.requires_grad:
         x = x.detach()
-    x = x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
+    x = x.squeeze(2) if tokens == 1 else x.transpose(1, 2).flatten(0, 1)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
