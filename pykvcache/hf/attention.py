@@ -23,6 +23,7 @@ from pykvcache.hf.handles import PagedKeys, PagedValues
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.masks import LazyMask, align_columns, lazy_eager_mask, lazy_sdpa_mask
 from pykvcache.hf.rows import packed
+from pykvcache.hf.static import LAYER, StaticPagedLayer
 
 SDPA_NAME = "pykvcache"
 EAGER_NAME = "pykvcache_eager"
@@ -163,6 +164,9 @@ def _paged_attention(
     return out.view(-1, tokens, out.shape[1], value_dim)
 
 
+_outside_graph = torch.compiler.disable(_paged_attention)
+
+
 def _attention_function(eager: bool) -> AttentionFunction:
     def attention(
         module: nn.Module,
@@ -178,7 +182,8 @@ def _attention_function(eager: bool) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if type(key) is PagedKeys and type(value) is PagedValues:
-            out = _paged_attention(
+            attend = _outside_graph if torch.compiler.is_compiling() else _paged_attention
+            out = attend(
                 module,
                 query,
                 key,
@@ -193,6 +198,12 @@ def _attention_function(eager: bool) -> AttentionFunction:
             if query.requires_grad:
                 out = _NoBackward.apply(query, out)  # type: ignore[no-untyped-call]
             return out, None
+        layer: StaticPagedLayer | None = getattr(key, LAYER, None)
+        if layer is not None:
+            if position_bias is not None:
+                attention_mask = _add_bias(attention_mask, position_bias)
+            causal = attention_mask is None and _is_causal(module, is_causal)
+            return layer.attend(query, attention_mask, causal, scaling, softcap, s_aux), None
         given = {
             "scaling": scaling,
             "softcap": softcap,

@@ -23,6 +23,7 @@ from pykvcache.cache import KVPool
 from pykvcache.hf.arguments import parse_dtype, parse_memory
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.rows import Rows
+from pykvcache.hf.static import StaticPagedCache
 from pykvcache.plot import plot_blocks
 
 
@@ -38,12 +39,19 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         backend: "auto" or a name from `ops.backends()`.
         deterministic: a row's bits do not depend on the other rows of its batch.
         max_length: padded length that no row will exceed, if known: sizes a pool that is not fixed.
+        static: make a `StaticPagedCache` of max_length tokens a row, which `generate` can compile.
 
     Without num_blocks and memory the pool grows as needed.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the model has no attention layer.
     """
+
+    def __new__(cls, *args: Any, static: bool = False, **settings: Any) -> Any:
+        """A `PagedCache`, or with static=True a `StaticPagedCache`."""
+        if static:
+            return _static_cache(*args, **settings)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -56,6 +64,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         backend: str = "auto",
         deterministic: bool = False,
         max_length: int | None = None,
+        static: bool = False,
     ) -> None:
         layers = DynamicCache(config=config).layers
         windows: list[int] = []
@@ -179,7 +188,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A cache with the same tokens; blocks are shared and copied when either cache writes."""
-        copy = type(self).__new__(type(self))
+        copy: PagedCache = type(self).__new__(type(self))
         memo[id(self)] = copy
         memo[id(self.rows)] = self.rows.fork()
         for name, attribute in self.__dict__.items():
@@ -217,3 +226,19 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         if self.pool.allocator is None or self.rows.seen == 0:
             raise ValueError("the cache is empty, there are no blocks to plot")
         plot_blocks(self.pool.allocator, self.rows.seqs.tolist(), path)
+
+
+def _static_cache(
+    config: PreTrainedConfig,
+    num_blocks: int | None = None,
+    block_size: int = 16,
+    *,
+    max_length: int | None = None,
+    backend: str = "auto",
+    **unsupported: Any,
+) -> StaticPagedCache:
+    if max_length is None:
+        raise ValueError("static=True needs max_length, the tokens that a row may have")
+    if unsupported:
+        raise ValueError(f"static=True does not take {', '.join(sorted(unsupported))}")
+    return StaticPagedCache(config, max_length, block_size, num_blocks, backend)

@@ -74,7 +74,10 @@ class PatchState:
             is_decoder = not model.config.is_encoder_decoder
             name = "attention_mask" if is_decoder else "decoder_attention_mask"
             mask = self.argument(name, args, kwargs)
-            cache.announce(mask if isinstance(mask, torch.Tensor) else None)
+            if torch.compiler.is_compiling():
+                _announce_outside_graph(cache, mask)
+            else:
+                cache.announce(mask if isinstance(mask, torch.Tensor) else None)
         return changed
 
     def _wants_cache(
@@ -89,6 +92,11 @@ class PatchState:
             config = model.config.get_text_config(decoder=True)
             use_cache = getattr(config, "use_cache", False)
         return bool(use_cache)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _announce_outside_graph(cache: PagedCache, mask: Any) -> None:
+    cache.announce(mask if isinstance(mask, torch.Tensor) else None)
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

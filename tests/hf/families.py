@@ -40,7 +40,8 @@ class Family:
     common: dict[str, Any] = field(default_factory=lambda: DECODER)
 
 
-def _version() -> tuple[int, int]:
+def version() -> tuple[int, int]:
+    """Of transformers."""
     major, minor = transformers.__version__.split(".")[:2]
     return int(major), int(minor)
 
@@ -225,7 +226,7 @@ FAMILIES: dict[str, Family] = {
             "relative_attention_num_buckets": 8,
             "relative_attention_max_distance": 12,
         },
-        gathers=_version() < (5, 18),
+        gathers=version() < (5, 18),
         common=TOKENS,
     ),
     "bart": Family(

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+import transformers
+from families import FAMILIES, make_model, version
+from transformers import PreTrainedModel
 from ways import WAYS, Result
 
 import pykvcache
@@ -34,13 +36,23 @@ def can(family: str, way: str) -> bool:
     return True
 
 
+def unpatched(model: PreTrainedModel, way: str) -> Result:
+    """What the model does on its own. Before 5.23 a sliding window breaks HF's own drafts."""
+    try:
+        return WAYS[way](model)
+    except RuntimeError as error:
+        if version() >= (5, 23) or "assisted" not in way:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} cannot: {error}")
+
+
 CASES = [(family, way) for family in FAMILIES for way in WAYS if can(family, way)]
 
 
 @pytest.mark.parametrize(("family", "way"), CASES)
 def test_same_as_unpatched(family: str, way: str, backend: str) -> None:
     model = copy.deepcopy(make_model(family))
-    expected = WAYS[way](model)
+    expected = unpatched(model, way)
     pykvcache.patch(model, block_size=4, backend=backend)
     counters.reset()
     assert_same(WAYS[way](model), expected)
@@ -53,6 +65,6 @@ def test_same_as_unpatched(family: str, way: str, backend: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "llama4"])
 def test_any_block_size(family: str, way: str, block_size: int, backend: str) -> None:
     model = copy.deepcopy(make_model(family))
-    expected = WAYS[way](model)
+    expected = unpatched(model, way)
     with pykvcache.patched(model, block_size=block_size, backend=backend):
         assert_same(WAYS[way](model), expected)

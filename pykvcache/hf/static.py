@@ -1,0 +1,205 @@
+"""`StaticPagedCache`: blocks at fixed addresses, so that a decode step compiles into one graph.
+
+Every layer owns its tensors (views of one buffer would be copied whole by functionalisation).
+`update` writes into blocks and returns views of one NaN with the expected shape and the layer as an
+attribute, which survives tracing; our attention function reads the blocks of that layer. Code that
+touches such keys itself gets NaN, not wrong numbers. Lengths are tensors, positions count padding,
+and masks are dense.
+
+Read first: pykvcache/hf/cache.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from pykvcache import ops
+from pykvcache.cache import check_positive
+from pykvcache.errors import OutOfBlocks
+from pykvcache.hf.rows import packed
+
+LAYER = "_pykvcache_layer"  # attribute of the keys and values that a static layer returns
+
+
+class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One attention layer of at most `max_length` tokens a row."""
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self, max_length: int, block_size: int, backend: str, num_blocks: int | None
+    ) -> None:
+        self.max_length, self.block_size, self.backend = max_length, block_size, backend
+        self.num_blocks = num_blocks
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self.is_initialized = False
+        self.keys = self.values = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take blocks for all rows of keys [B, HKV, T, D] and values [B, HKV, T, Dv].
+
+        Raises:
+            OutOfBlocks: they are more than num_blocks.
+        """
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        columns = -(-self.max_length // self.block_size)
+        blocks = self.batch_size * columns
+        if self.num_blocks is not None and blocks > self.num_blocks:
+            raise OutOfBlocks(
+                f"{self.batch_size} rows of {self.max_length} tokens need {blocks} blocks, "
+                f"the pool has {self.num_blocks}",
+                blocks,
+                self.num_blocks,
+                self.num_blocks,
+            )
+        cells = (blocks, self.num_heads, self.block_size)
+        self.k_cache = key_states.new_zeros(*cells, key_states.shape[3])
+        self.v_cache = value_states.new_zeros(*cells, value_states.shape[3])
+        table = torch.arange(blocks, dtype=torch.int32, device=self.device)
+        self.block_table = table.view(self.batch_size, columns)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self.nothing = key_states.new_full((1, 1, 1, 1), torch.nan)
+        self.ops = ops.table(self.backend, self.device.type)
+        if not torch.compiler.is_compiling():
+            for tensor in (self.k_cache, self.v_cache, self.block_table, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new tokens; returns keys and values that only our attention can read."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        batch, heads, tokens, k_dim = key_states.shape
+        self.cumulative_length.add_(tokens)
+        self.seq_lens = self.cumulative_length.to(torch.int32).repeat(batch)
+        self.cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * tokens
+        slots = self.ops.slot_mapping(
+            self.block_table, self.seq_lens, self.cu_seqlens_q, batch * tokens, self.block_size
+        )
+        k, v = packed(key_states, tokens), packed(value_states, tokens)
+        self.ops.write_kv(k, v, self.k_cache, self.v_cache, slots, None, None)
+        keys = self.nothing.expand(batch, heads, self.max_length, k_dim)
+        values = self.nothing.expand(batch, heads, self.max_length, value_states.shape[3])
+        setattr(keys, LAYER, self)
+        setattr(values, LAYER, self)
+        return keys, values
+
+    def attend(
+        self,
+        query: Tensor,
+        bias: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """[B, HQ, T, D] to [B, T, HQ, Dv] over this layer's blocks.
+
+        Args:
+            bias: bool or float [B | 1, HQ | 1, T, max_length], or None.
+            causal: mask later positions; a bias already does.
+        """
+        batch, heads, tokens, dim = query.shape
+        value_dim = self.v_cache.shape[3]
+        out, _ = self.ops.paged_attention(
+            packed(query, tokens),
+            self.k_cache,
+            self.v_cache,
+            self.block_table,
+            self.seq_lens,
+            self.cu_seqlens_q,
+            tokens,
+            dim**-0.5 if scale is None else scale,
+            causal,
+            0,
+            0,
+            softcap or 0.0,
+            sinks if sinks is None else sinks.float(),
+            None,
+            bias,
+            None,
+            None,
+            value_dim,
+            None,
+            False,
+        )
+        return out.view(batch, tokens, heads, value_dim)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, first position) of the keys that masks are for."""
+        return self.max_length, 0
+
+    def get_seq_length(self) -> Tensor | int:
+        """Tokens seen: a 0-dim tensor once there are any."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Tokens that a row may have."""
+        return self.max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens."""
+        self.cumulative_length.sub_(abs(int(tokens_to_remove)))
+
+    def reset(self) -> None:
+        """Forget everything; addresses stay."""
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues row beam_idx[i]; blocks are copied, rows never share."""
+        if self.is_initialized:
+            for cache in (self.k_cache, self.v_cache):
+                rows = cache.view(self.batch_size, -1)
+                rows.copy_(rows[beam_idx.to(self.device)])
+
+
+class StaticPagedCache(Cache):  # type: ignore[misc]
+    """What `PagedCache(..., static=True)` returns.
+
+    Args:
+        config: of the model.
+        max_length: tokens, padding included, that a row may have.
+        block_size: tokens a block.
+        num_blocks: most blocks that the rows may take; None = what they need.
+        backend: "auto" or a name from `ops.backends()`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the model has no attention layer.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_length: int,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_positive("max_length", max_length)
+        check_positive("block_size", block_size)
+        layers = StaticCache(config=config, max_cache_len=max_length).layers
+        plain = [type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers]
+        if not any(plain):
+            raise ValueError(
+                f"{type(config).__name__} has no attention layer whose keys could be paged"
+            )
+        for index, is_plain in enumerate(plain):
+            if is_plain:
+                layers[index] = StaticPagedLayer(max_length, block_size, backend, num_blocks)
+        super().__init__(layers=layers)
