@@ -205,7 +205,7 @@ def _best(device_type: str) -> str:
     return "reference"
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choose(backend: str, device_type: str) -> str:
     if backend == "auto":
         return _best(device_type)

@@ -163,7 +163,11 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "starts dtype": (_change(5, torch.tensor([0, 1, 4])), {}, "cu_seqlens_q must be int32"),
     "starts size": (_change(5, torch.tensor([0, 4]).int()), {}, "cu_seqlens_q must be"),
     "starts end": (_change(5, torch.tensor([0, 1, 3]).int()), {}, "cu_seqlens_q"),
-    "starts order": (_change(5, torch.tensor([0, 5, 4]).int()), {}, "cu_seqlens_q|max_seqlen_q is 3"),
+    "starts order": (
+        _change(5, torch.tensor([0, 5, 4]).int()),
+        {},
+        "cu_seqlens_q|max_seqlen_q is 3",
+    ),
     "max": (_change(6, 1), {}, "max_seqlen_q is 1"),
     "window": (None, {"window": -1}, "window must not be negative, got -1"),
     "chunk": (None, {"chunk": -4}, "chunk must not be negative, got -4"),
