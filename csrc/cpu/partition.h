@@ -65,8 +65,10 @@ class Partition {
   static constexpr double kMinParallelCost = 512 << 10;
   static constexpr double kMinItemCost = 256 << 10;
   static constexpr double kFlopsPerByte = 15;
-  static constexpr int64_t kCutTokens = 64;    // cuts are at multiples of this
-  static constexpr int64_t kFixedSplit = 512;  // tokens, when deterministic
+  static constexpr int64_t kCutTokens = 64;  // cuts are at multiples of this
+  // Tokens, when deterministic. A query tile has enough work by itself, and merging costs.
+  static constexpr int64_t kFixedSplit = 512;
+  static constexpr int64_t kFixedGeneralSplit = 8192;
 
   struct Segment {
     AttentionItem whole;
@@ -126,8 +128,8 @@ class Partition {
     const int64_t end = segment.whole.kv_end;
     bounds_.clear();
     if (p.deterministic) {
-      for (int64_t at = (begin / kFixedSplit + 1) * kFixedSplit; at < end; at += kFixedSplit)
-        bounds_.push_back(at);
+      const int64_t step = segment.decode ? kFixedSplit : kFixedGeneralSplit;
+      for (int64_t at = (begin / step + 1) * step; at < end; at += step) bounds_.push_back(at);
     } else if (num_threads_ > 1) {
       while (begin < end) {
         const double target = target_cost(segment, left);

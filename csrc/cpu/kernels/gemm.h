@@ -94,6 +94,14 @@ KV_INLINE void keep_in_register([[maybe_unused]] Vec& a) {
 #endif
 }
 
+template <int R, int C>
+KV_INLINE void clear(Vec (&acc)[R][C]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) acc[r][c] = zero();
+}
+
 // acc[r] += sum over steps of at(r, step) * b[step], of which C vectors are used.
 // b: [steps][kPanel] words.
 template <class Words, int R, int C, class At>

@@ -61,10 +61,7 @@ KV_INLINE void score_tokens(const Panel& panel, const TokenTile& tile, const Til
   for (int64_t t = range.begin; t < range.end; t += R) {
     ahead.step();
     Vec acc[R][C];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] = zero();
+    clear(acc);
     multiply_rows<Words>(acc, keys + t, panel.queries, steps);
     if (t < range.open_begin || t + R > range.open_end) {
       for (int r = 0; r < R; ++r) {
@@ -89,10 +86,10 @@ KV_INLINE void score_tokens(const Panel& panel, const TokenTile& tile, const Til
   }
 }
 
-// Raises the running maxima where they lag too far behind factor * tops. Returns whether any did;
-// then `out` must be multiplied by `shrink`, as the sums have been.
+// Raises the running maxima where they lag too far behind factor * tops. `out` must be multiplied
+// by `shrink` after that, as the sums have been.
 template <int C>
-KV_INLINE bool raise_maxima(const Panel& panel, const Vec (&tops)[C], float factor,
+KV_INLINE void raise_maxima(const Panel& panel, const Vec (&tops)[C], float factor,
                             Vec (&shrink)[C]) {
   bool raised = false;
   for (int c = 0; c < C; ++c) {
@@ -108,17 +105,17 @@ KV_INLINE bool raise_maxima(const Panel& panel, const Vec (&tops)[C], float fact
     store(panel.max + c * kWidth, now);
     store(panel.sum + c * kWidth, load(panel.sum + c * kWidth) * shrink[c]);
   }
-  return raised;
 }
 
 // Replaces scores by the words of their weights 2^(factor * score - max), in place: weights of
-// token t go to row t / kPack. Adds the weights to the running sums.
+// token t go to row t / kPack. Adds the weights to the running sums: first among themselves, which
+// rounds less over long contexts, as add_values does.
 template <class Words, int C>
 KV_INLINE void weigh_tokens(const Panel& panel, const TileRange& range, float factor,
                             float* scores) {
   Vec maxima[C], sums[C];
   for (int c = 0; c < C; ++c) maxima[c] = load(panel.max + c * kWidth);
-  for (int c = 0; c < C; ++c) sums[c] = load(panel.sum + c * kWidth);
+  for (int c = 0; c < C; ++c) sums[c] = zero();
   for (int64_t t = range.begin; t < range.end; t += Words::kPack) {
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) {
@@ -132,34 +129,29 @@ KV_INLINE void weigh_tokens(const Panel& panel, const TileRange& range, float fa
       store(scores + t / Words::kPack * kPanel + c * kWidth, Words::pack(weights));
     }
   }
-  for (int c = 0; c < C; ++c) store(panel.sum + c * kWidth, sums[c]);
+  for (int c = 0; c < C; ++c) store(panel.sum + c * kWidth, load(panel.sum + c * kWidth) + sums[c]);
 }
 
 // out = out * shrink + values^T * weights. values: [tokens / kPack][stride] words.
 template <class Words, int C>
 KV_INLINE void add_values(const Panel& panel, const float* values, int64_t stride, int64_t width,
-                          const TileRange& range, const float* weights, bool raised,
-                          const Vec (&shrink)[C]) {
+                          const TileRange& range, const float* weights, const Vec (&shrink)[C]) {
   constexpr int R = kTileRows<C>;
   const int64_t first = range.begin / Words::kPack;
   const int64_t steps = range.end / Words::kPack - first;
   for (int64_t d = 0; d < width; d += R) {
-    float* out = panel.out + d * kPanel;
     Vec acc[R][C];
+    clear(acc);
+    multiply_columns<Words>(acc, values + first * stride + d, stride, weights + first * kPanel,
+                            steps);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        acc[r][c] = panel.fresh ? zero() : load(out + r * kPanel + c * kWidth);
-        if (raised) acc[r][c] = acc[r][c] * shrink[c];
+        float* out = panel.out + (d + r) * kPanel + c * kWidth;
+        store(out, panel.fresh ? acc[r][c] : fma(load(out), shrink[c], acc[r][c]));
       }
     }
-    multiply_columns<Words>(acc, values + first * stride + d, stride, weights + first * kPanel,
-                            steps);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) store(out + r * kPanel + c * kWidth, acc[r][c]);
   }
 }
 

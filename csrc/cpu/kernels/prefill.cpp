@@ -175,10 +175,10 @@ void QueryTile<Words>::attend(Panel& panel, const TileRange& range) {
     modify_logits(p_, scale_, lane_logits(panel), *tile_, range, scratch_.scores, tops);
     factor = 1.0f;
   }
-  const bool raised = raise_maxima(panel, tops, factor, shrink);
+  raise_maxima(panel, tops, factor, shrink);
   weigh_tokens<Words, C>(panel, range, factor, scratch_.scores);
   add_values<Words>(panel, scratch_.values, layout_.value_stride, p_.v_head_dim, range,
-                    scratch_.scores, raised, shrink);
+                    scratch_.scores, shrink);
   panel.fresh = false;
 }
 
