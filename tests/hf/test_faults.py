@@ -18,7 +18,12 @@ from pykvcache.hf.rows import Rows
 
 
 def no_copy_on_write(self: KVPool, group: int, pairs: Tensor) -> None:
-    """Rows that share a block go on sharing it after one has written."""
+    """The block that a row gets for its own holds nothing of the shared one.
+
+    It is wiped, because fresh memory may still hold the right values from an earlier run.
+    """
+    for storage in self._storages:
+        storage[pairs[:, 1]] = 0
 
 
 def no_reordering(self: Rows, index: list[int]) -> None:
