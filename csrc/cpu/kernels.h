@@ -39,7 +39,7 @@ struct KernelTable {
                        const float* partial_lse, int64_t num_splits);
 };
 
-constexpr int64_t kMaxDecodeRows = 16;
+constexpr int64_t kMaxDecodeRows = 24;
 constexpr int64_t kMaxHeadDim = 576;
 
 const KernelTable& kernels();

@@ -7,6 +7,7 @@
 // rows are the q_len * G query rows of a KV head, query-major. Needs AttentionItem as kernels.h
 // says.
 #include "cpu/kernels.h"
+#include "cpu/kernels/decode_tile.h"
 #include "cpu/kernels/line.h"
 #include "cpu/kernels/paged.h"
 #include "cpu/kernels/softmax.h"
@@ -14,74 +15,6 @@
 
 namespace pykvcache::KV_ISA {
 namespace {
-
-#ifndef KV_TILE_BYTES
-#define KV_TILE_BYTES 8192
-#endif
-#ifndef KV_LOCALITY_K
-#define KV_LOCALITY_K 3
-#endif
-#ifndef KV_LOCALITY_V
-#define KV_LOCALITY_V 3
-#endif
-
-constexpr int64_t kMaxTile = 64;     // tokens
-constexpr int64_t kTokenGroup = 16;  // tiles are padded to this
-
-alignas(64) const char kZeroRow[(kMaxHeadDim + 16) * sizeof(float)] = {};
-
-struct Tile {
-  int64_t count = 0;
-  int32_t positions[kMaxTile];
-  int64_t k_offsets[kMaxTile];
-  int64_t v_offsets[kMaxTile];
-};
-
-// Addresses of a tile's rows for one head; past the tile's count they point at zeros.
-template <class T>
-struct TileRows {
-  const T* k[kMaxTile];
-  const T* v[kMaxTile];
-};
-
-// Sizes and the carved-up scratch of one item; leading dimension [heads of the item].
-template <class T>
-struct Workspace {
-  using Query = typename Line<T>::Query;
-  using Prob = typename Line<T>::Prob;
-
-  int64_t rows;        // query rows per KV head, padded for the row groups
-  int64_t q_stride;    // D, padded to lines
-  int64_t out_stride;  // Dv, padded to lines
-  Query* queries;      // [heads, rows, q_stride]
-  float* out;          // [heads, rows, out_stride], lines in accumulator order
-  float* sums;         // [heads, rows, kWidth], lane-wise
-  float* maxima;       // [heads, rows]
-  float* scores;       // [rows, kMaxTile]
-  Prob* probs;         // [rows, kMaxTile]
-  int64_t bytes = 0;
-
-  Workspace(const AttentionParams& p, int64_t heads, int64_t query_rows, void* scratch) {
-    rows = round_up(query_rows, 4);
-    q_stride = round_up(p.head_dim, Line<T>::kElems);
-    out_stride = round_up(p.v_head_dim, Line<T>::kElems);
-    auto* base = static_cast<char*>(scratch);
-    queries = carve<Query>(base, heads * rows * q_stride);
-    out = carve<float>(base, heads * rows * out_stride);
-    sums = carve<float>(base, heads * rows * kWidth);
-    maxima = carve<float>(base, heads * rows);
-    scores = carve<float>(base, rows * kMaxTile);
-    probs = carve<Prob>(base, rows * kMaxTile);
-  }
-
- private:
-  template <class U>
-  U* carve(char* base, int64_t count) {
-    U* at = reinterpret_cast<U*>(base + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
-    return at;
-  }
-};
 
 template <class T>
 class Decode {
@@ -95,7 +28,7 @@ class Decode {
         seq_len_(p.seq_lens[item.row]),
         first_position_(seq_len_ - (p.cu_seqlens_q[item.row + 1] - p.cu_seqlens_q[item.row]) +
                         item.q_begin),
-        plain_(p.softcap == 0.0f && p.alibi_slopes == nullptr),
+        plain_(p.softcap == 0.0f && p.alibi_slopes == nullptr && p.scale > 0.0f),
         tile_tokens_(tile_tokens(p)),
         w_(p, item.head_end - item.head_begin, query_rows_, scratch) {}
 
@@ -129,7 +62,7 @@ class Decode {
   static int64_t tile_tokens(const AttentionParams& p) {
     const int64_t row_bytes = (p.head_dim + p.v_head_dim) * static_cast<int64_t>(sizeof(T));
     return max_of(kTokenGroup,
-                  min_of(kMaxTile, KV_TILE_BYTES / row_bytes / kTokenGroup * kTokenGroup));
+                  min_of(kMaxTile, kTileBytes / row_bytes / kTokenGroup * kTokenGroup));
   }
 
   // Calls f<R>(row) for groups of 4, 2 or 1 rows; a group of 4 may end in one padding row.
@@ -183,37 +116,28 @@ class Decode {
     const int64_t padded = round_up(tile.count, kTokenGroup);
     const Query* queries = w_.queries + local(head) * w_.rows * w_.q_stride;
     for_row_groups(query_rows_, [&]<int R>(int64_t row) {
-      if (row == 0)
-        score<R, true>(queries, rows.k, next.k, padded, w_.scores);
-      else
-        score<R, false>(queries + row * w_.q_stride, rows.k, next.k, padded,
-                        w_.scores + row * kMaxTile);
+      score<R>(queries + row * w_.q_stride, rows.k, row == 0 ? next.k : nullptr, padded,
+               w_.scores + row * kMaxTile);
     });
     for (int64_t row = 0; row < query_rows_; ++row) softmax(tile, head, row, padded);
     for_row_groups(query_rows_, [&]<int R>(int64_t row) {
-      if (row == 0)
-        add_values<R, true>(w_.probs, rows.v, next.v, tile.count, out_row(head, 0));
-      else
-        add_values<R, false>(w_.probs + row * kMaxTile, rows.v, next.v, tile.count,
-                             out_row(head, row));
+      add_values<R>(w_.probs + row * kMaxTile, rows.v, row == 0 ? next.v : nullptr, tile.count,
+                    out_row(head, row));
     });
   }
 
-  template <int R, bool kFetch>
+  template <int R>
   void score(const Query* queries, const T* const* rows, const T* const* next, int64_t count,
              float* scores) const {
     constexpr int N = kAccumulators / R;
     const int64_t whole = p_.head_dim / L::kElems * L::kElems;
+    const auto tail = static_cast<int>(p_.head_dim - whole);
     for (int64_t t = 0; t < count; t += N) {
+      if (next != nullptr) prefetch_rows(next + t, N, p_.head_dim);
       Vec sums[kAccumulators] = {};
-      for (int64_t d = 0; d < whole; d += L::kElems) {
-        if (kFetch)
-          for (int i = 0; i < N; ++i) __builtin_prefetch(next[t + i] + d, 0, KV_LOCALITY_K);
+      for (int64_t d = 0; d < whole; d += L::kElems)
         L::template dot<R, N, false>(sums, queries, w_.q_stride, rows + t, d, L::kElems);
-      }
-      if (whole < p_.head_dim)
-        L::template dot<R, N, true>(sums, queries, w_.q_stride, rows + t, whole,
-                                    static_cast<int>(p_.head_dim - whole));
+      if (tail > 0) L::template dot<R, N, true>(sums, queries, w_.q_stride, rows + t, whole, tail);
       float lanes[kAccumulators];
       for (int first = 0; first < kAccumulators; first += kWidth)
         store(lanes + first, reduce_rows(reinterpret_cast<const Vec(&)[kWidth]>(sums[first])));
@@ -252,13 +176,13 @@ class Decode {
         if (tile.positions[t] < keys.begin || tile.positions[t] >= keys.end) scores[t] = -kInfinity;
     for (int64_t t = tile.count; t < padded; ++t) scores[t] = -kInfinity;
 
-    float& max = w_.maxima[local(head) * w_.rows + row];
-    float* sums = w_.sums + (local(head) * w_.rows + row) * kWidth;
+    const int64_t state = local(head) * w_.rows + row;
+    float* sums = w_.sums + state * kWidth;
     Vec highest = broadcast(-kInfinity);
-    for (int64_t t = 0; t < padded; t += kWidth)
-      highest = pykvcache::KV_ISA::max(highest, load(scores + t) * factor);
-    if (any_greater(highest, broadcast(max + kMaxLag))) raise_max(head, row, reduce_max(highest));
-    const Vec shift = broadcast(max);
+    for (int64_t t = 0; t < padded; t += kWidth) highest = max(highest, load(scores + t) * factor);
+    if (any_greater(highest, broadcast(w_.maxima[state] + kMaxLag)))
+      raise_max(head, row, reduce_max(highest));
+    const Vec shift = broadcast(w_.maxima[state]);
     Vec sum = load(sums);
     Prob* probs = w_.probs + row * kMaxTile;
     for (int64_t t = 0; t < padded; t += kWidth) {
@@ -270,77 +194,76 @@ class Decode {
   }
 
   void raise_max(int64_t head, int64_t row, float highest) {
-    float& max = w_.maxima[local(head) * w_.rows + row];
-    float* sums = w_.sums + (local(head) * w_.rows + row) * kWidth;
-    const Vec shrink = exp2(broadcast(max - highest));
-    max = highest;
+    const int64_t state = local(head) * w_.rows + row;
+    float* sums = w_.sums + state * kWidth;
+    const Vec shrink = exp2(broadcast(w_.maxima[state] - highest));
+    w_.maxima[state] = highest;
     store(sums, load(sums) * shrink);
     float* out = out_row(head, row);
     for (int64_t d = 0; d < w_.out_stride; d += kWidth) store(out + d, load(out + d) * shrink);
   }
 
-  // Rows that fit the registers together with the accumulators of a line each.
-  template <int R, bool kFetch>
+  // As many rows at once as fit the registers with the accumulators of a line each.
+  template <int R>
   void add_values(const Prob* probs, const T* const* rows, const T* const* next, int64_t count,
                   float* out) const {
     if constexpr (R > 1 && R * L::kVecs > kAccumulators) {
-      add_values<R / 2, kFetch>(probs, rows, next, count, out);
-      add_values<R / 2, false>(probs + R / 2 * kMaxTile, rows, next, count,
-                               out + R / 2 * w_.out_stride);
+      add_values<R / 2>(probs, rows, next, count, out);
+      add_values<R / 2>(probs + R / 2 * kMaxTile, rows, nullptr, count,
+                        out + R / 2 * w_.out_stride);
     } else {
       constexpr int kLines = max_of(1, min_of(4, kAccumulators / (R * L::kVecs)));
       const int64_t dim = p_.v_head_dim;
+      LineStream<T> ahead{next, next == nullptr ? next : next + tile_tokens_, dim};
       int64_t d = 0;
       for (; d + kLines * L::kElems <= dim; d += kLines * L::kElems)
-        add_lines<R, kLines, kFetch, false>(probs, rows, next, count, out, d, 0);
+        add_lines<R, kLines, false>(probs, rows, ahead, count, out, d, 0);
+      for (; kLines > 2 && d + 2 * L::kElems <= dim; d += 2 * L::kElems)
+        add_lines<R, 2, false>(probs, rows, ahead, count, out, d, 0);
       for (; d + L::kElems <= dim; d += L::kElems)
-        add_lines<R, 1, kFetch, false>(probs, rows, next, count, out, d, 0);
+        add_lines<R, 1, false>(probs, rows, ahead, count, out, d, 0);
       if (d < dim)
-        add_lines<R, 1, kFetch, true>(probs, rows, next, count, out, d, static_cast<int>(dim - d));
+        add_lines<R, 1, true>(probs, rows, ahead, count, out, d, static_cast<int>(dim - d));
     }
   }
 
-  template <int R, int kLines, bool kFetch, bool kTail>
-  void add_lines(const Prob* probs, const T* const* rows, const T* const* next, int64_t count,
+  template <int R, int kLines, bool kTail>
+  void add_lines(const Prob* probs, const T* const* rows, LineStream<T>& ahead, int64_t count,
                  float* out, int64_t d, int tail) const {
     constexpr int kVecs = kLines * L::kVecs;
     Vec sums[R * kVecs];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < kVecs; ++c)
         sums[r * kVecs + c] = load(out + r * w_.out_stride + d + c * kWidth);
+    LineStream<T> next = ahead;  // a copy that lives in registers
     for (int64_t t = 0; t < count; t += L::kTokens) {
-      if (kFetch)
-        for (int i = 0; i < L::kTokens; ++i)
-          for (int l = 0; l < kLines; ++l)
-            __builtin_prefetch(next[t + i] + d + l * L::kElems, 0, KV_LOCALITY_V);
+      next.prefetch(L::kTokens * kLines);
       L::template accumulate<R, kLines, kTail>(sums, probs + t, kMaxTile, rows + t, d, tail);
     }
+    ahead = next;
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < kVecs; ++c)
         store(out + r * w_.out_stride + d + c * kWidth, sums[r * kVecs + c]);
   }
 
   void finish_head(int64_t head) const {
-    const int64_t row_begin = p_.cu_seqlens_q[item_.row];
+    const bool partial = item_.partial_out != nullptr;
+    const int64_t first = partial ? item_.q_begin : first_token_;  // of the item, in the output
     for (int64_t row = 0; row < query_rows_; ++row) {
-      const int64_t token = first_token_ + row / group_;
       const int64_t q_head = head * group_ + row % group_;
+      const int64_t place = (first + row / group_) * p_.num_heads + q_head;
       const int64_t state = local(head) * w_.rows + row;
       float* from = out_row(head, row);
       for (int64_t d = 0; d < w_.out_stride; d += L::kElems) L::restore_order(from + d);
-      const float sum = reduce_add(load(w_.sums + state * kWidth));
-      if (item_.partial_out != nullptr) {
-        const Normalizer n = normalize(w_.maxima[state], sum, nullptr);
-        const int64_t at = (token - row_begin) * p_.num_heads + q_head;
-        item_.partial_lse[at] = n.lse;
-        store_scaled(item_.partial_out + at * p_.v_head_dim, from, n.scale, p_.v_head_dim);
-      } else {
-        const float* sink = p_.sinks == nullptr ? nullptr : p_.sinks + q_head;
-        const Normalizer n = normalize(w_.maxima[state], sum, sink);
-        const int64_t at = token * p_.num_heads + q_head;
-        p_.lse[at] = n.lse;
-        store_scaled(static_cast<T*>(p_.out) + at * p_.v_head_dim, from, n.scale, p_.v_head_dim);
-      }
+      const bool has_sink = !partial && p_.sinks != nullptr;
+      const Normalizer n = normalize(w_.maxima[state], reduce_add(load(w_.sums + state * kWidth)),
+                                     has_sink ? p_.sinks + q_head : nullptr);
+      (partial ? item_.partial_lse : p_.lse)[place] = n.lse;
+      const int64_t at = place * p_.v_head_dim;
+      if (partial)
+        store_scaled(item_.partial_out + at, from, n.scale, p_.v_head_dim);
+      else
+        store_scaled(static_cast<T*>(p_.out) + at, from, n.scale, p_.v_head_dim);
     }
   }
 
