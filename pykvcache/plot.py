@@ -35,7 +35,7 @@ def plot_blocks(allocator: BlockAllocator, seqs: Sequence[int], path: str | Path
     """Draw the pool as a grid of blocks, 1,200 pixels wide, and save it (format by suffix).
 
     A block has the colour of the first sequence that holds it, and a dot when others share it.
-    Blocks that only sequences outside `seqs` hold count as free. Pools above 65,536 blocks are cut there.
+    Blocks that only sequences outside `seqs` hold count as free. Pools above 65,536 blocks are cut.
 
     Raises:
         ImportError: matplotlib is not installed.

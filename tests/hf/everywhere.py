@@ -1,12 +1,14 @@
 """pytest plugin: blocks in place of `sdpa` and `DynamicCache` in every model of the process.
 
 Made to run transformers' own tests, from a checkout of them and with this folder on PYTHONPATH:
-`pytest -p everywhere tests/models/llama`, compared with the same run without the plugin.
+`pytest -p everywhere tests/models/llama`, compared with the same run without the plugin. Models
+that have no sdpa need PYKVCACHE_EVERYWHERE=eager; tests that look at attention weights then fail.
 """
 
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import pytest
@@ -20,13 +22,15 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from pykvcache.hf import PagedCache, counters
-from pykvcache.hf.attention import SDPA_NAME, register
+from pykvcache.hf.attention import EAGER_NAME, SDPA_NAME, register
 
 
 def pytest_configure(config: pytest.Config) -> None:
     register()
+    replaced = os.environ.get("PYKVCACHE_EVERYWHERE", "sdpa")
+    name = {"sdpa": SDPA_NAME, "eager": EAGER_NAME}[replaced]
     for interface in (AttentionInterface, AttentionMaskInterface):
-        interface.register("sdpa", interface._global_mapping[SDPA_NAME])
+        interface.register(replaced, interface._global_mapping[name])
     prepare = GenerationMixin._prepare_cache_for_generation
     call = PreTrainedModel.__call__
 
