@@ -81,10 +81,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             return handles
         rows = self.rows
         batch, heads, tokens, k_dim = key_states.shape
-        if not self.is_initialized:
-            if self._apart is not None or not rows.expects(self.seen, tokens):
-                return self._update_apart(key_states, value_states)
+        if not self.is_initialized and rows.expects(self.seen, tokens):
             self.lazy_initialization(key_states, value_states)
+        elif self._apart is not None or not self.is_initialized:
+            return self._update_apart(key_states, value_states)
         if self.seen == rows.seen:
             rows.append(batch, tokens)
         elif self.seen + tokens != rows.seen:
@@ -113,7 +113,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _update_apart(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """A layer that caches other tokens than the first one did (vision keys) stays dense."""
         if self._apart is None:
-            self._apart = DynamicLayer()
+            self._apart, self.is_initialized = DynamicLayer(), True
         kept: tuple[Tensor, Tensor] = self._apart.update(k, v)
         return kept
 
@@ -148,7 +148,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget this layer's tokens; `PagedCache.reset` also frees the blocks."""
-        self.seen, self._apart = 0, None
+        self.seen = 0
+        if self._apart is not None:
+            self._apart, self.is_initialized = None, False
 
     def offload(self) -> None:
         """Blocks stay where they are."""

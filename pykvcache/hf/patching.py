@@ -39,11 +39,16 @@ class PatchState:
             (config, config._attn_implementation_internal) for config in _configs(model)
         ]
         self.patched_implementations: list[tuple[PreTrainedConfig, str]] = []
+        self.overridden: dict[str, Any] = {}  # instance attributes that we replaced
         self.hook: Any = None
 
     def new_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> PagedCache:
         """An empty cache with the settings of the patch."""
         return PagedCache(config, max_length=max_length, **self.settings)
+
+    def original(self, model: PreTrainedModel, name: str) -> Any:
+        """The method that our override of this name stands in front of."""
+        return self.overridden.get(name) or MethodType(getattr(type(model), name), model)
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An argument of the model's forward, wherever it was given."""
@@ -146,13 +151,12 @@ def _prepare_cache_for_generation(
     max_cache_length: int,
 ) -> Any:
     """Let transformers prepare its cache, then replace a fresh `DynamicCache`."""
-    result = type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
+    state: PatchState = getattr(self, STATE)
+    prepare = state.original(self, "_prepare_cache_for_generation")
+    result = prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
     cache = model_kwargs.get("past_key_values")
     if torch.is_grad_enabled() or cache is None:
         return result
-    state: PatchState = getattr(self, STATE)
     inner = cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
     if not _is_fresh(inner) or getattr(cache, "_is_user_defined", False):
         return result
@@ -174,7 +178,8 @@ def _continuous_batching_context_manager(
     state: PatchState = getattr(self, STATE)
     _restore(state.implementations)
     try:
-        with type(self).continuous_batching_context_manager(self, *args, **kwargs) as manager:
+        session = state.original(self, "continuous_batching_context_manager")
+        with session(*args, **kwargs) as manager:
             yield manager
     finally:
         _restore(state.patched_implementations)
@@ -245,6 +250,8 @@ def patch(
         strict=True,
     ):
         if hasattr(type(model), name):
+            if name in model.__dict__:
+                state.overridden[name] = model.__dict__[name]
             model.__dict__[name] = MethodType(override, model)
     state.hook = model.register_forward_pre_hook(state.before_forward, with_kwargs=True)
     model.__dict__[STATE] = state
@@ -272,6 +279,7 @@ def unpatch(model: Model) -> Model:
     state.hook.remove()
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
+    model.__dict__.update(state.overridden)
     _restore(state.implementations)
     return model
 

@@ -278,7 +278,12 @@ def make_model(name: str) -> transformers.PreTrainedModel:
     if family.eager:
         config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = getattr(transformers, family.model)(config).eval()
+    return randomize(getattr(transformers, family.model)(config))
+
+
+def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Weights that let attention decide, the same in every process; no end-of-text token."""
+    model.eval()
     generator = torch.Generator().manual_seed(1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():

@@ -70,6 +70,24 @@ def test_patch_twice(llama: PreTrainedModel) -> None:
         pykvcache.unpatch(llama)
 
 
+def test_foreign_override_is_kept(llama: PreTrainedModel) -> None:
+    calls = []
+    original = llama._prepare_cache_for_generation
+
+    def override(*args: Any) -> Any:
+        calls.append(1)
+        return original(*args)
+
+    llama._prepare_cache_for_generation = override
+    pykvcache.patch(llama)
+    counters.reset()
+    generate(llama)
+    assert len(calls) == 1
+    assert counters.paged > 0
+    pykvcache.unpatch(llama)
+    assert llama._prepare_cache_for_generation is override
+
+
 def test_copy_of_a_patched_model_is_patched(llama: PreTrainedModel) -> None:
     expected = generate(llama)
     pykvcache.patch(llama, block_size=4)
