@@ -308,9 +308,13 @@ def test_pipeline(llama: PreTrainedModel) -> None:
 def test_generate_batch(llama: PreTrainedModel) -> None:
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
     options = transformers.GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=96)
+    # by default transformers takes 60 % of the machine's memory for its own pool
+    small = transformers.ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64)
 
     def tokens() -> list[list[int]]:
-        outputs = llama.generate_batch(prompts, generation_config=options)
+        outputs = llama.generate_batch(
+            prompts, generation_config=options, continuous_batching_config=small
+        )
         return sorted(output.generated_tokens for output in outputs.values())
 
     expected = tokens()
