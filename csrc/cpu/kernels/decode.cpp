@@ -43,10 +43,10 @@ class Decode {
     while (tiles[tile].count > 0) {
       fill(cursor, tiles[1 - tile]);
       for (int64_t head = item_.head_begin; head < item_.head_end; ++head, step ^= 1) {
-        if (head + 1 < item_.head_end)
-          locate(tiles[tile], head + 1, rows[1 - step]);
-        else
-          locate(tiles[1 - tile], item_.head_begin, rows[1 - step]);
+        const bool same_tile = head + 1 < item_.head_end;
+        const Tile& next = tiles[same_tile ? tile : 1 - tile];
+        locate(next, same_tile ? head + 1 : item_.head_begin, rows[1 - step]);
+        touch_pages(next, rows[1 - step]);
         attend(tiles[tile], head, rows[step], rows[1 - step]);
       }
       tile = 1 - tile;
@@ -85,6 +85,21 @@ class Decode {
 
   void fill(TokenCursor& cursor, Tile& tile) const {
     tile.count = cursor.take(tile_tokens_, tile.positions, tile.k_offsets, tile.v_offsets);
+    tile.num_pages = 0;
+    int64_t last_page = -1;
+    for (int64_t t = 0; t < tile.count; ++t) {
+      const int64_t page = tile.k_offsets[t] * static_cast<int64_t>(sizeof(T)) / kPageBytes;
+      if (page != last_page) tile.pages[tile.num_pages++] = static_cast<int32_t>(t);
+      last_page = page;
+    }
+  }
+
+  // Starts the page walks of a step all at once, well before its rows are prefetched one by one.
+  void touch_pages(const Tile& tile, const TileRows<T>& rows) const {
+    for (int64_t i = 0; i < tile.num_pages; ++i) {
+      __builtin_prefetch(rows.k[tile.pages[i]]);
+      __builtin_prefetch(rows.v[tile.pages[i]]);
+    }
   }
 
   void locate(const Tile& tile, int64_t head, TileRows<T>& rows) const {

@@ -13,11 +13,15 @@ constexpr int64_t kTokenGroup = 16;       // tiles are padded to this
 
 alignas(64) static const char kZeroRow[(kMaxHeadDim + 16) * sizeof(float)] = {};
 
+constexpr int64_t kPageBytes = 4096;
+
 struct Tile {
   int64_t count = 0;
   int32_t positions[kMaxTile];
   int64_t k_offsets[kMaxTile];
   int64_t v_offsets[kMaxTile];
+  int64_t num_pages = 0;
+  int32_t pages[kMaxTile];  // tokens whose row is on another page than the row before
 };
 
 // Addresses of a tile's rows for one head; past the tile's count they point at zeros.
