@@ -51,13 +51,14 @@ class Pool:
 
     def __init__(self, num_blocks: int) -> None:
         self.allocator = BlockAllocator(num_blocks, BLOCK_SIZE)
-        self.core = self.allocator._core
         self.one = self.allocator.allocate([LENGTH])
+        self.handle = (int(self.one[0]),)
         self.many = self.allocator.allocate([LENGTH] * ROWS)
         columns = -(-MOST_LENGTH // BLOCK_SIZE)
         self.batches = {
             seqs.size: self.allocator.batch(seqs, columns=columns) for seqs in (self.one, self.many)
         }
+        self.core = self.allocator._core
         self.lengths = dict.fromkeys(self.batches, LENGTH)
 
     def step(self, rows: int) -> None:
@@ -82,7 +83,7 @@ CALLS: dict[str, Callable[[Pool], Any]] = {
     ),
     "lengths(), 256 rows": lambda pool: pool.allocator.lengths(pool.many),
     "block_table(), 256 rows": lambda pool: pool.allocator.block_table(pool.many),
-    "the extension's append alone": lambda pool: pool.core.append((int(pool.one[0]),), 0),
+    "the extension's append alone": lambda pool: pool.core.append(pool.handle, 0),
     "the extension's num_free alone": lambda pool: pool.core.num_free(),
 }
 

@@ -89,6 +89,10 @@ class Allocator {
       uint32_t slot;
       int32_t group, index;
     };
+    struct Growth {
+      uint32_t slot;
+      int32_t group, entries;
+    };
     struct Release {
       uint32_t slot;
       int32_t group, dead;
@@ -96,6 +100,7 @@ class Allocator {
     std::vector<uint32_t> slots;      // of each row
     std::vector<int32_t> lengths;     // of each row, after the append
     std::vector<Copy> copies;         // entries to replace by a copy
+    std::vector<Growth> growths;      // tables that get longer
     std::vector<Release> releases;    // tables whose head leaves the window
     std::vector<int32_t> unshared;    // blocks that lost a reference while planning
     std::vector<int32_t> given_back;  // those that lost their last
@@ -106,6 +111,7 @@ class Allocator {
   void plan_append(Ints handles, Ints counts, std::span<const Reach> reach, const char* op);
   void plan_release(uint32_t slot, int32_t group, Reach reach);
   void plan_copy(uint32_t slot, int32_t group, int32_t index);
+  void plan_growth(uint32_t slot, int32_t group, int32_t entries);
   void plan_writes(Ints counts);
   void roll_back();
   Copies commit();
@@ -130,10 +136,6 @@ class Allocator {
   Plan plan_;
   std::vector<uint32_t> slots_;  // scratch
 };
-
-// Slots of positions [begin, end), -1 in released blocks.
-void write_slots(const std::vector<int32_t>& blocks, BlockSize block_size, int32_t begin,
-                 int32_t end, int64_t* slots);
 
 // Throws unless there are `rows` values, each 0 to max.
 void check_counts(const char* op, const char* name, Ints values, size_t rows, int64_t max);

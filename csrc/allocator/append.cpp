@@ -32,6 +32,14 @@ void Allocator::plan_copy(uint32_t slot, int32_t group, int32_t index) {
   pool_.unshare(block);
 }
 
+void Allocator::plan_growth(uint32_t slot, int32_t group, int32_t entries) {
+  std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
+  plan_.growths.push_back({slot, group, entries});
+  if (blocks.capacity() < static_cast<size_t>(entries)) {
+    blocks.reserve(std::max<size_t>(entries, 2 * blocks.capacity()));
+  }
+}
+
 // Copies of shared entries that will be written, and growth.
 void Allocator::plan_writes(Ints counts) {
   int64_t needed = 0;
@@ -49,9 +57,7 @@ void Allocator::plan_writes(Ints counts) {
       }
       if (end > size) {
         needed += end - size;
-        if (blocks.capacity() < static_cast<size_t>(end)) {
-          blocks.reserve(std::max<size_t>(end, 2 * blocks.capacity()));
-        }
+        plan_growth(slot, group, end);
       }
       max_blocks = std::max({max_blocks, end, size});
     }
@@ -70,6 +76,7 @@ void Allocator::plan_append(Ints handles, Ints counts, std::span<const Reach> re
   plan_.releases.clear();
   plan_.unshared.clear();
   plan_.given_back.clear();
+  plan_.growths.clear();
   for (size_t row = 0; row < counts.size(); ++row) {
     const int64_t length = store_.sequence(plan_.slots[row]).length + counts[row];
     if (length > kMaxLength) {
@@ -115,17 +122,14 @@ Copies Allocator::commit() {
     ++table.edits;
     copies[copy.group].push_back({src, entry});
   }
+  for (const Plan::Growth& growth : plan_.growths) {
+    std::vector<int32_t>& blocks = store_.table(growth.slot, growth.group).blocks;
+    const auto size = static_cast<int32_t>(blocks.size());
+    blocks.resize(growth.entries);
+    pool_.take(growth.entries - size, blocks.data() + size);
+  }
   for (size_t row = 0; row < plan_.slots.size(); ++row) {
-    const uint32_t slot = plan_.slots[row];
-    const int64_t end = block_size_.count(plan_.lengths[row]);
-    store_.sequence(slot).length = plan_.lengths[row];
-    for (int32_t group = 0; group < groups(); ++group) {
-      std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
-      const auto size = static_cast<int64_t>(blocks.size());
-      if (end <= size) continue;
-      blocks.resize(end);
-      pool_.take(end - size, blocks.data() + size);
-    }
+    store_.sequence(plan_.slots[row]).length = plan_.lengths[row];
   }
   counters_.copies += static_cast<int64_t>(plan_.copies.size());
   counters_.steps += 1;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "allocator/slots.h"
+
 namespace pykvcache {
 
 void Batch::bind(Ints handles) {
@@ -29,7 +31,6 @@ void Batch::write_table(const Table& table, Written& written, int32_t* row) {
   const auto size = static_cast<int32_t>(table.blocks.size());
   const bool grown_only = !written.stale && written.edits == table.edits && written.entries <= size;
   const int32_t begin = grown_only ? written.entries : 0;
-  if (grown_only && begin == size) return;
   std::copy(table.blocks.begin() + begin, table.blocks.end(), row + begin);
   if (written.entries > size) std::fill(row + size, row + written.entries, -1);
   written = {size, table.edits, false};
@@ -71,8 +72,10 @@ Batch::Result Batch::step(Allocator& allocator, Ints counts, int64_t width, bool
     int64_t* slots = arrays_.slot_mappings[group];
     for (int64_t row = 0; row < rows; ++row) {
       const Table& table = allocator.store_.table(plan.slots[row], static_cast<int32_t>(group));
-      write_table(table, written_[group * rows + row],
-                  arrays_.block_tables[group] + row * arrays_.columns);
+      Written& written = written_[group * rows + row];
+      if (!written.shows(table)) {
+        write_table(table, written, arrays_.block_tables[group] + row * arrays_.columns);
+      }
       const auto count = static_cast<int32_t>(counts[row]);
       const int64_t padding = width > 0 ? width - count : 0;
       std::fill_n(slots, padding, -1);

@@ -50,6 +50,10 @@ class Batch {
     int32_t entries = 0;  // table entries that the array shows
     uint32_t edits = 0;   // Table::edits at that time
     bool stale = true;    // the array shows another sequence, or nothing yet
+
+    bool shows(const Table& table) const {
+      return !stale && edits == table.edits && static_cast<size_t>(entries) == table.blocks.size();
+    }
   };
   void write_table(const Table& table, Written& written, int32_t* row);
 

@@ -26,7 +26,7 @@ namespace {
 
 uint32_t next_tag() {
   static std::atomic<uint32_t> count = 0;
-  return 1 + count++ % 2047;
+  return 1 + count++ % SequenceStore::kMaxTag;
 }
 
 PyObject* wrap(Allocator&& allocator) {

@@ -17,7 +17,7 @@ class BlockSize {
 
   // Index of the block that holds a position; also the number of blocks that end before it.
   int32_t index(int64_t position) const {
-    __extension__ using Wide = unsigned __int128;
+    using Wide = unsigned __int128;
     return static_cast<int32_t>((Wide{reciprocal_} * static_cast<uint64_t>(position + 1)) >> 64);
   }
 

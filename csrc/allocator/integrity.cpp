@@ -14,6 +14,9 @@ void require(bool condition, const Parts&... parts) {
 }  // namespace
 
 void Inspector::check_slots() const {
+  require(store_.tag_ > 0 && store_.tag_ <= SequenceStore::kMaxTag, "the tag is ", store_.tag_);
+  require(store_.next_generation_ > 0 && store_.next_generation_ <= SequenceStore::kMaxGeneration,
+          "the next generation is ", store_.next_generation_);
   std::vector<bool> free(store_.num_slots());
   for (const uint32_t slot : store_.free_slots_) {
     require(slot < store_.num_slots(), "free slot ", slot, " of ", store_.num_slots());

@@ -31,6 +31,9 @@ struct Sequence {
 
 class SequenceStore {
  public:
+  static constexpr int kSlotBits = 24, kTagShift = 52;
+  static constexpr uint32_t kMaxTag = (1u << (63 - kTagShift)) - 1;
+
   SequenceStore(int32_t groups, uint32_t tag) : groups_(groups), tag_(tag) {}
 
   int32_t groups() const { return groups_; }
@@ -137,12 +140,11 @@ class SequenceStore {
     bad_argument(op, ": sequence ", handle, " in row ", row, " is in the batch twice");
   }
 
-  static constexpr int kSlotBits = 24, kTagShift = 52;
   static constexpr uint32_t kMaxSlots = uint32_t{1} << kSlotBits;
   static constexpr int64_t kMaxGeneration = (int64_t{1} << (kTagShift - kSlotBits)) - 1;
 
   int32_t groups_;
-  uint32_t tag_;  // below 2^11
+  uint32_t tag_;  // 1 to kMaxTag
   int64_t next_generation_ = 1;
   uint64_t visit_ = 0;
   std::vector<Sequence> sequences_;

@@ -44,24 +44,29 @@ class Reader {
   template <class T>
   T get() {
     T value;
-    std::memcpy(&value, advance(sizeof(T)), sizeof(T));
+    read(&value, 1);
     return value;
   }
   template <class T>
   std::vector<T> get_vector() {
-    const auto size = get<uint64_t>();
-    if (size > left_ / sizeof(T)) throw SnapshotError("snapshot is cut off");
-    std::vector<T> values(size);
-    std::memcpy(values.data(), advance(size * sizeof(T)), size * sizeof(T));
+    std::vector<T> values(checked_count(get<uint64_t>(), sizeof(T)));
+    read(values.data(), values.size());
     return values;
+  }
+  // Throws unless that many elements can follow, before memory is taken for them.
+  size_t checked_count(uint64_t count, size_t element_size) const {
+    if (count > left_ / element_size) throw SnapshotError("snapshot is cut off");
+    return count;
   }
   size_t left() const { return left_; }
 
  private:
-  const char* advance(size_t size) {
-    if (size > left_) throw SnapshotError("snapshot is cut off");
+  template <class T>
+  void read(T* values, size_t count) {
+    const size_t size = checked_count(count, sizeof(T)) * sizeof(T);
+    std::copy_n(next_, size, reinterpret_cast<char*>(values));
+    next_ += size;
     left_ -= size;
-    return std::exchange(next_, next_ + size);
   }
   const char* next_;
   size_t left_;
@@ -99,8 +104,7 @@ void Archive::read_store(Reader& in, SequenceStore& store) {
   store.tag_ = in.get<uint32_t>();
   store.next_generation_ = in.get<int64_t>();
   store.free_slots_ = in.get_vector<uint32_t>();
-  const auto slots = in.get<uint64_t>();
-  if (slots > in.left() / sizeof(int64_t)) throw SnapshotError("snapshot is cut off");
+  const size_t slots = in.checked_count(in.get<uint64_t>(), sizeof(int64_t));
   store.sequences_.resize(slots);
   store.tables_.resize(slots * store.groups_);
   store.free_slots_.reserve(slots);

@@ -9,7 +9,8 @@ namespace pykvcache {
 
 namespace {
 
-constexpr int64_t kBlockSize = 16, kLength = 1000, kRows = 256;
+constexpr int64_t kBlockSize = 16, kLength = 1000, kRows = 256, kSteps = 64;
+constexpr int64_t kMostBlocks = 512;  // of a sequence that wears the pool
 constexpr int64_t kLayers[] = {1};
 
 // Nanoseconds of one call, divided by the units of work in it.
@@ -25,8 +26,8 @@ Allocator worn_allocator(int64_t num_blocks) {
   Allocator allocator(num_blocks, kBlockSize, kLayers, 1);
   std::mt19937_64 random(0);
   std::vector<int64_t> handles;
-  while (allocator.num_free() > 64) {
-    const int64_t length = static_cast<int64_t>(random() % (64 * kBlockSize)) + 1;
+  while (allocator.num_free() > kMostBlocks) {
+    const int64_t length = static_cast<int64_t>(random() % (kMostBlocks * kBlockSize)) + 1;
     allocator.allocate({&length, 1}, &handles.emplace_back());
   }
   std::shuffle(handles.begin(), handles.end(), random);
@@ -60,9 +61,11 @@ std::vector<std::pair<std::string, std::vector<double>>> time_allocator(int64_t 
   const int64_t blocks = kRows * ((kLength + kBlockSize - 1) / kBlockSize);
   std::vector<int64_t> seqs(kRows), children(kRows), pairs(kRows);
   for (int64_t row = 0; row < kRows; ++row) pairs[row] = row / 2;
-  Allocator allocator = worn_allocator(num_blocks);
   for (int64_t repeat = 0; repeat < repeats; ++repeat) {
     init.push_back(time_per(1, [&] { Allocator(num_blocks, kBlockSize, kLayers, 1); }));
+  }
+  Allocator allocator = worn_allocator(num_blocks);
+  for (int64_t repeat = 0; repeat < repeats; ++repeat) {
     allocate.push_back(time_per(blocks, [&] { allocator.allocate(lengths, seqs.data()); }));
     free.push_back(time_per(blocks, [&] { allocator.free(seqs); }));
 
@@ -71,16 +74,16 @@ std::vector<std::pair<std::string, std::vector<double>>> time_allocator(int64_t 
       for (int64_t row = 0; row < kRows; ++row) allocator.fork({&seqs[row], 1}, 1, &children[row]);
     }));
     drop.push_back(time_per(kRows, [&] { allocator.free(children); }));
-    append.push_back(time_per(kBlockSize, [&] {
-      for (int64_t i = 0; i < kBlockSize; ++i) allocator.append(seqs, ones);
+    append.push_back(time_per(kSteps, [&] {
+      for (int64_t i = 0; i < kSteps; ++i) allocator.append(seqs, ones);
     }));
-    Arrays arrays((kLength + 4 * kBlockSize) / kBlockSize);
+    Arrays arrays((kLength + 3 * kSteps) / kBlockSize);
     Batch batch(1);
     batch.bind(seqs);
     batch.set_arrays(arrays.batch);
     batch.step(allocator, ones, 0, true);
-    step.push_back(time_per(kBlockSize, [&] {
-      for (int64_t i = 0; i < kBlockSize; ++i) batch.step(allocator, ones, 0, true);
+    step.push_back(time_per(kSteps, [&] {
+      for (int64_t i = 0; i < kSteps; ++i) batch.step(allocator, ones, 0, true);
     }));
     select.push_back(time_per(kRows, [&] { allocator.select(seqs, pairs, children.data()); }));
     allocator.free(children);

@@ -1,26 +1,10 @@
 // What kernels read of sequences: lengths, block tables and slots.
 #include <limits>
-#include <numeric>
 
 #include "allocator/allocator.h"
+#include "allocator/slots.h"
 
 namespace pykvcache {
-
-void write_slots(const std::vector<int32_t>& blocks, BlockSize block_size, int32_t begin,
-                 int32_t end, int64_t* slots) {
-  while (begin < end) {
-    const int32_t index = block_size.index(begin), offset = begin - index * block_size;
-    const int32_t run = std::min(end - begin, block_size - offset);
-    const int64_t first = int64_t{blocks[index]} * block_size + offset;
-    if (blocks[index] < 0) {
-      std::fill_n(slots, run, -1);
-    } else {
-      std::iota(slots, slots + run, first);
-    }
-    slots += run;
-    begin += run;
-  }
-}
 
 void Allocator::lengths(Ints handles, int32_t* out) {
   store_.resolve(handles, false, "lengths", slots_);
