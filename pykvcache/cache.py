@@ -20,6 +20,7 @@ from pykvcache import ops
 from pykvcache.allocator import BlockAllocator
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_BLOCKS = 2**31 - 1  # block ids are int32
 
 
 class KVPool:
@@ -110,6 +111,11 @@ class KVPool:
                 raise ValueError(
                     f"memory must hold at least one block of {price} bytes, got {self.memory}"
                 )
+            if size > MAX_BLOCKS:
+                raise ValueError(
+                    f"memory must hold at most {MAX_BLOCKS} blocks of {price} bytes, "
+                    f"got {self.memory}"
+                )
         self.allocator = BlockAllocator(max(size, 1), self.block_size, layers=self.layers_of_group)
         self.device = k.device
         self.ops = ops.table(self.backend, k.device.type)
@@ -130,10 +136,17 @@ class KVPool:
         if dtype not in KV_DTYPES:
             raise TypeError(f"keys must be one of {_names(KV_DTYPES)}, got {dtype}")
         heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
+        if self._shapes[layer] is not None:  # by another cache that shares this pool
+            if (self._shapes[layer], self._dtype(layer)) != ((heads, k_dim, v_dim), dtype):
+                raise ValueError(f"layer {layer} of this pool has other shapes or another dtype")
+            return
         elements = heads * self.block_size * (k_dim + v_dim)
         self._shapes[layer] = (heads, k_dim, v_dim)
         self._storage_of[layer] = self._find_storage(layer, elements, dtype, k.device)
         self._view(layer)
+
+    def _dtype(self, layer: int) -> torch.dtype:
+        return self.caches(layer)[0].dtype
 
     def _find_storage(
         self, layer: int, elements: int, dtype: torch.dtype, device: torch.device
@@ -146,7 +159,14 @@ class KVPool:
             fits = storage.shape[1] >= elements and storage.dtype == dtype
             if fits and storage.device == device and self.group_of[other] != self.group_of[layer]:
                 return index
-        self._storages.append(torch.empty(self.num_blocks, elements, dtype=dtype, device=device))
+        try:
+            storage = torch.empty(self.num_blocks, elements, dtype=dtype, device=device)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"num_blocks or memory is too large: {self.num_blocks} blocks of {elements} "
+                f"{_names([dtype])} values a layer cannot be allocated on {device}"
+            ) from error
+        self._storages.append(storage)
         return len(self._storages) - 1
 
     def _view(self, layer: int) -> None:

@@ -184,7 +184,7 @@ def check_attention(
     longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
     if max_seqlen_q < longest:
         raise ValueError(f"max_seqlen_q is {max_seqlen_q} but a row has {longest} queries")
-    if q.shape[1] % max(k_cache.shape[1], 1):
+    if 0 in (q.shape[1], k_cache.shape[1]) or q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"HQ must be a multiple of HKV: got {q.shape[1]} and {k_cache.shape[1]}")
     stored = k_cache.shape[3] if v_cache is None else v_cache.shape[3]
     for name, size, limit in (("D", q.shape[2], MAX_HEAD_DIM), ("v_head_dim", v_head_dim, stored)):

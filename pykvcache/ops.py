@@ -239,6 +239,31 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.dtype == torch.float32 else x.float()
 
 
+class _NoBackward(torch.autograd.Function):
+    """Identity on the result of paged attention whose backward is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "attention over a paged cache has no gradient: "
+            "run without a cache, or with DynamicCache"
+        )
+
+
+def refuse_gradient(q: Tensor, out: Tensor) -> Tensor:
+    """`out`, tied to q so that a backward pass is an error instead of a gradient left out."""
+    tied: Tensor = _NoBackward.apply(q, out)  # type: ignore[no-untyped-call]
+    return tied
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return x.detach() if x is not None and x.requires_grad else x
+
+
 def write_kv(
     k: Tensor,
     v: Tensor | None,
@@ -270,7 +295,13 @@ def write_kv(
             written.
     """
     table(backend, k_cache.device.type).write_kv(
-        k, v, _hnd(k_cache, layout), _hnd(v_cache, layout), slot_mapping, k_scale, v_scale
+        _detached(k),
+        _detached(v),
+        _hnd(k_cache, layout),
+        _hnd(v_cache, layout),
+        slot_mapping,
+        k_scale,
+        v_scale,
     )
 
 
@@ -336,13 +367,14 @@ def paged_attention(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, device, dtype or range.
+        RuntimeError: in a backward pass through the result; there is no gradient.
     """
     if v_head_dim is None:
         if v_cache is None:
             raise ValueError("v_head_dim must be given when v_cache is None")
         v_head_dim = v_cache.shape[-1]
-    return table(backend, q.device.type).paged_attention(
-        q,
+    out, lse = table(backend, q.device.type).paged_attention(
+        _detached(q),
         _hnd(k_cache, layout),
         _hnd(v_cache, layout),
         block_table,
@@ -363,6 +395,7 @@ def paged_attention(
         plan,
         deterministic,
     )
+    return (refuse_gradient(q, out) if q.requires_grad else out), lse
 
 
 def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:

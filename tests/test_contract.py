@@ -88,6 +88,19 @@ def test_compiled_step_equals_eager(backend: str) -> None:
     assert torch.equal(compiled(q * 2, k, *pools), step(q * 2, k, *pools))
 
 
+@pytest.mark.parametrize("backend", READY)
+def test_backward_is_an_error_and_not_a_missing_gradient(backend: str) -> None:
+    data = build(Case("gradient"))
+    q = data.args[0].clone().requires_grad_()
+    out, _ = ops.paged_attention(q, *data.args[1:], backend=backend)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        out.sum().backward()
+    cache = torch.zeros(2, 2, 4, 8)
+    k = torch.ones(1, 2, 8, requires_grad=True)
+    ops.write_kv(k, k, cache, cache, torch.tensor([3]), backend=backend)
+    assert not cache.requires_grad and cache.sum() == 16
+
+
 def test_plan_is_accepted() -> None:
     for backend in READY:
         data = build(EVERYTHING)
@@ -150,6 +163,7 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "q dims": (_change(0, torch.zeros(4, 64)), {}, r"q must be \[T, HQ, D\]"),
     "q dtype": (_change(0, torch.zeros(4, 4, 64).long()), {}, "q must be float32"),
     "q dim": (_change(0, torch.zeros(4, 4, 32)), {}, "D is"),
+    "no heads": (_change(0, torch.zeros(4, 0, 64)), {}, "HQ must be a multiple of HKV"),
     "head count": (_change(0, torch.zeros(4, 3, 64)), {}, "HQ must be a multiple of HKV"),
     "cache dims": (_change(1, torch.zeros(4, 4)), {}, "k_cache must be"),
     "cache blocks": (_change(2, torch.zeros(2, 2, 16, 64)), {}, "v_cache must be.*num_blocks"),

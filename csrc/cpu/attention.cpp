@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor> paged_attention(
       fail(dtype == p.q_dtype ? "q" : "k_cache", " must be float32, float16 or bfloat16");
   check_range("D", D, 1, kMaxHeadDim);
   check_range("v_head_dim", v_head_dim, 1, std::min(p.v.head_dim, kMaxHeadDim));
-  if (HKV < 1 || HQ % HKV != 0)
+  if (HKV < 1 || HQ < 1 || HQ % HKV != 0)
     fail("HQ must be a multiple of HKV: got ", static_cast<int64_t>(HQ), " and ",
          static_cast<int64_t>(HKV));
   if (window < 0) fail("window must not be negative, got ", window);

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pykvcache import ops
 from pykvcache.hf.counters import counters
 from pykvcache.hf.handles import PagedKeys, PagedValues
 from pykvcache.hf.layer import PagedLayer
@@ -28,20 +29,6 @@ from pykvcache.hf.static import LAYER, StaticPagedLayer
 SDPA_NAME = "pykvcache"
 EAGER_NAME = "pykvcache_eager"
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-class _NoBackward(torch.autograd.Function):
-    """Identity on the result of paged attention that refuses to give a wrong gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "attention over a PagedCache has no gradient: run without a cache, or with DynamicCache"
-        )
 
 
 @functools.cache
@@ -132,16 +119,21 @@ def _paged_attention(
         causal, window, chunk, bias = _masking(layer, attention_mask, key)
     if position_bias is not None:
         bias = _add_bias(bias, _align(layer, position_bias, key))
-    q = packed(query, tokens)
-    if pool.kv_dtype is not None:
-        q = q.to(pool.kv_dtype)
+    q, k_cache = packed(query, tokens), pool.k_caches[layer.index]
+    assert k_cache is not None
+    if q.dtype != k_cache.dtype:  # kv_dtype, or autocast
+        q = q.to(k_cache.dtype)
+    cu_seqlens_q = metadata.cu_seqlens_q
+    if len(q) != len(metadata.slot_mapping):  # a model that asks for its last tokens only (Gemma 4)
+        cu_seqlens_q = torch.arange(0, len(q) + 1, tokens, device=q.device, dtype=torch.int32)
+        bias = bias if bias is None else bias[:, :, -tokens:]
     out, _ = pool.ops.paged_attention(
         q,
-        pool.k_caches[layer.index],
+        k_cache,
         pool.v_caches[layer.index],
         metadata.block_table,
         metadata.seq_lens,
-        metadata.cu_seqlens_q,
+        cu_seqlens_q,
         tokens,
         q.shape[2] ** -0.5 if scaling is None else scaling,
         causal,
@@ -157,7 +149,7 @@ def _paged_attention(
         metadata.plan,
         pool.deterministic,
     )
-    if pool.kv_dtype is not None:
+    if out.dtype != query.dtype:
         out = out.to(query.dtype)
     if tokens == 1:
         return out.unsqueeze(1)
@@ -196,7 +188,7 @@ def _attention_function(eager: bool) -> AttentionFunction:
                 is_causal,
             )
             if query.requires_grad:
-                out = _NoBackward.apply(query, out)  # type: ignore[no-untyped-call]
+                out = ops.refuse_gradient(query, out)
             return out, None
         layer: StaticPagedLayer | None = getattr(key, LAYER, None)
         if layer is not None:

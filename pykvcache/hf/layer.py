@@ -104,11 +104,13 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _write(self, k: Tensor, v: Tensor) -> None:
         """Scatter packed k [B * T, HKV, D] and v [B * T, HKV, Dv] into this forward's slots."""
         pool = self.rows.pool
-        if pool.kv_dtype is not None:
-            k, v = k.to(pool.kv_dtype), v.to(pool.kv_dtype)
+        k_cache, v_cache = pool.k_caches[self.index], pool.v_caches[self.index]
+        assert k_cache is not None
+        dtype = k_cache.dtype
+        if k.dtype != dtype or v.dtype != dtype:  # kv_dtype, or autocast
+            k, v = k.to(dtype), v.to(dtype)
         slots = self.rows.metadata[self.group].slot_mapping
-        caches = pool.k_caches[self.index], pool.v_caches[self.index]
-        pool.ops.write_kv(k, v, *caches, slots, None, None)
+        pool.ops.write_kv(k, v, k_cache, v_cache, slots, None, None)
 
     def _update_apart(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """A layer that caches other tokens than the first one did (vision keys) stays dense."""

@@ -10,6 +10,7 @@ Read first: pykvcache/hf/attention.py.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from types import MethodType
@@ -252,7 +253,8 @@ def patch(
         if hasattr(type(model), name):
             if name in model.__dict__:
                 state.overridden[name] = model.__dict__[name]
-            model.__dict__[name] = MethodType(override, model)
+            model.__dict__[name] = functools.partial(override, model)  # a bound method of
+            # another name could be neither pickled nor copied
     state.hook = model.register_forward_pre_hook(state.before_forward, with_kwargs=True)
     model.__dict__[STATE] = state
     return model

@@ -138,6 +138,8 @@ class Rows:
                 break
             except OutOfBlocks as error:
                 if not self.pool.growable:
+                    if self.seen == 0:
+                        self.reset()
                     raise
                 total = self.pool.num_blocks
                 self.pool.grow(max(2 * total, total + error.needed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -303,6 +304,43 @@ def test_pipeline(llama: PreTrainedModel) -> None:
     counters.reset()
     assert texts() == expected
     assert counters.paged > 0
+
+
+def test_copies_of_an_empty_cache_are_apart(llama: PreTrainedModel) -> None:
+    first, inputs = PagedCache(llama.config, block_size=4), inputs_for(llama)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        expected = llama(**inputs).logits
+        for cache, ids in ((first, inputs["input_ids"]), (second, inputs["input_ids"].flip(1))):
+            llama(ids[:, :-1], past_key_values=cache)
+        last = inputs["input_ids"][:, -1:]
+        alone = llama(inputs["input_ids"]).logits[:, -1:]
+        torch.testing.assert_close(llama(last, past_key_values=first).logits, alone)
+    assert expected.shape[0] == len(last)
+
+
+def test_pickled_model_generates_the_same(llama: PreTrainedModel) -> None:
+    pykvcache.patch(llama)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = llama.generate(**inputs_for(llama), **options)
+    again = pickle.loads(pickle.dumps(llama))
+    assert torch.equal(again.generate(**inputs_for(llama), **options), expected)
+
+
+def test_autocast(llama: PreTrainedModel) -> None:
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = llama.generate(**inputs_for(llama), **options)
+        pykvcache.patch(llama)
+        assert torch.equal(llama.generate(**inputs_for(llama), **options), expected)
+
+
+def test_a_full_pool_leaves_an_empty_cache_empty(llama: PreTrainedModel) -> None:
+    pykvcache.patch(llama)
+    cache, ids = PagedCache(llama.config, num_blocks=1), inputs_for(llama)["input_ids"]
+    with pytest.raises(RuntimeError, match="blocks"):
+        llama.generate(ids.repeat(3, 4), past_key_values=cache, max_new_tokens=2)
+    assert llama.generate(ids[:1, :4], past_key_values=cache, max_new_tokens=2).shape == (1, 6)
 
 
 def test_generate_batch(llama: PreTrainedModel) -> None:
