@@ -57,6 +57,9 @@ def _load_core() -> Any:
     return _C
 
 
+MAX_GROUPS = 1024
+
+
 class BlockAllocator:
     """Gives blocks of one pool to sequences, lets them share blocks, and takes them back.
 
@@ -83,6 +86,8 @@ class BlockAllocator:
         groups: int | None = None,
         layers: Sequence[int] | None = None,
     ) -> None:
+        if groups is not None and groups > MAX_GROUPS:
+            raise ValueError(f"groups must be 1 to {MAX_GROUPS}, got {groups}")
         layers = (1,) * (1 if groups is None else groups) if layers is None else tuple(layers)
         if groups not in (None, len(layers)):
             raise ValueError(f"groups is {groups} but layers has {len(layers)} entries: {layers}")

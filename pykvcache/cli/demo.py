@@ -38,6 +38,8 @@ def demo(
         raise typer.BadParameter(f"--dtype must be one of {', '.join(bench.DTYPES)}, got {dtype!r}")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter("--plot needs matplotlib: pip install 'pykvcache[plot]'")
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--plot: there is no folder {plot.absolute().parent}")
     if importlib.util.find_spec("transformers") is None:
         raise typer.BadParameter("demo needs transformers: pip install 'pykvcache[hf]'")
     lengths = bench.prompt_lengths(batch, seed)

@@ -289,8 +289,10 @@ def unpatch(model: Model) -> Model:
 @contextlib.contextmanager
 def patched(model: Model, **settings: Any) -> Iterator[Model]:
     """`patch` for the length of a with block; arguments as there."""
+    was_patched = STATE in getattr(model, "__dict__", {})
     patch(model, **settings)
     try:
         yield model
     finally:
-        unpatch(model)
+        if not was_patched:
+            unpatch(model)

@@ -1,9 +1,9 @@
 """`StaticPagedCache`: blocks at fixed addresses, so that a decode step compiles into one graph.
 
 Every layer owns its tensors (views of one buffer would be copied whole by functionalisation).
-`update` writes into blocks and returns views of one NaN with the expected shape and the layer as an
-attribute, which survives tracing; our attention function reads the blocks of that layer. Code that
-touches such keys itself gets NaN, not wrong numbers. Lengths are tensors, positions count padding,
+In a patched model `update` writes into blocks and returns views of one NaN with the expected shape
+and the layer as an attribute, which survives tracing; our attention function reads the blocks of
+that layer. Other models get dense keys and values. Lengths are tensors, positions count padding,
 and masks are dense.
 
 Read first: pykvcache/hf/cache.py.
@@ -40,8 +40,14 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
 
     def __init__(
-        self, max_length: int, block_size: int, backend: str, num_blocks: int | None
+        self,
+        config: PreTrainedConfig,
+        max_length: int,
+        block_size: int,
+        backend: str,
+        num_blocks: int | None,
     ) -> None:
+        self.config = config
         self.max_length, self.block_size, self.backend = max_length, block_size, backend
         self.num_blocks = num_blocks
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
@@ -82,10 +88,16 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens; returns keys and values that only our attention can read."""
+        """Write the new tokens; returns keys and values, in a patched model without data.
+
+        Raises:
+            ValueError: they are more than max_length; nothing was written (checked outside graphs).
+        """
+        batch, heads, tokens, k_dim = key_states.shape
+        if not torch.compiler.is_compiling():
+            self._check_room(tokens)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        batch, heads, tokens, k_dim = key_states.shape
         self.cumulative_length.add_(tokens)
         self.seq_lens = self.cumulative_length.to(torch.int32).repeat(batch)
         self.cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * tokens
@@ -94,11 +106,24 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
         )
         k, v = packed(key_states, tokens), packed(value_states, tokens)
         self.ops.write_kv(k, v, self.k_cache, self.v_cache, slots, None, None)
+        if not str(self.config._attn_implementation).startswith("pykvcache"):
+            return self._dense(self.k_cache), self._dense(self.v_cache)
         keys = self.nothing.expand(batch, heads, self.max_length, k_dim)
         values = self.nothing.expand(batch, heads, self.max_length, value_states.shape[3])
         setattr(keys, LAYER, self)
         setattr(values, LAYER, self)
         return keys, values
+
+    def _check_room(self, tokens: int) -> None:
+        total = int(self.cumulative_length) + tokens
+        if total > self.max_length:
+            raise ValueError(f"max_length is {self.max_length} but a row would have {total} tokens")
+
+    def _dense(self, cache: Tensor) -> Tensor:
+        """A cache as [B, HKV, max_length, D]: the rows' blocks stand one after the other."""
+        heads, dim = cache.shape[1], cache.shape[3]
+        columns = cache.view(self.batch_size, -1, heads, self.block_size, dim).transpose(1, 2)
+        return columns.flatten(2, 3)[:, :, : self.max_length]
 
     def attend(
         self,
@@ -154,8 +179,9 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens."""
-        self.cumulative_length.sub_(abs(int(tokens_to_remove)))
+        """Forget tokens at the end: -n removes n; a positive n (transformers 5.17) keeps n."""
+        tokens, seen = int(tokens_to_remove), int(self.cumulative_length)
+        self.cumulative_length.fill_(max(seen + tokens, 0) if tokens <= 0 else min(seen, tokens))
 
     def reset(self) -> None:
         """Forget everything; addresses stay."""
@@ -201,5 +227,11 @@ class StaticPagedCache(Cache):  # type: ignore[misc]
             )
         for index, is_plain in enumerate(plain):
             if is_plain:
-                layers[index] = StaticPagedLayer(max_length, block_size, backend, num_blocks)
+                layers[index] = StaticPagedLayer(
+                    config.get_text_config(decoder=True),
+                    max_length,
+                    block_size,
+                    backend,
+                    num_blocks,
+                )
         super().__init__(layers=layers)

@@ -81,3 +81,24 @@ def test_static_arguments() -> None:
     cache = PagedCache(model.config, num_blocks=5, block_size=4, static=True, max_length=LENGTH)
     with pytest.raises(OutOfBlocks, match="3 rows of 27 tokens need 21 blocks, the pool has 5"):
         greedy(model, past_key_values=cache)
+
+
+def test_static_cache_in_a_model_that_is_not_patched() -> None:
+    model = make_model("llama")
+    inputs = inputs_for(model)
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    cache = PagedCache(model.config, block_size=4, max_length=LENGTH, static=True)
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False, past_key_values=cache)
+    assert torch.equal(tokens, expected)
+
+
+def test_static_cache_that_is_full_changes_nothing() -> None:
+    model = pykvcache.patch(make_model("llama"))
+    cache = PagedCache(model.config, block_size=4, max_length=12, static=True)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="max_length is 12 but a row would have 20 tokens"):
+            model(ids, past_key_values=cache)
+        expected = model(ids[:, :8]).logits
+        logits = model(ids[:, :8], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected)
