@@ -93,7 +93,7 @@ def test_static_cache_in_a_model_that_is_not_patched() -> None:
 
 
 def test_static_cache_that_is_full_changes_nothing() -> None:
-    model = pykvcache.patch(make_model("llama"))
+    model = pykvcache.patch(copy.deepcopy(make_model("llama")))
     cache = PagedCache(model.config, block_size=4, max_length=12, static=True)
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
