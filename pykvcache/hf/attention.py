@@ -1,7 +1,8 @@
 """The attention function that transformers calls: reads the blocks behind a cache's handles.
 
 Plain keys and values (no cache, training, cross-attention, encoders, other caches) go to the
-implementation that the model had before it was patched.
+implementation that the model had before it was patched; so does an eager model that is asked for
+its attention weights.
 
 Read first: pykvcache/hf/masks.py. Read next: pykvcache/hf/patching.py.
 """
@@ -173,7 +174,8 @@ def _attention_function(eager: bool) -> AttentionFunction:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if type(key) is PagedKeys and type(value) is PagedValues:
+        wants_weights = eager and kwargs.get("output_attentions", False)
+        if type(key) is PagedKeys and type(value) is PagedValues and not wants_weights:
             attend = _outside_graph if torch.compiler.is_compiling() else _paged_attention
             out = attend(
                 module,

@@ -2,7 +2,7 @@
 
 Made to run transformers' own tests, from a checkout of them and with this folder on PYTHONPATH:
 `pytest -p everywhere tests/models/llama`, compared with the same run without the plugin. Models
-that have no sdpa need PYKVCACHE_EVERYWHERE=eager; tests that look at attention weights then fail.
+that have no sdpa need PYKVCACHE_EVERYWHERE=eager.
 """
 
 from __future__ import annotations

@@ -229,6 +229,20 @@ def test_masks_that_are_not_left_padding(family: str, backend: str) -> None:
         torch.testing.assert_close(logits(mask), expected[name], rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_attention_weights_of_eager_models(family: str) -> None:
+    model = copy.deepcopy(make_model(family))
+    options = {"output_attentions": True, "return_dict_in_generate": True}
+    expected = generate(model, **options)
+    pykvcache.patch(model, block_size=4)
+    got = generate(model, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert len(got.attentions[1]) == model.config.num_hidden_layers
+    for step, wanted in zip(got.attentions[1:], expected.attentions[1:], strict=True):
+        for layer, weights in zip(step, wanted, strict=True):
+            torch.testing.assert_close(layer, weights, rtol=0, atol=1e-5)
+
+
 def test_inference_mode(llama: PreTrainedModel) -> None:
     expected = WAYS["beam_search"](llama)
     pykvcache.patch(llama, block_size=4)
