@@ -91,10 +91,9 @@ class Batch:
         of its tokens and of all later ones.
         """
         for name, values in (("windows", windows), ("chunks", chunks)):
-            if len(values) not in (0, self._groups) or any(v < 0 for v in values):
-                raise ValueError(
-                    f"{name} must be 0 or more for each of {self._groups} groups, got {values}"
-                )
+            if len(values) not in (0, self._groups) or not all(0 <= v < 2**31 for v in values):
+                wanted = f"0 to {2**31 - 1} for each of {self._groups} groups"
+                raise ValueError(f"{name} must be {wanted}, got {values}")
         none = (0,) * self._groups
         self._core.set_reach(tuple(windows) or none, tuple(chunks) or none)
 

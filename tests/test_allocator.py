@@ -268,6 +268,11 @@ BAD_CALLS: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         r"slot_mapping: counts\[0\] must be 0 to 2, got 3",
     ),
+    "negative width": (
+        lambda a, seq, gone: a.slot_mapping([seq], 3, width=-1),
+        ValueError,
+        "slot_mapping: width must be 0 to 2147483647, got -1",
+    ),
     "nested list": (
         lambda a, seq, gone: a.free([[seq]]),
         TypeError,

@@ -165,14 +165,17 @@ def test_bad_steps_say_why_and_change_nothing() -> None:
         (([1, 2, 3],), ValueError, "counts must have one entry for each of 2 rows, got 3"),
         (([1, 5], 4), ValueError, r"counts\[1\] must be 0 to 4, got 5"),
         ((-1,), ValueError, r"counts\[0\] must be 0 to 2147483647, got -1"),
-        ((1, -1), ValueError, "width must be at least 0, got -1"),
-        ((1, 2**40), ValueError, "2199023255552 tokens are more than 2147483647"),
+        ((1, -1), ValueError, "width must be 0 to 2147483647, got -1"),
+        ((1, 2**62), ValueError, "width must be 0 to 2147483647, got 4611686018427387904"),
+        ((1, 2**31 - 1), ValueError, "4294967294 tokens are more than 2147483647"),
         ((np.array([0.5, 1]),), TypeError, "counts must be integers, got float64"),
     ]:
         with pytest.raises(error, match=text):
             batch.step(*arguments)
-    for windows in [(1,), (1, -1)]:
-        with pytest.raises(ValueError, match="windows must be 0 or more for each of 2 groups"):
+    for windows in [(1,), (1, -1), (1, 2**31)]:
+        with pytest.raises(
+            ValueError, match="windows must be 0 to 2147483647 for each of 2 groups"
+        ):
             batch.set_reach(windows)
     assert allocator.snapshot() == before
     allocator.free(seqs[:1])

@@ -37,6 +37,12 @@ int32_t checked_block_size(int64_t block_size) {
 
 }  // namespace
 
+void check_width(const char* op, int64_t width) {
+  if (width < 0 || width > kMaxInt32) {
+    bad_argument(op, ": width must be 0 to ", kMaxInt32, ", got ", width);
+  }
+}
+
 void check_counts(const char* op, const char* name, Ints values, size_t rows, int64_t max) {
   if (values.size() != rows) {
     bad_argument(op, ": ", name, " must have one entry for each of ", rows, " rows, got ",

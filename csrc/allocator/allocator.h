@@ -85,6 +85,11 @@ class Allocator {
 
   // An append that was checked and can no longer fail; it is followed by commit() or roll_back().
   struct Plan {
+    struct Row {
+      uint32_t slot;
+      int32_t length;      // after the append
+      int32_t begin, end;  // table entries that are written
+    };
     struct Copy {
       uint32_t slot;
       int32_t group, index;
@@ -97,22 +102,23 @@ class Allocator {
       uint32_t slot;
       int32_t group, dead;
     };
-    std::vector<uint32_t> slots;      // of each row
-    std::vector<int32_t> lengths;     // of each row, after the append
+    void clear();
+
+    std::vector<Row> rows;
     std::vector<Copy> copies;         // entries to replace by a copy
     std::vector<Growth> growths;      // tables that get longer
     std::vector<Release> releases;    // tables whose head leaves the window
     std::vector<int32_t> unshared;    // blocks that lost a reference while planning
     std::vector<int32_t> given_back;  // those that lost their last
     int64_t needed = 0;               // new blocks
-    int64_t max_blocks = 0;           // longest table afterwards
+    int32_t max_blocks = 0;           // longest table afterwards
   };
 
   void plan_append(Ints handles, Ints counts, std::span<const Reach> reach, const char* op);
   void plan_release(uint32_t slot, int32_t group, Reach reach);
-  void plan_copy(uint32_t slot, int32_t group, int32_t index);
+  void plan_copies(uint32_t slot, int32_t group, int32_t begin, int32_t end);
   void plan_growth(uint32_t slot, int32_t group, int32_t entries);
-  void plan_writes(Ints counts);
+  void plan_writes(int32_t group);
   void roll_back();
   Copies commit();
 
@@ -136,6 +142,9 @@ class Allocator {
   Plan plan_;
   std::vector<uint32_t> slots_;  // scratch
 };
+
+// Throws unless it is a number of query tokens, or 0 for packed rows.
+void check_width(const char* op, int64_t width);
 
 // Throws unless there are `rows` values, each 0 to max.
 void check_counts(const char* op, const char* name, Ints values, size_t rows, int64_t max);

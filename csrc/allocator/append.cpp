@@ -11,6 +11,15 @@
 
 namespace pykvcache {
 
+void Allocator::Plan::clear() {
+  copies.clear();
+  growths.clear();
+  releases.clear();
+  unshared.clear();
+  given_back.clear();
+  needed = max_blocks = 0;
+}
+
 void Allocator::plan_release(uint32_t slot, int32_t group, Reach reach) {
   const Table& table = store_.table(slot, group);
   const int32_t length = store_.sequence(slot).length;
@@ -25,73 +34,67 @@ void Allocator::plan_release(uint32_t slot, int32_t group, Reach reach) {
   }
 }
 
-void Allocator::plan_copy(uint32_t slot, int32_t group, int32_t index) {
-  const int32_t block = store_.table(slot, group).blocks[index];
-  plan_.copies.push_back({slot, group, index});
-  plan_.unshared.push_back(block);
-  pool_.unshare(block);
+// Shared blocks among entries [begin, end) of a table, which will be written.
+void Allocator::plan_copies(uint32_t slot, int32_t group, int32_t begin, int32_t end) {
+  const std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
+  for (int32_t i = begin; i < end; ++i) {
+    if (pool_.refs(blocks[i]) == 1) continue;
+    plan_.copies.push_back({slot, group, i});
+    plan_.unshared.push_back(blocks[i]);
+    pool_.unshare(blocks[i]);
+    ++plan_.needed;
+  }
 }
 
 void Allocator::plan_growth(uint32_t slot, int32_t group, int32_t entries) {
   std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
   plan_.growths.push_back({slot, group, entries});
+  plan_.needed += entries - static_cast<int32_t>(blocks.size());
   if (blocks.capacity() < static_cast<size_t>(entries)) {
     blocks.reserve(std::max<size_t>(entries, 2 * blocks.capacity()));
   }
 }
 
-// Copies of shared entries that will be written, and growth.
-void Allocator::plan_writes(Ints counts) {
-  int64_t needed = 0;
+void Allocator::plan_writes(int32_t group) {
   int32_t max_blocks = 0;
-  for (size_t row = 0; row < counts.size(); ++row) {
-    const uint32_t slot = plan_.slots[row];
-    const int32_t end = block_size_.count(plan_.lengths[row]);
-    const int32_t begin = counts[row] > 0 ? block_size_.index(store_.sequence(slot).length) : end;
-    for (int32_t group = 0; group < groups(); ++group) {
-      std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
-      const auto size = static_cast<int32_t>(blocks.size());
-      for (int32_t i = begin; i < std::min(end, size); ++i) {
-        if (pool_.refs(blocks[i]) > 1) [[unlikely]]
-          plan_copy(slot, group, i);
-      }
-      if (end > size) {
-        needed += end - size;
-        plan_growth(slot, group, end);
-      }
-      max_blocks = std::max({max_blocks, end, size});
-    }
+  for (const Plan::Row& row : plan_.rows) {
+    const std::vector<int32_t>& blocks = store_.table(row.slot, group).blocks;
+    const auto size = static_cast<int32_t>(blocks.size());
+    const int32_t present = std::min(row.end, size);
+    bool shared = false;
+    for (int32_t i = row.begin; i < present; ++i) shared |= pool_.refs(blocks[i]) > 1;
+    if (shared) [[unlikely]]
+      plan_copies(row.slot, group, row.begin, present);
+    if (row.end > size) plan_growth(row.slot, group, row.end);
+    max_blocks = std::max({max_blocks, row.end, size});
   }
-  plan_.needed = needed + static_cast<int64_t>(plan_.copies.size());
-  plan_.max_blocks = max_blocks;
+  plan_.max_blocks = std::max(plan_.max_blocks, max_blocks);
 }
 
 void Allocator::plan_append(Ints handles, Ints counts, std::span<const Reach> reach,
                             const char* op) {
   constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
   check_counts(op, "counts", counts, handles.size(), kMaxLength);
-  store_.resolve(handles, true, op, plan_.slots);
-  plan_.lengths.resize(handles.size());
-  plan_.copies.clear();
-  plan_.releases.clear();
-  plan_.unshared.clear();
-  plan_.given_back.clear();
-  plan_.growths.clear();
-  for (size_t row = 0; row < counts.size(); ++row) {
-    const int64_t length = store_.sequence(plan_.slots[row]).length + counts[row];
+  store_.resolve(handles, true, op, slots_);
+  plan_.clear();
+  plan_.rows.resize(handles.size());
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const int64_t old_length = store_.sequence(slots_[i]).length, length = old_length + counts[i];
     if (length > kMaxLength) {
-      bad_argument(op, ": row ", row, " would have ", length, " tokens, more than ", kMaxLength);
+      bad_argument(op, ": row ", i, " would have ", length, " tokens, more than ", kMaxLength);
     }
-    plan_.lengths[row] = static_cast<int32_t>(length);
+    const int32_t end = block_size_.count(length);
+    const int32_t begin = counts[i] > 0 ? block_size_.index(old_length) : end;
+    plan_.rows[i] = {slots_[i], static_cast<int32_t>(length), begin, end};
   }
   try {
     for (size_t group = 0; group < reach.size(); ++group) {
       if (reach[group].window == 0 && reach[group].chunk == 0) continue;
-      for (const uint32_t slot : plan_.slots) {
-        plan_release(slot, static_cast<int32_t>(group), reach[group]);
+      for (const Plan::Row& row : plan_.rows) {
+        plan_release(row.slot, static_cast<int32_t>(group), reach[group]);
       }
     }
-    plan_writes(counts);
+    for (int32_t group = 0; group < groups(); ++group) plan_writes(group);
     const auto given_back = static_cast<int64_t>(plan_.given_back.size());
     check_available(plan_.needed, pool_.num_free() + given_back, op);
   } catch (...) {
@@ -128,9 +131,7 @@ Copies Allocator::commit() {
     blocks.resize(growth.entries);
     pool_.take(growth.entries - size, blocks.data() + size);
   }
-  for (size_t row = 0; row < plan_.slots.size(); ++row) {
-    store_.sequence(plan_.slots[row]).length = plan_.lengths[row];
-  }
+  for (const Plan::Row& row : plan_.rows) store_.sequence(row.slot).length = row.length;
   counters_.copies += static_cast<int64_t>(plan_.copies.size());
   counters_.steps += 1;
   counters_.block_steps += pool_.num_used();

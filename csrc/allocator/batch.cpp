@@ -39,7 +39,7 @@ void Batch::write_table(const Table& table, Written& written, int32_t* row) {
 Batch::Result Batch::step(Allocator& allocator, Ints counts, int64_t width, bool release) {
   constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max();
   const int64_t rows = this->rows();
-  if (width < 0) bad_argument("step: width must be at least 0, got ", width);
+  check_width("step", width);
   if (width > 0) check_counts("step", "counts", counts, rows, width);
   std::span<const Reach> reach;
   if (release) reach = reach_;
@@ -71,7 +71,8 @@ Batch::Result Batch::step(Allocator& allocator, Ints counts, int64_t width, bool
   for (size_t group = 0; group < reach_.size(); ++group) {
     int64_t* slots = arrays_.slot_mappings[group];
     for (int64_t row = 0; row < rows; ++row) {
-      const Table& table = allocator.store_.table(plan.slots[row], static_cast<int32_t>(group));
+      const auto [slot, length, begin, end] = plan.rows[row];
+      const Table& table = allocator.store_.table(slot, static_cast<int32_t>(group));
       Written& written = written_[group * rows + row];
       if (!written.shows(table)) {
         write_table(table, written, arrays_.block_tables[group] + row * arrays_.columns);
@@ -79,14 +80,13 @@ Batch::Result Batch::step(Allocator& allocator, Ints counts, int64_t width, bool
       const auto count = static_cast<int32_t>(counts[row]);
       const int64_t padding = width > 0 ? width - count : 0;
       std::fill_n(slots, padding, -1);
-      write_slots(table.blocks, allocator.block_size_, plan.lengths[row] - count, plan.lengths[row],
-                  slots + padding);
+      write_slots(table.blocks, allocator.block_size_, length - count, length, slots + padding);
       slots += padding + count;
     }
   }
   int64_t start = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    arrays_.seq_lens[row] = plan.lengths[row];
+    arrays_.seq_lens[row] = plan.rows[row].length;
     arrays_.cu_seqlens_q[row] = static_cast<int32_t>(start);
     start += width > 0 ? width : counts[row];
   }

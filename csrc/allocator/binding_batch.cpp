@@ -6,7 +6,8 @@ namespace pykvcache::python {
 namespace {
 
 struct BatchObject {
-  PyObject_HEAD std::shared_ptr<Shared> shared;
+  PyObject base;
+  std::shared_ptr<Shared> shared;
   Batch batch;
   struct {
     int64_t tokens, columns;

@@ -21,7 +21,8 @@ struct Shared {
 };
 
 struct AllocatorObject {
-  PyObject_HEAD std::shared_ptr<Shared> shared;
+  PyObject base;
+  std::shared_ptr<Shared> shared;
 };
 
 extern PyTypeObject* allocator_type;

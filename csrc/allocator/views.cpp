@@ -29,6 +29,7 @@ int64_t Allocator::block_table(Ints handles, int64_t group, std::vector<int32_t>
 void Allocator::slot_mapping(Ints handles, Ints counts, int64_t group, int64_t width,
                              std::vector<int64_t>& out) {
   check_group(group);
+  check_width("slot_mapping", width);
   store_.resolve(handles, false, "slot_mapping", slots_);
   check_counts("slot_mapping", "counts", counts, handles.size(),
                width > 0 ? width : std::numeric_limits<int32_t>::max());
