@@ -1,6 +1,6 @@
-// Attention of a few query rows over a paged cache: decode and speculative decode. The work is a
-// stream of (tile of tokens, KV head) steps, heads innermost, so that the blocks of a tile are read
-// through once; each step prefetches the rows of the next one while it computes. Per step:
+// Attention of a few query rows over a paged cache: decode and speculative decode. Tile by tile of
+// tokens, K of every head and then V of every head, which is the order in which a block lies in
+// memory; decode_tile.h has the order and the prefetching. For each head of a tile:
 //   scores  [rows, tile]  q . k, transposed sums of kAccumulators dot products at a time
 //   softmax [rows, tile]  online; sums are rescaled only when the maximum has grown a lot
 //   values  [rows, Dv]    p . v, added to the head's accumulators
@@ -29,27 +29,17 @@ class Decode {
         first_position_(seq_len_ - (p.cu_seqlens_q[item.row + 1] - p.cu_seqlens_q[item.row]) +
                         item.q_begin),
         plain_(p.softcap == 0.0f && p.alibi_slopes == nullptr && p.scale > 0.0f),
-        tile_tokens_(tile_tokens(p)),
-        w_(p, item.head_end - item.head_begin, query_rows_, scratch) {}
+        w_(p, item.head_end - item.head_begin, query_rows_, scratch),
+        steps_(p, item),
+        all_see_(visible_to_all()) {}
 
   void run() {
     for (int64_t head = item_.head_begin; head < item_.head_end; ++head) begin_head(head);
-    TokenCursor cursor(p_, item_.row, item_.kv_begin, item_.kv_end);
-    Tile tiles[2];
-    TileRows<T> rows[2];
-    int tile = 0, step = 0;
-    fill(cursor, tiles[0]);
-    locate(tiles[0], item_.head_begin, rows[0]);
-    while (tiles[tile].count > 0) {
-      fill(cursor, tiles[1 - tile]);
-      for (int64_t head = item_.head_begin; head < item_.head_end; ++head, step ^= 1) {
-        const bool same_tile = head + 1 < item_.head_end;
-        const Tile& next = tiles[same_tile ? tile : 1 - tile];
-        locate(next, same_tile ? head + 1 : item_.head_begin, rows[1 - step]);
-        touch_pages(next, rows[1 - step]);
-        attend(tiles[tile], head, rows[step], rows[1 - step]);
-      }
-      tile = 1 - tile;
+    while (steps_.current().tile->count > 0) {
+      for (int64_t head = item_.head_begin; head < item_.head_end; ++head, steps_.advance())
+        weigh(steps_.current(), head);
+      for (int64_t head = item_.head_begin; head < item_.head_end; ++head, steps_.advance())
+        add_values(steps_.current(), head);
     }
     for (int64_t head = item_.head_begin; head < item_.head_end; ++head) finish_head(head);
   }
@@ -59,56 +49,38 @@ class Decode {
   using Query = typename L::Query;
   using Prob = typename L::Prob;
 
-  static int64_t tile_tokens(const AttentionParams& p) {
-    const int64_t row_bytes = (p.head_dim + p.v_head_dim) * static_cast<int64_t>(sizeof(T));
-    return max_of(kTokenGroup,
-                  min_of(kMaxTile, kTileBytes / row_bytes / kTokenGroup * kTokenGroup));
-  }
-
-  // Calls f<R>(row) for groups of 4, 2 or 1 rows; a group of 4 may end in one padding row.
+  // Calls f<R, is first>(row) for groups of 4, 2 or 1 rows; a group of 4 may end in one padding
+  // row.
   template <class F>
   KV_INLINE void for_row_groups(int64_t rows, F f) {
     for (int64_t row = 0; row < rows; row += 4) {
-      if (rows - row >= 3)
-        f.template operator()<4>(row);
-      else if (rows - row == 2)
-        f.template operator()<2>(row);
+      if (row == 0)
+        row_group<true>(rows, row, f);
       else
-        f.template operator()<1>(row);
+        row_group<false>(rows, row, f);
     }
+  }
+
+  template <bool kFirst, class F>
+  KV_INLINE void row_group(int64_t rows, int64_t row, F f) {
+    if (rows - row >= 3)
+      f.template operator()<4, kFirst>(row);
+    else if (rows - row == 2)
+      f.template operator()<2, kFirst>(row);
+    else
+      f.template operator()<1, kFirst>(row);
+  }
+
+  // Keys that no query of the item is kept from.
+  KvRange visible_to_all() const {
+    const int64_t last_position = first_position_ + (item_.q_end - item_.q_begin) - 1;
+    return {visible_keys(p_, last_position, seq_len_).begin,
+            visible_keys(p_, first_position_, seq_len_).end};
   }
 
   int64_t local(int64_t head) const { return head - item_.head_begin; }
   float* out_row(int64_t head, int64_t row) const {
     return w_.out + (local(head) * w_.rows + row) * w_.out_stride;
-  }
-
-  void fill(TokenCursor& cursor, Tile& tile) const {
-    tile.count = cursor.take(tile_tokens_, tile.positions, tile.k_offsets, tile.v_offsets);
-    tile.num_pages = 0;
-    int64_t last_page = -1;
-    for (int64_t t = 0; t < tile.count; ++t) {
-      const int64_t page = tile.k_offsets[t] * static_cast<int64_t>(sizeof(T)) / kPageBytes;
-      if (page != last_page) tile.pages[tile.num_pages++] = static_cast<int32_t>(t);
-      last_page = page;
-    }
-  }
-
-  // Starts the page walks of a step all at once, well before its rows are prefetched one by one.
-  void touch_pages(const Tile& tile, const TileRows<T>& rows) const {
-    for (int64_t i = 0; i < tile.num_pages; ++i) {
-      __builtin_prefetch(rows.k[tile.pages[i]]);
-      __builtin_prefetch(rows.v[tile.pages[i]]);
-    }
-  }
-
-  void locate(const Tile& tile, int64_t head, TileRows<T>& rows) const {
-    const T* k = head_base<T>(p_.k, head);
-    const T* v = head_base<T>(p_.v, head);
-    const T* zeros = reinterpret_cast<const T*>(kZeroRow);
-    for (int64_t t = 0; t < tile.count; ++t) rows.k[t] = k + tile.k_offsets[t];
-    for (int64_t t = 0; t < tile.count; ++t) rows.v[t] = v + tile.v_offsets[t];
-    for (int64_t t = tile.count; t < tile_tokens_; ++t) rows.k[t] = rows.v[t] = zeros;
   }
 
   void begin_head(int64_t head) {
@@ -127,37 +99,73 @@ class Decode {
     }
   }
 
-  void attend(const Tile& tile, int64_t head, const TileRows<T>& rows, const TileRows<T>& next) {
-    const int64_t padded = round_up(tile.count, kTokenGroup);
+  Prob* prob_row(int64_t head, int64_t row) const {
+    return w_.probs + (local(head) * w_.rows + row) * kMaxTile;
+  }
+
+  // Scores of a head's keys and their weights in the softmax.
+  void weigh(const Step<T>& keys, int64_t head) {
+    const int64_t padded = round_up(keys.tile->count, kTokenGroup);
     const Query* queries = w_.queries + local(head) * w_.rows * w_.q_stride;
-    for_row_groups(query_rows_, [&]<int R>(int64_t row) {
-      score<R>(queries + row * w_.q_stride, rows.k, row == 0 ? next.k : nullptr, padded,
-               w_.scores + row * kMaxTile);
+    for_row_groups(query_rows_, [&]<int R, bool kFirst>(int64_t row) {
+      score<R, kFirst>(queries + row * w_.q_stride, keys.rows, padded, w_.scores + row * kMaxTile);
     });
-    for (int64_t row = 0; row < query_rows_; ++row) softmax(tile, head, row, padded);
-    for_row_groups(query_rows_, [&]<int R>(int64_t row) {
-      add_values<R>(w_.probs + row * kMaxTile, rows.v, row == 0 ? next.v : nullptr, tile.count,
-                    out_row(head, row));
+    for (int64_t row = 0; row < query_rows_; ++row) softmax(*keys.tile, head, row, padded);
+  }
+
+  // The weighted sum of a head's values.
+  void add_values(const Step<T>& values, int64_t head) {
+    for_row_groups(query_rows_, [&]<int R, bool kFirst>(int64_t row) {
+      add_values<R, kFirst>(prob_row(head, row), values.rows, values.tile->count,
+                            out_row(head, row));
     });
   }
 
-  template <int R>
-  void score(const Query* queries, const T* const* rows, const T* const* next, int64_t count,
-             float* scores) const {
-    constexpr int N = kAccumulators / R;
+  // kFirst: the first pass over these keys; it prefetches.
+  template <int R, bool kFirst>
+  void score(const Query* queries, const T* const* rows, int64_t count, float* scores) {
+    constexpr int N = kAccumulators / R;           // tokens at a time
+    constexpr int kVecs = kAccumulators / kWidth;  // that their scores fill
     const int64_t whole = p_.head_dim / L::kElems * L::kElems;
     const auto tail = static_cast<int>(p_.head_dim - whole);
-    for (int64_t t = 0; t < count; t += N) {
-      if (next != nullptr) prefetch_rows(next + t, N, p_.head_dim);
-      Vec sums[kAccumulators] = {};
-      for (int64_t d = 0; d < whole; d += L::kElems)
-        L::template dot<R, N, false>(sums, queries, w_.q_stride, rows + t, d, L::kElems);
-      if (tail > 0) L::template dot<R, N, true>(sums, queries, w_.q_stride, rows + t, whole, tail);
-      float lanes[kAccumulators];
-      for (int first = 0; first < kAccumulators; first += kWidth)
-        store(lanes + first, reduce_rows(reinterpret_cast<const Vec(&)[kWidth]>(sums[first])));
-      for (int r = 0; r < R; ++r)
-        __builtin_memcpy(scores + r * kMaxTile + t, lanes + r * N, N * sizeof(float));
+    LinesAhead ahead = steps_.lines_ahead();
+    const auto tick = [&]() __attribute__((always_inline)) {
+      if constexpr (kFirst) ahead.prefetch<min_of(N, L::kTick)>();
+    };
+    for (int64_t t = 0; t < count; t += kAccumulators) {
+      Vec parts[R * kVecs];
+      for (int part = 0; part < R; ++part) {
+        Vec sums[kAccumulators];
+        for (Vec& sum : sums) sum = zero();
+        const T* const* keys = rows + t + part * N;
+        for (int64_t d = 0; d < whole; d += L::kElems)
+          L::template dot<R, N, false>(sums, queries, w_.q_stride, keys, d, L::kElems, tick);
+        if (tail > 0)
+          L::template dot<R, N, true>(sums, queries, w_.q_stride, keys, whole, tail, tick);
+        for (int i = 0; i < kVecs; ++i) {
+          Vec chosen[kWidth];
+          for (int lane = 0; lane < kWidth; ++lane) chosen[lane] = sums[i * kWidth + lane];
+          parts[part * kVecs + i] = reduce_rows(chosen);
+        }
+      }
+      store_rows<R>(scores + t, parts);
+    }
+  }
+
+  // parts: for N tokens after N tokens, the scores of all R rows.
+  template <int R, int kParts>
+  KV_INLINE void store_rows(float* scores, Vec (&parts)[kParts]) {
+    constexpr int N = kAccumulators / R;
+    if constexpr (kParts == R && kWidth == 16) {
+      split_rows(parts);
+      for (int r = 0; r < R; ++r) store(scores + r * kMaxTile, parts[r]);
+    } else {
+      float lanes[kParts * kWidth];
+      for (int i = 0; i < kParts; ++i) store(lanes + i * kWidth, parts[i]);
+      for (int part = 0; part < R; ++part)
+        for (int r = 0; r < R; ++r)
+          __builtin_memcpy(scores + r * kMaxTile + part * N, lanes + (part * R + r) * N,
+                           N * sizeof(float));
     }
   }
 
@@ -185,10 +193,11 @@ class Decode {
       transform(tile, head, row, scores, padded);
       factor = broadcast(1.0f);
     }
-    const KvRange keys = visible_keys(p_, first_position_ + row / group_, seq_len_);
-    if (tile.positions[0] < keys.begin || tile.positions[tile.count - 1] >= keys.end)
+    if (tile.positions[0] < all_see_.begin || tile.positions[tile.count - 1] >= all_see_.end) {
+      const KvRange keys = visible_keys(p_, first_position_ + row / group_, seq_len_);
       for (int64_t t = 0; t < tile.count; ++t)
         if (tile.positions[t] < keys.begin || tile.positions[t] >= keys.end) scores[t] = -kInfinity;
+    }
     for (int64_t t = tile.count; t < padded; ++t) scores[t] = -kInfinity;
 
     const int64_t state = local(head) * w_.rows + row;
@@ -199,7 +208,7 @@ class Decode {
       raise_max(head, row, reduce_max(highest));
     const Vec shift = broadcast(w_.maxima[state]);
     Vec sum = load(sums);
-    Prob* probs = w_.probs + row * kMaxTile;
+    Prob* probs = prob_row(head, row);
     for (int64_t t = 0; t < padded; t += kWidth) {
       const Vec weight = exp2(load(scores + t) * factor - shift);
       sum = sum + weight;
@@ -219,43 +228,39 @@ class Decode {
   }
 
   // As many rows at once as fit the registers with the accumulators of a line each.
-  template <int R>
-  void add_values(const Prob* probs, const T* const* rows, const T* const* next, int64_t count,
-                  float* out) const {
+  template <int R, bool kFirst>
+  void add_values(const Prob* probs, const T* const* rows, int64_t count, float* out) {
     if constexpr (R > 1 && R * L::kVecs > kAccumulators) {
-      add_values<R / 2>(probs, rows, next, count, out);
-      add_values<R / 2>(probs + R / 2 * kMaxTile, rows, nullptr, count,
-                        out + R / 2 * w_.out_stride);
+      add_values<R / 2, kFirst>(probs, rows, count, out);
+      add_values<R / 2, false>(probs + R / 2 * kMaxTile, rows, count, out + R / 2 * w_.out_stride);
     } else {
       constexpr int kLines = max_of(1, min_of(4, kAccumulators / (R * L::kVecs)));
       const int64_t dim = p_.v_head_dim;
-      LineStream<T> ahead{next, next == nullptr ? next : next + tile_tokens_, dim};
       int64_t d = 0;
       for (; d + kLines * L::kElems <= dim; d += kLines * L::kElems)
-        add_lines<R, kLines, false>(probs, rows, ahead, count, out, d, 0);
+        add_lines<R, kFirst, kLines, false>(probs, rows, count, out, d, 0);
       for (; kLines > 2 && d + 2 * L::kElems <= dim; d += 2 * L::kElems)
-        add_lines<R, 2, false>(probs, rows, ahead, count, out, d, 0);
+        add_lines<R, kFirst, 2, false>(probs, rows, count, out, d, 0);
       for (; d + L::kElems <= dim; d += L::kElems)
-        add_lines<R, 1, false>(probs, rows, ahead, count, out, d, 0);
+        add_lines<R, kFirst, 1, false>(probs, rows, count, out, d, 0);
       if (d < dim)
-        add_lines<R, 1, true>(probs, rows, ahead, count, out, d, static_cast<int>(dim - d));
+        add_lines<R, kFirst, 1, true>(probs, rows, count, out, d, static_cast<int>(dim - d));
     }
   }
 
-  template <int R, int kLines, bool kTail>
-  void add_lines(const Prob* probs, const T* const* rows, LineStream<T>& ahead, int64_t count,
-                 float* out, int64_t d, int tail) const {
+  template <int R, bool kFirst, int kLines, bool kTail>
+  void add_lines(const Prob* probs, const T* const* rows, int64_t count, float* out, int64_t d,
+                 int tail) {
     constexpr int kVecs = kLines * L::kVecs;
     Vec sums[R * kVecs];
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < kVecs; ++c)
         sums[r * kVecs + c] = load(out + r * w_.out_stride + d + c * kWidth);
-    LineStream<T> next = ahead;  // a copy that lives in registers
+    LinesAhead ahead = steps_.lines_ahead().skip(d / L::kElems * round_up(count, kTokenGroup));
     for (int64_t t = 0; t < count; t += L::kTokens) {
-      next.prefetch(L::kTokens * kLines);
+      if constexpr (kFirst) ahead.prefetch<L::kTokens * kLines>();
       L::template accumulate<R, kLines, kTail>(sums, probs + t, kMaxTile, rows + t, d, tail);
     }
-    ahead = next;
     for (int r = 0; r < R; ++r)
       for (int c = 0; c < kVecs; ++c)
         store(out + r * w_.out_stride + d + c * kWidth, sums[r * kVecs + c]);
@@ -290,8 +295,9 @@ class Decode {
   const int64_t seq_len_;
   const int64_t first_position_;  // of the item's first query; negative in left padding
   const bool plain_;              // scores need no more than the scale
-  const int64_t tile_tokens_;
   Workspace<T> w_;
+  StepQueue<T> steps_;
+  const KvRange all_see_;
 };
 
 template <class T>

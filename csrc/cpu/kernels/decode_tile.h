@@ -1,61 +1,147 @@
-// What the decode kernel keeps besides numbers in registers: the tokens of a tile, the addresses of
-// their rows, what to prefetch, and the scratch of one item.
+// What the decode kernel reads and in which order: the steps of an item, located and prefetched
+// ahead of their use, and the scratch of one item.
 #pragma once
 
 #include "cpu/kernels.h"
 #include "cpu/kernels/line.h"
+#include "cpu/kernels/paged.h"
 
 namespace pykvcache::KV_ISA {
 
-constexpr int64_t kTileBytes = 32 << 10;  // of K and V of one head, at most
-constexpr int64_t kMaxTile = 64;          // tokens
-constexpr int64_t kTokenGroup = 16;       // tiles are padded to this
+constexpr int64_t kMaxTile = 64;           // tokens
+constexpr int64_t kTokenGroup = 16;        // tiles are padded to this
+constexpr int64_t kStepBytes = 4 << 10;    // of K or V of one head over a tile, about
+constexpr int64_t kAheadBytes = 12 << 10;  // how far prefetching runs ahead, at most
+constexpr int64_t kPageBytes = 4 << 10;
+// Of one step: a group of the longest rows, and more than kMaxTile short ones.
+constexpr int64_t kMaxLines =
+    kTokenGroup * kMaxHeadDim * static_cast<int64_t>(sizeof(float)) / kLineBytes;
 
 alignas(64) static const char kZeroRow[(kMaxHeadDim + 16) * sizeof(float)] = {};
 
-constexpr int64_t kPageBytes = 4096;
+// The rows of a tile in one of the caches, for head 0.
+struct TileSide {
+  int64_t offsets[kMaxTile];   // in elements
+  int32_t run_ends[kMaxTile];  // end of the tokens whose rows lie together with this one's
 
+  void find_runs(int64_t count, int64_t dim) {
+    for (int64_t t = count - 1, end = count; t >= 0; --t) {
+      run_ends[t] = static_cast<int32_t>(end);
+      if (t > 0 && offsets[t] - offsets[t - 1] != dim) end = t;
+    }
+  }
+};
+
+// Tokens that are worked on together.
 struct Tile {
   int64_t count = 0;
   int32_t positions[kMaxTile];
-  int64_t k_offsets[kMaxTile];
-  int64_t v_offsets[kMaxTile];
-  int64_t num_pages = 0;
-  int32_t pages[kMaxTile];  // tokens whose row is on another page than the row before
+  TileSide k, v;
 };
 
-// Addresses of a tile's rows for one head; past the tile's count they point at zeros.
+// K or V of one head over the tokens of a tile.
 template <class T>
-struct TileRows {
-  const T* k[kMaxTile];
-  const T* v[kMaxTile];
+struct Step {
+  const Tile* tile;
+  const T* rows[kMaxTile];       // past the tile's count they point at zeros
+  const char* lines[kMaxLines];  // of the rows, each once and in their order; then zeros
 };
 
-template <class T>
-void prefetch_rows(const T* const* rows, int64_t count, int64_t dim) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t d = 0; d < dim; d += Line<T>::kElems) __builtin_prefetch(rows[i] + d);
-}
+// Two lists of lines to prefetch: for the first time and again.
+struct LinesAhead {
+  const char* const* far;
+  const char* const* near;
 
-// The lines of some rows in the order of their addresses, prefetched a few at a time: neighbouring
-// lines together cost the memory system less, and an even pace keeps it busy.
-template <class T>
-struct LineStream {
-  const T* const* row;
-  const T* const* end;
-  int64_t dim;
-  int64_t offset = 0;
+  LinesAhead skip(int64_t count) const { return {far + count, near + count}; }
 
-  void prefetch(int lines) {
-    for (int i = 0; i < lines && row < end; ++i) {
-      __builtin_prefetch(*row + offset);
-      offset += Line<T>::kElems;
-      if (offset >= dim) {
-        offset = 0;
-        ++row;
-      }
-    }
+  template <int kCount>
+  inline __attribute__((always_inline)) void prefetch() {
+    for (int i = 0; i < kCount; ++i) __builtin_prefetch(*far++);
+    for (int i = 0; i < kCount; ++i) __builtin_prefetch(*near++);
   }
+};
+
+// The steps of an item in the order of memory: K of every head over a tile, then V of every head.
+// For every line that is used two are prefetched: one some steps ahead, and one of the next step
+// for the second time, because processors drop prefetches when too many loads are under way.
+template <class T>
+class StepQueue {
+ public:
+  StepQueue(const AttentionParams& p, const AttentionItem& item)
+      : p_(p), item_(item), cursor_(p, item.row, item.kv_begin, item.kv_end) {
+    const int64_t row_bytes = max_of(p.head_dim, p.v_head_dim) * static_cast<int64_t>(sizeof(T));
+    tile_tokens_ =
+        max_of(kTokenGroup, min_of(kMaxTile, kStepBytes / row_bytes / kTokenGroup * kTokenGroup));
+    max_lines_ = tile_tokens_ * ((row_bytes + kLineBytes - 1) / kLineBytes);
+    ahead_ = max_of<int64_t>(1, min_of(kRing - 1, kAheadBytes / (tile_tokens_ * row_bytes)));
+    for (int64_t i = 0; i <= ahead_; ++i) locate();
+    for (int64_t i = 0; i < ahead_; ++i)
+      for (int64_t line = 0; line < max_lines_; ++line) __builtin_prefetch(steps_[i].lines[line]);
+  }
+
+  const Step<T>& current() const { return steps_[done_ % kRing]; }
+
+  // To prefetch while the current step is computed; each has as many lines as any step, or more.
+  LinesAhead lines_ahead() const {
+    return {steps_[(done_ + ahead_) % kRing].lines, steps_[(done_ + 1) % kRing].lines};
+  }
+
+  void advance() {
+    ++done_;
+    locate();
+  }
+
+ private:
+  static constexpr int64_t kRing = 4;   // steps, the current one included
+  static constexpr int64_t kTiles = 3;  // that kRing steps can be of, at two or more a tile
+
+  void locate() {
+    const int64_t heads = item_.head_end - item_.head_begin;
+    if (phase_ == 0) take_tile(tiles_[++tile_ % kTiles]);
+    const Tile& tile = tiles_[tile_ % kTiles];
+    Step<T>& step = steps_[located_++ % kRing];
+    step.tile = &tile;
+    if (phase_ < heads)
+      locate(step, tile.k, head_base<T>(p_.k, item_.head_begin + phase_), p_.head_dim);
+    else
+      locate(step, tile.v, head_base<T>(p_.v, item_.head_begin + phase_ - heads), p_.v_head_dim);
+    if (++phase_ == 2 * heads) phase_ = 0;
+  }
+
+  void take_tile(Tile& tile) {
+    tile.count = cursor_.take(tile_tokens_, tile.positions, tile.k.offsets, tile.v.offsets);
+    tile.k.find_runs(tile.count, p_.head_dim);
+    tile.v.find_runs(tile.count, p_.v_head_dim);
+  }
+
+  // Also starts the page walks, so that they are done when the lines are prefetched.
+  void locate(Step<T>& step, const TileSide& side, const T* base, int64_t dim) const {
+    const int64_t count = step.tile->count;
+    for (int64_t t = 0; t < count; ++t) step.rows[t] = base + side.offsets[t];
+    for (int64_t t = count; t < tile_tokens_; ++t)
+      step.rows[t] = reinterpret_cast<const T*>(kZeroRow);
+
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+    int64_t lines = 0;
+    for (int64_t t = 0; t < count; t = side.run_ends[t]) {
+      const auto* run = reinterpret_cast<const char*>(step.rows[t]);
+      const int64_t bytes = (side.run_ends[t] - t) * row_bytes;
+      for (int64_t at = 0; at < bytes; at += kLineBytes) step.lines[lines++] = run + at;
+      for (int64_t at = 0; at < bytes; at += kPageBytes) __builtin_prefetch(run + at);
+    }
+    while (lines < max_lines_) step.lines[lines++] = kZeroRow;
+  }
+
+  const AttentionParams& p_;
+  const AttentionItem& item_;
+  TokenCursor cursor_;
+  int64_t tile_tokens_;
+  int64_t max_lines_;  // of a step
+  int64_t ahead_;      // steps
+  int64_t phase_ = 0;  // of the next step to locate: K of all heads, then V of all heads
+  uint64_t tile_ = 0, located_ = 0, done_ = 0;
+  Tile tiles_[kTiles];
+  Step<T> steps_[kRing];
 };
 
 // Sizes and the carved-up scratch of one item; leading dimension [heads of the item].
@@ -72,11 +158,11 @@ struct Workspace {
   float* sums;         // [heads, rows, kWidth], lane-wise
   float* maxima;       // [heads, rows]
   float* scores;       // [rows, kMaxTile]
-  Prob* probs;         // [rows, kMaxTile]
+  Prob* probs;         // [heads, rows, kMaxTile]
   int64_t bytes = 0;
 
   Workspace(const AttentionParams& p, int64_t heads, int64_t query_rows, void* scratch) {
-    rows = round_up(query_rows, 4);
+    rows = query_rows <= 2 ? query_rows : round_up(query_rows, 4);
     q_stride = round_up(p.head_dim, Line<T>::kElems);
     out_stride = round_up(p.v_head_dim, Line<T>::kElems);
     auto* base = static_cast<char*>(scratch);
@@ -85,7 +171,7 @@ struct Workspace {
     sums = carve<float>(base, heads * rows * kWidth);
     maxima = carve<float>(base, heads * rows);
     scores = carve<float>(base, rows * kMaxTile);
-    probs = carve<Prob>(base, rows * kMaxTile);
+    probs = carve<Prob>(base, heads * rows * kMaxTile);
   }
 
  private:

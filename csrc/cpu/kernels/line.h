@@ -21,6 +21,7 @@ struct Line {
   static constexpr int kElems = kLineBytes / static_cast<int>(sizeof(T));
   static constexpr int kVecs = kElems / kWidth;
   static constexpr int kTokens = 1;  // tokens that accumulate() takes at once
+  static constexpr int kTick = 4;
 
   KV_INLINE void pack_query(Query* to, const T* from, int64_t n) {
     int64_t d = 0;
@@ -28,10 +29,11 @@ struct Line {
     if (d < n) store_n(to + d, load_n(from + d, n - d), n - d);
   }
 
-  // sums[r * N + t] += q[r] . rows[t] over the `n` elements from `offset`; kTail: n < kElems.
+  // sums[r * N + t] += q[r] . rows[t] over the `n` elements from `offset`; kTail: n < kElems. Calls
+  // tick() before every kTick rows.
   template <int R, int N, bool kTail>
   KV_INLINE void dot(Vec (&sums)[R * N], const Query* q, int64_t q_stride, const T* const* rows,
-                     int64_t offset, int n) {
+                     int64_t offset, int n, auto&& tick) {
     for (int c = 0; c < kVecs; ++c) {
       const int left = n - c * kWidth;
       if (kTail && left <= 0) return;
@@ -39,6 +41,7 @@ struct Line {
       Vec query[R];
       for (int r = 0; r < R; ++r) query[r] = load(q + r * q_stride + at);
       for (int t = 0; t < N; ++t) {
+        if (c == 0 && t % kTick == 0) tick();
         const Vec key = kTail && left < kWidth ? load_n(rows[t] + at, left) : load(rows[t] + at);
         for (int r = 0; r < R; ++r) sums[r * N + t] = fma(query[r], key, sums[r * N + t]);
       }
@@ -73,6 +76,7 @@ struct Line<BFloat16> {
   static constexpr int kElems = 32;
   static constexpr int kVecs = 2;
   static constexpr int kTokens = 2;
+  static constexpr int kTick = 4;
 
   KV_INLINE void pack_query(Query* to, const BFloat16* from, int64_t n) {
     __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(BFloat16));
@@ -88,10 +92,11 @@ struct Line<BFloat16> {
 
   template <int R, int N, bool kTail>
   KV_INLINE void dot(Vec (&sums)[R * N], const Query* q, int64_t q_stride,
-                     const BFloat16* const* rows, int64_t offset, int n) {
+                     const BFloat16* const* rows, int64_t offset, int n, auto&& tick) {
     __m512i query[R];
     for (int r = 0; r < R; ++r) query[r] = load_line(q + r * q_stride + offset);
     for (int t = 0; t < N; ++t) {
+      if (t % kTick == 0) tick();
       const __m512i key = kTail ? load_line_n(rows[t] + offset, n) : load_line(rows[t] + offset);
       for (int r = 0; r < R; ++r) sums[r * N + t] = pair_dot(sums[r * N + t], query[r], key);
     }

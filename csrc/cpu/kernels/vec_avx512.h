@@ -113,4 +113,22 @@ KV_INLINE Vec reduce_rows(const Vec (&rows)[kWidth]) {
   return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
 
+// R vectors of R equal pieces: piece j of vector i becomes piece i of vector j.
+KV_INLINE void split_rows(Vec (&)[1]) {}
+KV_INLINE void split_rows(Vec (&rows)[2]) {
+  const Vec first = _mm512_shuffle_f32x4(rows[0], rows[1], 0x44);
+  rows[1] = _mm512_shuffle_f32x4(rows[0], rows[1], 0xee);
+  rows[0] = first;
+}
+KV_INLINE void split_rows(Vec (&rows)[4]) {
+  const Vec low_01 = _mm512_shuffle_f32x4(rows[0], rows[1], 0x44);
+  const Vec high_01 = _mm512_shuffle_f32x4(rows[0], rows[1], 0xee);
+  const Vec low_23 = _mm512_shuffle_f32x4(rows[2], rows[3], 0x44);
+  const Vec high_23 = _mm512_shuffle_f32x4(rows[2], rows[3], 0xee);
+  rows[0] = _mm512_shuffle_f32x4(low_01, low_23, 0x88);
+  rows[1] = _mm512_shuffle_f32x4(low_01, low_23, 0xdd);
+  rows[2] = _mm512_shuffle_f32x4(high_01, high_23, 0x88);
+  rows[3] = _mm512_shuffle_f32x4(high_01, high_23, 0xdd);
+}
+
 }  // namespace pykvcache::KV_ISA
