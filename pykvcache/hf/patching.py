@@ -36,6 +36,9 @@ class PatchState:
     def __init__(self, model: PreTrainedModel, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.parameters = list(inspect.signature(model.forward).parameters)
+        self.mask_name = (
+            "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
+        )
         self.implementations = [
             (config, config._attn_implementation_internal) for config in _configs(model)
         ]
@@ -77,9 +80,7 @@ class PatchState:
         if type(cache) is EncoderDecoderCache:
             cache = cache.self_attention_cache
         if isinstance(cache, PagedCache):
-            is_decoder = not model.config.is_encoder_decoder
-            name = "attention_mask" if is_decoder else "decoder_attention_mask"
-            mask = self.argument(name, args, kwargs)
+            mask = self.argument(self.mask_name, args, kwargs)
             if torch.compiler.is_compiling():
                 _announce_outside_graph(cache, mask)
             else:

@@ -88,10 +88,13 @@ class Rows:
         if mask is None or mask.dim() != 2:
             return
         width = mask.shape[1]
-        real = mask if mask.dtype == torch.bool else mask != 0
-        first, count = real.to(torch.int8).argmax(1), real.sum(1)
-        pads = (width - count).tolist()
-        for row, start in enumerate(first.tolist()):
+        real = (mask if mask.dtype in (torch.bool, torch.int64) else mask != 0).cpu().numpy()
+        if self.pads is None and real.all():
+            self._announced = width
+            return
+        real = real != 0
+        pads = (width - real.sum(1)).tolist()
+        for row, start in enumerate(real.argmax(1).tolist()):
             if start != pads[row] and pads[row] != width:
                 return
         if self.seen > 0 and not self._extends(pads):
