@@ -142,3 +142,18 @@ def test_block_id_below_minus_one_is_refused() -> None:
     data.args[3][0, 1] = -2
     with pytest.raises(ValueError, match="block_table has block -2 in row 0 but k_cache has 6"):
         attend(data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", (1, 40))
+def test_nan_in_a_valid_slot_is_not_hidden(dtype: torch.dtype, queries: int) -> None:
+    k_cache, v_cache = torch.randn(2, 4, 2, 16, 32).to(dtype).unbind()
+    k_cache[2, 1, 3] = torch.nan  # position 19 of KV head 1
+    q = torch.randn(queries, 4, 32).to(dtype)
+    lengths = torch.tensor([48], dtype=torch.int32), torch.tensor([0, queries], dtype=torch.int32)
+    table = torch.tensor([[0, 2, 3]], dtype=torch.int32)
+    out, _ = ops.paged_attention(q, k_cache, v_cache, table, *lengths, queries, backend="cpu")
+    sees = torch.arange(48 - queries, 48) >= 19
+    assert out[sees][:, 2:].isnan().all()
+    assert not out[:, :2].isnan().any()
+    assert not out[~sees].isnan().any()

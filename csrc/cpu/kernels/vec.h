@@ -68,9 +68,9 @@ KV_INLINE Vec exp2_fraction(Vec f) {
   return fma(p, f, broadcast(1.0f));
 }
 
-// 2^x; 0 for -inf and for what would be subnormal; x must stay below 128.
+// 2^x; 0 for -inf and for what would be subnormal; NaN stays NaN; x must stay below 128.
 KV_INLINE Vec exp2(Vec x) {
-  const Vec clamped = max(x, broadcast(kExp2Floor));
+  const Vec clamped = max(broadcast(kExp2Floor), x);  // the second one when one is NaN
   const Vec whole = round(clamped);
   return scale_by_power(exp2_fraction(clamped - whole), whole);
 }
