@@ -238,3 +238,32 @@ def check_copy(src: list[Tensor], dst: list[Tensor], pairs: Tensor) -> None:
             if low < 0 or high >= cache.shape[0]:
                 bad = low if low < 0 else high
                 raise ValueError(f"pairs has block {bad} but {name}[{i}] has {cache.shape[0]}")
+
+
+def check_slot_mapping(
+    block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, num_tokens: int, block_size: int
+) -> None:
+    """Check the arguments of slot_mapping."""
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    dims = Dims()
+    for name, tensor, shape in (
+        ("block_table", block_table, ("B", "max_blocks")),
+        ("seq_lens", seq_lens, ("B",)),
+        ("cu_seqlens_q", cu_seqlens_q, ("B + 1",)),
+    ):
+        dims.sizes["B + 1"] = len(block_table) + 1
+        check_dtype(name, tensor, torch.int32)
+        dims.check(name, tensor, shape)
+        check_device(name, tensor, "block_table", block_table)
+    lengths, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
+    room = block_table.shape[1] * block_size
+    for row, length in enumerate(lengths):
+        if not 0 <= length <= room:
+            raise ValueError(
+                f"seq_lens[{row}] is {length} but block_table holds 0 to {room} tokens a row"
+            )
+    if starts[0] != 0 or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens_q must rise from 0, got {starts}")
+    if starts[-1] > num_tokens:
+        raise ValueError(f"cu_seqlens_q ends at {starts[-1]} but num_tokens is {num_tokens}")

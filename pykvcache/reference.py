@@ -17,7 +17,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pykvcache.checks import check_attention, check_cache, check_copy, check_write, scale_kind
+from pykvcache.checks import (
+    check_attention,
+    check_cache,
+    check_copy,
+    check_slot_mapping,
+    check_write,
+    scale_kind,
+)
 
 FP8_MAX = 448.0  # largest finite value of float8_e4m3fn
 SMALLEST_SCALE = 1e-12
@@ -270,6 +277,7 @@ def slot_mapping(
     Token i of row b stands at position seq_lens[b] - q_len[b] + i. Negative positions (padding),
     holes and tokens after the last row get -1.
     """
+    check_slot_mapping(block_table, seq_lens, cu_seqlens_q, num_tokens, block_size)
     slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=block_table.device)
     starts = cu_seqlens_q.tolist()
     for row, length in enumerate(seq_lens.tolist()):

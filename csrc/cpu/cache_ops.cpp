@@ -189,6 +189,15 @@ void check_table(const Tensor& block_table, const Tensor& seq_lens, Dim* B, int6
   }
 }
 
+// cu_seqlens [B + 1].
+void check_starts(const Tensor& starts, const char* name, int64_t batch) {
+  Dim B1("B + 1", batch + 1);
+  check_cpu(starts, name);
+  check_dtype(starts, name, ScalarType::Int);
+  check_shape(starts, name, {&B1});
+  check_last_dim_contiguous(starts, name);
+}
+
 std::tuple<Tensor, Tensor> gather_kv(const Tensor& k_cache, const std::optional<Tensor>& v_cache,
                                      const Tensor& block_table, const Tensor& seq_lens,
                                      const Tensor& cu_seqlens_k, int64_t total_k) {
@@ -197,9 +206,7 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& k_cache, const std::optional<
   CacheView v_view;
   if (v_cache) v_view = cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv);
   check_table(block_table, seq_lens, &B, num_blocks, block_size);
-  Dim B1("B + 1", B + 1);
-  check_dtype(cu_seqlens_k, "cu_seqlens_k", ScalarType::Int);
-  check_shape(cu_seqlens_k, "cu_seqlens_k", {&B1});
+  check_starts(cu_seqlens_k, "cu_seqlens_k", B);
   const int32_t* table = const_data<int32_t>(block_table);
   const int32_t* lengths = const_data<int32_t>(seq_lens);
   const int32_t* starts = const_data<int32_t>(cu_seqlens_k);
@@ -250,20 +257,21 @@ Tensor slot_mapping(const Tensor& block_table, const Tensor& seq_lens, const Ten
   if (block_size < 1) fail("block_size must be at least 1, got ", block_size);
   Dim B("B");
   check_table(block_table, seq_lens, &B, -1, block_size);
-  Dim B1("B + 1", B + 1);
-  check_dtype(cu_seqlens_q, "cu_seqlens_q", ScalarType::Int);
-  check_shape(cu_seqlens_q, "cu_seqlens_q", {&B1});
-  Tensor slots =
-      torch::stable::new_empty(block_table, {num_tokens}, std::make_optional(ScalarType::Long));
+  check_starts(cu_seqlens_q, "cu_seqlens_q", B);
   const int32_t* table = const_data<int32_t>(block_table);
   const int32_t* lengths = const_data<int32_t>(seq_lens);
   const int32_t* starts = const_data<int32_t>(cu_seqlens_q);
+  for (int64_t b = 0; b < B; ++b)
+    if (starts[0] != 0 || starts[b] > starts[b + 1])
+      fail("cu_seqlens_q must rise from 0, got [", starts[b], ", ", starts[b + 1], ") at row ", b);
   if (starts[B] > num_tokens)
     fail("cu_seqlens_q ends at ", starts[B], " but num_tokens is ", num_tokens);
+  Tensor slots =
+      torch::stable::new_empty(block_table, {num_tokens}, std::make_optional(ScalarType::Long));
   int64_t* out = static_cast<int64_t*>(slots.mutable_data_ptr());
   std::fill(out, out + num_tokens, int64_t{-1});
   for (int64_t b = 0; b < B; ++b)
-    for (int64_t t = std::max(starts[b], 0); t < starts[b + 1]; ++t) {
+    for (int64_t t = starts[b]; t < starts[b + 1]; ++t) {
       const int64_t position = int64_t{lengths[b]} - starts[b + 1] + t;
       if (position < 0) continue;
       const int64_t block = table[b * block_table.stride(0) + position / block_size];
