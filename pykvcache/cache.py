@@ -21,6 +21,7 @@ from pykvcache.allocator import BlockAllocator
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_BLOCKS = 2**31 - 1  # block ids are int32
+MAX_BLOCK_SIZE = 65536
 
 
 class KVPool:
@@ -58,6 +59,12 @@ class KVPool:
         for name, value in (("num_blocks", num_blocks), ("memory", memory)):
             if value is not None:
                 check_positive(name, value)
+        if block_size > MAX_BLOCK_SIZE:
+            raise ValueError(f"block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
+        if num_blocks is not None and num_blocks > MAX_BLOCKS:
+            raise ValueError(f"num_blocks must be 1 to {MAX_BLOCKS}, got {num_blocks}")
+        if not isinstance(deterministic, bool):
+            raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {_names(KV_DTYPES)}, got {kv_dtype}")
         self.block_size, self.kv_dtype, self.backend = block_size, kv_dtype, backend

@@ -7,6 +7,7 @@ check the same things with csrc/check.h.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -156,6 +157,7 @@ def check_attention(
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
+    scale: float,
     window: int,
     chunk: int,
     softcap: float,
@@ -190,6 +192,9 @@ def check_attention(
     for name, size, limit in (("D", q.shape[2], MAX_HEAD_DIM), ("v_head_dim", v_head_dim, stored)):
         if not 1 <= size <= limit:
             raise ValueError(f"{name} must be 1 to {limit}, got {size}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
     for name, value in (("window", window), ("chunk", chunk), ("softcap", softcap)):
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")

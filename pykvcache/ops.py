@@ -123,6 +123,30 @@ FAKES: dict[str, Callable[..., Any]] = {
 _libraries: list[torch.library.Library] = []
 
 
+def _fake_on_one_device(name: str) -> Callable[..., Any]:
+    """The fake operator, for tensors that are all on "meta" or (FakeTensors) not at all.
+
+    One meta tensor among real ones is enough for the dispatcher to come here, and its result would
+    be memory that nothing has written.
+    """
+    arguments = re.findall(r"(\w+)(?:,|\)|=)", SCHEMAS[name].split("->")[0])
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        tensors = [
+            (argument, tensor)
+            for argument, value in [*zip(arguments, args, strict=False), *kwargs.items()]
+            for tensor in (value if isinstance(value, list) else [value])
+            if isinstance(tensor, Tensor)
+        ]
+        others = [tensor for _, tensor in tensors if tensor.device.type != "meta"]
+        for argument, tensor in tensors:
+            if others and tensor.device.type == "meta":
+                raise ValueError(f"{argument} must be on {others[0].device}, got meta")
+        return FAKES[name](*args, **kwargs)
+
+    return fake
+
+
 def _register() -> None:
     for backend in BACKENDS:
         library = torch.library.Library(f"pykvcache_{backend}", "DEF")
@@ -133,7 +157,10 @@ def _register() -> None:
                 implementation = getattr(reference, name)
                 library.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(
-                f"pykvcache_{backend}::{name}", FAKES[name], lib=library, allow_override=True
+                f"pykvcache_{backend}::{name}",
+                _fake_on_one_device(name),
+                lib=library,
+                allow_override=True,
             )
 
 
@@ -363,7 +390,7 @@ def paged_attention(
 
     Returns:
         out [T, HQ, Dv] in q's dtype and lse float32 [T, HQ] (natural log, sink included). A query
-        that attends to nothing has out = 0 and lse = -inf.
+        that attends to nothing has out = 0 and lse = -inf, or the logit of its sink.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, device, dtype or range.
@@ -381,7 +408,7 @@ def paged_attention(
         seq_lens,
         cu_seqlens_q,
         max_seqlen_q,
-        q.shape[-1] ** -0.5 if scale is None else scale,
+        max(q.shape[-1], 1) ** -0.5 if scale is None else scale,
         causal,
         window,
         chunk,

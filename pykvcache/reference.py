@@ -126,8 +126,8 @@ def paged_attention(
         out [T, HQ, Dv] in the dtype of q and lse float32 [T, HQ] (natural log, sink included).
     """
     check_attention(
-        q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_seqlen_q, window, chunk,
-        softcap, sinks, alibi_slopes, bias, k_scale, v_scale, v_head_dim,
+        q, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, max_seqlen_q, scale, window,
+        chunk, softcap, sinks, alibi_slopes, bias, k_scale, v_scale, v_head_dim,
     )  # fmt: skip
     num_tokens, num_heads, _ = q.shape
     group = num_heads // k_cache.shape[1]
@@ -166,8 +166,8 @@ def paged_attention(
             sink = sinks.float()[:, None, None].expand(-1, end - start, 1)
             scores = torch.cat([scores, sink], dim=-1)
         row_lse = torch.logsumexp(scores, dim=-1)  # [HQ, q]
-        finite = row_lse.masked_fill(row_lse == -torch.inf, 0.0)
-        weights = torch.exp(scores - finite[..., None])[..., :length]
+        nothing = (row_lse == -torch.inf)[..., None]
+        weights = scores.softmax(dim=-1).masked_fill(nothing, 0.0)[..., :length]
         out[start:end] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
         lse[start:end] = row_lse.T
     return out, lse
@@ -221,7 +221,7 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0))[..., None]
-    parts = torch.where(weights > 0, outs.float() * weights, 0.0)
+    parts = torch.where(weights != 0, outs.float() * weights, 0.0)
     return parts.sum(0).to(outs.dtype), lse
 
 

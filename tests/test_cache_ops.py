@@ -241,3 +241,22 @@ def test_bad_slot_mapping(backend: str, change: dict[str, Any], message: str) ->
     with pytest.raises((ValueError, TypeError), match=message) as error:
         ops.slot_mapping(**{**good, **change}, backend=backend)
     assert "\n" not in str(error.value)
+
+
+def test_merge_does_not_hide_nan(backend: str) -> None:
+    outs, lses = torch.ones(2, 2, 1, 4), torch.zeros(2, 2, 1)
+    lses[0, 0] = torch.nan
+    out, lse = ops.merge_states(outs, lses, backend=backend)
+    assert out[0].isnan().all() and lse[0].isnan().all()
+    assert (out[1] == 1).all() and not lse[1].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:pykvcache runs its slow reference")
+def test_a_meta_tensor_among_real_ones_is_an_error(backend: str) -> None:
+    k, cache, slots = torch.ones(3, 1, 8), torch.zeros(2, 1, 4, 8), torch.arange(3)
+    with pytest.raises(ValueError, match=r"^k must be on cpu, got meta$"):
+        ops.write_kv(k.to("meta"), k, cache, cache.clone(), slots, backend=backend)
+    with pytest.raises(ValueError, match=r"^slot_mapping must be on cpu, got meta$"):
+        ops.write_kv(k, k, cache, cache.clone(), slots.to("meta"), backend=backend)
+    with pytest.raises(ValueError, match=r"^dst must be on cpu, got meta$"):
+        ops.copy_blocks([cache], [cache.to("meta")], torch.tensor([[0, 1]]), backend=backend)

@@ -186,6 +186,8 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "window": (None, {"window": -1}, "window must not be negative, got -1"),
     "chunk": (None, {"chunk": -4}, "chunk must not be negative, got -4"),
     "softcap": (None, {"softcap": -1.0}, "softcap must not be negative"),
+    "softcap inf": (None, {"softcap": float("inf")}, "softcap must be finite, got inf"),
+    "scale nan": (None, {"scale": float("nan")}, "scale must be finite, got nan"),
     "sinks": (None, {"sinks": torch.zeros(3)}, "sinks must be"),
     "slopes": (None, {"alibi_slopes": torch.zeros(4, 1)}, "alibi_slopes must be"),
     "bias": (None, {"bias": torch.zeros(2, 4, 3, 5)}, "bias must broadcast"),

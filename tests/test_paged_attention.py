@@ -138,3 +138,15 @@ def test_pool_above_2_to_31_elements(backend: str) -> None:
         q.float().transpose(0, 1), k.float().transpose(0, 1), v.float().transpose(0, 1)
     )
     torch.testing.assert_close(out.float(), expected.transpose(0, 1), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", READY)
+def test_a_row_masked_by_the_lowest_float_is_still_normalised(backend: str) -> None:
+    """As torch SDPA does with a float mask that hides everything."""
+    lengths = torch.tensor([4], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    out, _ = ops.paged_attention(
+        torch.randn(1, 1, 8), torch.randn(1, 1, 4, 8), torch.ones(1, 1, 4, 8), table, *lengths, 1,
+        bias=torch.full((1, 1, 1, 4), torch.finfo(torch.float32).min), backend=backend,
+    )  # fmt: skip
+    torch.testing.assert_close(out, torch.ones_like(out))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -194,6 +195,8 @@ std::tuple<Tensor, Tensor> paged_attention(
          static_cast<int64_t>(HKV));
   if (window < 0) fail("window must not be negative, got ", window);
   if (chunk < 0) fail("chunk must not be negative, got ", chunk);
+  if (!std::isfinite(scale)) fail("scale must be finite, got ", std::to_string(scale));
+  if (!std::isfinite(softcap)) fail("softcap must be finite, got ", std::to_string(softcap));
   if (softcap < 0) fail("softcap must not be negative, got ", std::to_string(softcap));
 
   p.block_table = int32_data(block_table, "block_table", {&B, &max_blocks});

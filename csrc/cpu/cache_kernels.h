@@ -141,12 +141,13 @@ inline void merge_rows(const void* outs, const float* lses, DType dtype, int64_t
     float total = 0.0f;
     for (int64_t s = 0; s < parts && top > -INFINITY; ++s)
       total += std::exp(lses[s * rows + row] - top);
-    lse[row] = total > 0.0f ? top + std::log(total) : -INFINITY;
+    lse[row] = total != 0.0f ? top + std::log(total) : -INFINITY;  // NaN stays NaN
     for (int64_t d = 0; d < head_dim; ++d) {
       float sum = 0.0f;
-      for (int64_t s = 0; s < parts && total > 0.0f; ++s) {
+      for (int64_t s = 0; s < parts && total != 0.0f; ++s) {
         const float weight = std::exp(lses[s * rows + row] - top) / total;
-        if (weight > 0.0f) sum += weight * load_float(outs, (s * rows + row) * head_dim + d, dtype);
+        if (weight != 0.0f)
+          sum += weight * load_float(outs, (s * rows + row) * head_dim + d, dtype);
       }
       store_float(out, row * head_dim + d, dtype, sum);
     }

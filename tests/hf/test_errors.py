@@ -17,6 +17,9 @@ from pykvcache import OutOfBlocks
 from pykvcache.hf import PagedCache
 
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"block_size": 2**40}, ValueError, "block_size must be 1 to 65536, got 1099511627776"),
+    ({"num_blocks": 2**60}, ValueError, "num_blocks must be 1 to 2147483647"),
+    ({"deterministic": "no"}, TypeError, "deterministic must be a bool, got 'no'"),
     ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
     ({"block_size": 2.5}, TypeError, "block_size must be an int, got 2.5"),
     ({"num_blocks": -3}, ValueError, "num_blocks must be at least 1, got -3"),
