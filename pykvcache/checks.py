@@ -252,14 +252,12 @@ def check_slot_mapping(
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     dims = Dims()
-    for name, tensor, shape in (
-        ("block_table", block_table, ("B", "max_blocks")),
-        ("seq_lens", seq_lens, ("B",)),
-        ("cu_seqlens_q", cu_seqlens_q, ("B + 1",)),
-    ):
-        dims.sizes["B + 1"] = len(block_table) + 1
+    check_dtype("block_table", block_table, torch.int32)
+    dims.check("block_table", block_table, ("B", "max_blocks"))
+    dims.sizes["B + 1"] = dims.sizes["B"] + 1
+    for name, tensor, dim in (("seq_lens", seq_lens, "B"), ("cu_seqlens_q", cu_seqlens_q, "B + 1")):
         check_dtype(name, tensor, torch.int32)
-        dims.check(name, tensor, shape)
+        dims.check(name, tensor, (dim,))
         check_device(name, tensor, "block_table", block_table)
     lengths, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
     room = block_table.shape[1] * block_size

@@ -130,7 +130,7 @@ class Decode {
     const auto tail = static_cast<int>(p_.head_dim - whole);
     LinesAhead ahead = steps_.lines_ahead();
     const auto tick = [&]() __attribute__((always_inline)) {
-      if constexpr (kFirst) ahead.prefetch<min_of(N, L::kTick)>();
+      if constexpr (kFirst) ahead.prefetch<min_of(N, kTick)>();
     };
     for (int64_t t = 0; t < count; t += kAccumulators) {
       Vec parts[R * kVecs];

@@ -8,6 +8,7 @@
 namespace pykvcache::KV_ISA {
 
 constexpr int kLineBytes = 64;
+constexpr int kTick = 4;  // rows of a dot() between two calls of its tick
 #if defined(__AVX512F__)
 constexpr int kAccumulators = 16;  // registers that hold sums; the rest hold operands
 #else
@@ -21,7 +22,6 @@ struct Line {
   static constexpr int kElems = kLineBytes / static_cast<int>(sizeof(T));
   static constexpr int kVecs = kElems / kWidth;
   static constexpr int kTokens = 1;  // tokens that accumulate() takes at once
-  static constexpr int kTick = 4;
 
   KV_INLINE void pack_query(Query* to, const T* from, int64_t n) {
     int64_t d = 0;
@@ -76,7 +76,6 @@ struct Line<BFloat16> {
   static constexpr int kElems = 32;
   static constexpr int kVecs = 2;
   static constexpr int kTokens = 2;
-  static constexpr int kTick = 4;
 
   KV_INLINE void pack_query(Query* to, const BFloat16* from, int64_t n) {
     __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(BFloat16));
