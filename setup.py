@@ -63,9 +63,10 @@ def isa_variants() -> list[str]:
 
 def native_sources() -> list[tuple[Path, str, str]]:
     """(source, object name, extra flags) of `_C`; kernel files once per instruction set."""
-    plain = [ROOT / "csrc/module.cpp", *sorted((ROOT / "csrc/allocator").glob("*.cpp"))]
-    plain += sorted((ROOT / "csrc/cpu").glob("*.cpp"))
-    sources = [(source, source.stem, "") for source in plain]
+    plain = [ROOT / "csrc/module.cpp"]
+    for folder in ("python", "allocator", "cpu"):
+        plain += sorted((ROOT / "csrc" / folder).glob("*.cpp"))
+    sources = [(source, f"{source.parent.name}_{source.stem}", "") for source in plain]
     for kernel in sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")):
         for isa in isa_variants():
             sources.append((kernel, f"{kernel.stem}_{isa}", f"{ISA_FLAGS[isa]} -DKV_ISA={isa}"))

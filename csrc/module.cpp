@@ -1,9 +1,10 @@
 // pykvcache._C: the module object. Operators register themselves with torch when the library is
-// loaded (csrc/cpu/*.cpp); what Python calls directly, the allocator and the signature list, is
-// added here.
+// loaded (csrc/cpu/*.cpp); what Python calls directly, the allocator, decode
+// steps and the signature list, is added here.
 #include <Python.h>
 
 #include "allocator/binding.h"
+#include "cpu/binding.h"
 #include "cpu/isa.h"
 #include "registration.h"
 
@@ -40,7 +41,8 @@ PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   PyObject* module = PyModule_Create(&module_def);
-  if (module != nullptr && pykvcache_add_allocator(module) != 0) {
+  if (module == nullptr) return nullptr;
+  if (pykvcache_add_allocator(module) != 0 || pykvcache_add_layer_step(module) != 0) {
     Py_DECREF(module);
     return nullptr;
   }

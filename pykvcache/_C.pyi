@@ -58,3 +58,45 @@ class Batch:
         self, counts: _Ints, width: int, release: bool, /
     ) -> tuple[int, int, list[bytearray] | None] | None: ...
     def needs(self) -> tuple[int, int]: ...
+
+class LayerStep:
+    """csrc/cpu/layer_step.h; tensors are addresses and strides."""
+
+    def __new__(cls, deterministic: bool, /) -> LayerStep: ...
+    def set_caches(
+        self, k: tuple[int, ...], v: tuple[int, ...], dtype: int, block_size: int, /
+    ) -> None: ...
+    def set_batch(
+        self,
+        block_table: int,
+        columns: int,
+        seq_lens: int,
+        cu_seqlens_q: int,
+        slot_mapping: int,
+        rows: int,
+        /,
+    ) -> None: ...
+    def write(
+        self,
+        k: int,
+        k_stride_row: int,
+        k_stride_head: int,
+        v: int,
+        v_stride_row: int,
+        v_stride_head: int,
+        /,
+    ) -> None: ...
+    def attend(
+        self,
+        q: int,
+        stride_row: int,
+        stride_head: int,
+        heads: int,
+        scale: float,
+        softcap: float,
+        window: int,
+        chunk: int,
+        sinks: int,
+        out: int,
+        /,
+    ) -> None: ...

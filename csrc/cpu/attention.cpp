@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "cpu/kernels.h"
+#include "cpu/launch.h"
 #include "cpu/partition.h"
 #include "cpu/views.h"
 #include "registration.h"
@@ -44,7 +45,8 @@ class ThreadBuffer {
   int64_t size_ = 0;
 };
 
-// Lengths and block ids, row by row: after this no kernel can leave the pool.
+}  // namespace
+
 void check_rows(const AttentionParams& p, int64_t max_blocks, int64_t max_seqlen_q) {
   const int32_t* starts = p.cu_seqlens_q;
   if (starts[0] != 0) fail("cu_seqlens_q must start at 0, got ", starts[0]);
@@ -74,6 +76,50 @@ void check_rows(const AttentionParams& p, int64_t max_blocks, int64_t max_seqlen
            " but k_cache has ", p.k.num_blocks);
   }
 }
+
+void attend(const AttentionParams& p) {
+  thread_local Partition partition;
+  thread_local ThreadBuffer partial_buffer;
+  const KernelTable& table = kernels();
+  partition.cut(p, torch::stable::get_num_threads(), table.prefill_query_tile(p));
+  const std::vector<WorkItem>& items = partition.items();
+  const std::vector<Merge>& merges = partition.merges();
+  auto* partials = static_cast<float*>(
+      partial_buffer.at_least(partition.partial_floats() * static_cast<int64_t>(sizeof(float))));
+  int64_t scratch_bytes = table.decode_scratch_bytes(p);
+  if (partition.has_general_items())
+    scratch_bytes = std::max(scratch_bytes, table.prefill_scratch_bytes(p));
+  const auto unfinished = std::make_unique<std::atomic<int64_t>[]>(merges.size());
+  for (size_t i = 0; i < merges.size(); ++i) unfinished[i] = merges[i].num_splits;
+
+  const auto run_item = [&](const WorkItem& item, void* scratch) {
+    AttentionItem part = item.part;
+    const Merge* merge = item.merge < 0 ? nullptr : &merges[item.merge];
+    if (merge != nullptr) {
+      const int64_t row = part.row;
+      const int64_t places = (p.cu_seqlens_q[row + 1] - p.cu_seqlens_q[row]) * p.num_heads;
+      part.partial_out = partials + merge->out_offset + item.split * places * p.v_head_dim;
+      part.partial_lse = partials + merge->lse_offset + item.split * places;
+    }
+    (item.decode ? table.decode : table.prefill)(p, part, scratch);
+    if (merge != nullptr && unfinished[item.merge].fetch_sub(1) == 1)
+      table.merge_splits(p, merge->whole, partials + merge->out_offset,
+                         partials + merge->lse_offset, merge->num_splits);
+  };
+
+  std::atomic<size_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    thread_local ThreadBuffer scratch_buffer;
+    void* scratch = scratch_buffer.at_least(scratch_bytes);
+    for (size_t i = next++; i < items.size(); i = next++) run_item(items[i], scratch);
+  };
+  if (partition.num_threads() <= 1)
+    work(0, 1);
+  else
+    torch::stable::parallel_for(0, partition.num_threads(), 1, work);
+}
+
+namespace {
 
 const int32_t* int32_data(const Tensor& t, const char* name, std::initializer_list<Dim*> shape) {
   check_cpu(t, name);
@@ -121,48 +167,6 @@ BiasView bias_view(const Tensor& bias, const AttentionParams& p) {
 
 void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) fail(name, " must be ", low, " to ", high, ", got ", value);
-}
-
-void compute(const AttentionParams& p) {
-  thread_local Partition partition;
-  thread_local ThreadBuffer partial_buffer;
-  const KernelTable& table = kernels();
-  partition.cut(p, torch::stable::get_num_threads(), table.prefill_query_tile(p));
-  const std::vector<WorkItem>& items = partition.items();
-  const std::vector<Merge>& merges = partition.merges();
-  auto* partials = static_cast<float*>(
-      partial_buffer.at_least(partition.partial_floats() * static_cast<int64_t>(sizeof(float))));
-  int64_t scratch_bytes = table.decode_scratch_bytes(p);
-  if (partition.has_general_items())
-    scratch_bytes = std::max(scratch_bytes, table.prefill_scratch_bytes(p));
-  const auto unfinished = std::make_unique<std::atomic<int64_t>[]>(merges.size());
-  for (size_t i = 0; i < merges.size(); ++i) unfinished[i] = merges[i].num_splits;
-
-  const auto run_item = [&](const WorkItem& item, void* scratch) {
-    AttentionItem part = item.part;
-    const Merge* merge = item.merge < 0 ? nullptr : &merges[item.merge];
-    if (merge != nullptr) {
-      const int64_t row = part.row;
-      const int64_t places = (p.cu_seqlens_q[row + 1] - p.cu_seqlens_q[row]) * p.num_heads;
-      part.partial_out = partials + merge->out_offset + item.split * places * p.v_head_dim;
-      part.partial_lse = partials + merge->lse_offset + item.split * places;
-    }
-    (item.decode ? table.decode : table.prefill)(p, part, scratch);
-    if (merge != nullptr && unfinished[item.merge].fetch_sub(1) == 1)
-      table.merge_splits(p, merge->whole, partials + merge->out_offset,
-                         partials + merge->lse_offset, merge->num_splits);
-  };
-
-  std::atomic<size_t> next{0};
-  const auto work = [&](int64_t, int64_t) {
-    thread_local ThreadBuffer scratch_buffer;
-    void* scratch = scratch_buffer.at_least(scratch_bytes);
-    for (size_t i = next++; i < items.size(); i = next++) run_item(items[i], scratch);
-  };
-  if (partition.num_threads() <= 1)
-    work(0, 1);
-  else
-    torch::stable::parallel_for(0, partition.num_threads(), 1, work);
 }
 
 std::tuple<Tensor, Tensor> paged_attention(
@@ -231,7 +235,7 @@ std::tuple<Tensor, Tensor> paged_attention(
   Tensor lse = torch::stable::new_empty(q, {p.num_tokens, p.num_heads}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  compute(p);
+  attend(p);
   return {out, lse};
 }
 

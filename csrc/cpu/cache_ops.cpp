@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/cache_kernels.h"
+#include "cpu/launch.h"
 #include "cpu/views.h"
 #include "registration.h"
 
@@ -20,20 +20,7 @@ int64_t grain_for(int64_t bytes_per_item) {
   return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_item));
 }
 
-template <class T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-TokenView token_view(const Tensor& x, const char* name, Dim* tokens, Dim* heads, Dim* head_dim) {
-  check_cpu(x, name);
-  check_shape(x, name, {tokens, heads, head_dim});
-  check_last_dim_contiguous(x, name);
-  const DType dtype = to_dtype(x, name);
-  if (dtype == DType::kFloat8E4M3 || dtype == DType::kBool)
-    fail(name, " must be float32, float16 or bfloat16, got ", dtype_name(x.scalar_type()));
-  return {x.const_data_ptr(), dtype, x.stride(0), x.stride(1)};
-}
+}  // namespace
 
 void check_slots(const int64_t* slots, int64_t count, int64_t num_slots) {
   for (int64_t t = 0; t < count; ++t)
@@ -56,6 +43,23 @@ void write_side(const TokenView& x, const CacheView& cache, const ScaleView& sca
     write(0, num_tokens);
   else
     torch::stable::parallel_for(0, num_tokens, grain, write);
+}
+
+namespace {
+
+template <class T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+TokenView token_view(const Tensor& x, const char* name, Dim* tokens, Dim* heads, Dim* head_dim) {
+  check_cpu(x, name);
+  check_shape(x, name, {tokens, heads, head_dim});
+  check_last_dim_contiguous(x, name);
+  const DType dtype = to_dtype(x, name);
+  if (dtype == DType::kFloat8E4M3 || dtype == DType::kBool)
+    fail(name, " must be float32, float16 or bfloat16, got ", dtype_name(x.scalar_type()));
+  return {x.const_data_ptr(), dtype, x.stride(0), x.stride(1)};
 }
 
 void check_cache_dtype(const CacheView& cache, const TokenView& x, const Tensor& x_tensor,

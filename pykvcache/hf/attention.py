@@ -120,8 +120,16 @@ def _paged_attention(
         causal, window, chunk, bias = _masking(layer, attention_mask, key)
     if position_bias is not None:
         bias = _add_bias(bias, _align(layer, position_bias, key))
-    q, k_cache = packed(query, tokens), pool.k_caches[layer.index]
+    k_cache = pool.k_caches[layer.index]
     assert k_cache is not None
+    if sinks is not None and sinks.dtype != torch.float32:
+        sinks = sinks.float()
+    step = layer.step
+    if tokens == 1 and bias is None and step is not None and step.is_bound(k_cache, metadata):
+        stepped = step.attend(query, scaling, softcap or 0.0, window, chunk, sinks)
+        if stepped is not None:
+            return stepped
+    q = packed(query, tokens)
     if q.dtype != k_cache.dtype:  # kv_dtype, or autocast
         q = q.to(k_cache.dtype)
     cu_seqlens_q = metadata.cu_seqlens_q
@@ -141,7 +149,7 @@ def _paged_attention(
         window,
         chunk,
         softcap or 0.0,
-        sinks if sinks is None or sinks.dtype == torch.float32 else sinks.float(),
+        sinks,
         None,
         bias,
         None,

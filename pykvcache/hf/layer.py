@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from pykvcache.hf.handles import PagedKeys, PagedValues, make_handle
 from pykvcache.hf.rows import Rows, packed
+from pykvcache.layer_step import LayerStep
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -34,6 +35,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.window = sliding_window or 0
         self.seen = 0
         self.is_initialized = False
+        self.step: LayerStep | None = None
         self._apart: DynamicLayer | None = None
 
     @property
@@ -67,6 +69,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         pool.bind(self.index, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
+        if pool.ops.backend == "cpu" and LayerStep.supports(pool.caches(self.index)[0]):
+            self.step = LayerStep(pool.deterministic)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -92,7 +96,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"layer {self.index} gets tokens {self.seen} to {self.seen + tokens} but the cache "
                 f"is at {rows.seen}: every layer must be updated in every forward"
             )
-        self._write(packed(key_states, tokens), packed(value_states, tokens))
+        self._write(key_states, value_states, tokens)
         start, end = self._kept(), self.seen + tokens
         self.seen = end
         v_dim = value_states.shape[3]
@@ -101,16 +105,19 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             make_handle(PagedValues, self, end, (batch, heads, end - start, v_dim)),
         )
 
-    def _write(self, k: Tensor, v: Tensor) -> None:
-        """Scatter packed k [B * T, HKV, D] and v [B * T, HKV, Dv] into this forward's slots."""
-        pool = self.rows.pool
+    def _write(self, k: Tensor, v: Tensor, tokens: int) -> None:
+        """Scatter k [B, HKV, T, D] and v [B, HKV, T, Dv] into this forward's slots."""
+        pool, metadata = self.rows.pool, self.rows.metadata[self.group]
         k_cache, v_cache = pool.k_caches[self.index], pool.v_caches[self.index]
-        assert k_cache is not None
-        dtype = k_cache.dtype
+        assert k_cache is not None and v_cache is not None
+        if tokens == 1 and self.step is not None:
+            self.step.bind(k_cache, v_cache, metadata)
+            if self.step.write(k, v):
+                return
+        k, v, dtype = packed(k, tokens), packed(v, tokens), k_cache.dtype
         if k.dtype != dtype or v.dtype != dtype:  # kv_dtype, or autocast
             k, v = k.to(dtype), v.to(dtype)
-        slots = self.rows.metadata[self.group].slot_mapping
-        pool.ops.write_kv(k, v, k_cache, v_cache, slots, None, None)
+        pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, None, None)
 
     def _update_apart(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """A layer that caches other tokens than the first one did (vision keys) stays dense."""

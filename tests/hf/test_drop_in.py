@@ -22,6 +22,7 @@ from ways import NEW_TOKENS, PADS, PROMPT, WAYS, inputs_for
 import pykvcache
 from pykvcache import ops
 from pykvcache.hf import PagedCache, counters
+from pykvcache.layer_step import LayerStep
 
 
 @pytest.fixture
@@ -383,3 +384,22 @@ def test_plot(llama: PreTrainedModel, tmp_path: Path) -> None:
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="empty"):
         PagedCache(llama.config).plot(tmp_path / "none.png")
+
+
+def test_decode_steps_go_past_the_dispatcher(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"write": 0, "attend": 0}
+    for name in calls:
+        original = getattr(LayerStep, name)
+
+        def counted(self: LayerStep, *args: Any, name: str = name, call: Any = original) -> Any:
+            done = call(self, *args)
+            calls[name] += done is not None and done is not False
+            return done
+
+        monkeypatch.setattr(LayerStep, name, counted)
+    pykvcache.patch(llama)
+    generate(llama, min_new_tokens=NEW_TOKENS)
+    steps = (NEW_TOKENS - 1) * llama.config.num_hidden_layers
+    assert calls == {"write": steps, "attend": steps}

@@ -1,0 +1,125 @@
+// The Python type LayerStep: addresses and strides come in, nothing is checked but what the rows
+// say.
+#include "cpu/binding.h"
+
+#include <new>
+#include <stdexcept>
+
+#include "cpu/layer_step.h"
+#include "python/types.h"
+
+namespace pykvcache::python {
+namespace {
+
+struct LayerStepObject {
+  PyObject base;
+  LayerStep step;
+};
+
+template <class T>
+T* to_pointer(PyObject* object) {
+  return reinterpret_cast<T*>(to_int("address", object));
+}
+
+double to_double(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) throw ErrorIsSet{};
+  return value;
+}
+
+DType to_dtype(PyObject* object) {
+  const int64_t dtype = to_int("dtype", object);
+  if (dtype < 0 || dtype > static_cast<int64_t>(DType::kBFloat16))
+    throw std::invalid_argument("dtype must be 0 (float32), 1 (float16) or 2 (bfloat16)");
+  return static_cast<DType>(dtype);
+}
+
+PyObject* new_layer_step(PyTypeObject* type, PyObject* args, PyObject*) {
+  return guarded([&] {
+    int deterministic;
+    if (!PyArg_ParseTuple(args, "p", &deterministic)) throw ErrorIsSet{};
+    auto* self = allocate_object<LayerStepObject>(type);
+    new (&self->step) LayerStep(deterministic != 0);
+    return reinterpret_cast<PyObject*>(self);
+  });
+}
+
+// (k, v, dtype, block_size): each side as (address, num_blocks, HKV, D, strides of block, head and
+// slot).
+PyObject* set_caches(LayerStepObject& self, Args args) {
+  const DType dtype = to_dtype(args[2]);
+  const auto view = [&](const IntArgument& side) {
+    if (side.size() != 7) throw std::invalid_argument("a cache is 7 integers");
+    CacheView cache;
+    cache.data = reinterpret_cast<void*>(side[0]);
+    cache.dtype = dtype;
+    cache.num_blocks = side[1];
+    cache.head_dim = side[3];
+    cache.stride_block = side[4];
+    cache.stride_head = side[5];
+    cache.stride_slot = side[6];
+    return cache;
+  };
+  const IntArgument k("k", args[0]), v("v", args[1]);
+  self.step.set_caches(view(k), view(v), k[2], to_int("block_size", args[3]));
+  return none();
+}
+
+// (block_table, columns, seq_lens, cu_seqlens_q, slot_mapping, rows)
+PyObject* set_batch(LayerStepObject& self, Args args) {
+  self.step.set_batch(to_pointer<int32_t>(args[0]), to_int("columns", args[1]),
+                      to_pointer<int32_t>(args[2]), to_pointer<int32_t>(args[3]),
+                      to_pointer<int64_t>(args[4]), to_int("rows", args[5]));
+  return none();
+}
+
+// (k, stride_row, stride_head, v, stride_row, stride_head)
+PyObject* write(LayerStepObject& self, Args args) {
+  const auto tokens = [&](int first) {
+    return TokenView{to_pointer<void>(args[first]), self.step.dtype(),
+                     to_int("stride", args[first + 1]), to_int("stride", args[first + 2])};
+  };
+  const TokenView k = tokens(0), v = tokens(3);
+  self.step.write(k, v);
+  return none();
+}
+
+// (q, stride_row, stride_head, heads, scale, softcap, window, chunk, sinks, out)
+PyObject* attend(LayerStepObject& self, Args args) {
+  const LayerStep::Query query{to_pointer<void>(args[0]),
+                               to_int("stride", args[1]),
+                               to_int("stride", args[2]),
+                               to_int("heads", args[3]),
+                               to_double(args[4]),
+                               to_double(args[5]),
+                               to_int("window", args[6]),
+                               to_int("chunk", args[7]),
+                               to_pointer<float>(args[8]),
+                               to_pointer<void>(args[9])};
+  {
+    const WithoutGil released;
+    self.step.attend(query);
+  }
+  return none();
+}
+
+void destroy_layer_step(PyObject* self) {
+  reinterpret_cast<LayerStepObject*>(self)->step.~LayerStep();
+  free_object(self);
+}
+
+PyMethodDef methods[] = {define<LayerStepObject, set_caches, 4>("set_caches"),
+                         define<LayerStepObject, set_batch, 6>("set_batch"),
+                         define<LayerStepObject, write, 6>("write"),
+                         define<LayerStepObject, attend, 10>("attend"),
+                         {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+}  // namespace pykvcache::python
+
+int pykvcache_add_layer_step(PyObject* module) {
+  using namespace pykvcache::python;
+  const char* name = "pykvcache._C.LayerStep";
+  return add_type<LayerStepObject>(module, name, new_layer_step, destroy_layer_step, methods) ? 0
+                                                                                               : -1;
+}
