@@ -86,16 +86,11 @@ PyObject* write(LayerStepObject& self, Args args) {
 
 // (q, stride_row, stride_head, heads, scale, softcap, window, chunk, sinks, out)
 PyObject* attend(LayerStepObject& self, Args args) {
-  const LayerStep::Query query{to_pointer<void>(args[0]),
-                               to_int("stride", args[1]),
-                               to_int("stride", args[2]),
-                               to_int("heads", args[3]),
-                               to_double(args[4]),
-                               to_double(args[5]),
-                               to_int("window", args[6]),
-                               to_int("chunk", args[7]),
-                               to_pointer<float>(args[8]),
-                               to_pointer<void>(args[9])};
+  const LayerStep::Query query{to_pointer<void>(args[0]),  to_int("stride", args[1]),
+                               to_int("stride", args[2]),  to_int("heads", args[3]),
+                               to_double(args[4]),         to_double(args[5]),
+                               to_int("window", args[6]),  to_int("chunk", args[7]),
+                               to_pointer<float>(args[8]), to_pointer<void>(args[9])};
   {
     const WithoutGil released;
     self.step.attend(query);
@@ -121,5 +116,5 @@ int pykvcache_add_layer_step(PyObject* module) {
   using namespace pykvcache::python;
   const char* name = "pykvcache._C.LayerStep";
   return add_type<LayerStepObject>(module, name, new_layer_step, destroy_layer_step, methods) ? 0
-                                                                                               : -1;
+                                                                                              : -1;
 }
