@@ -42,7 +42,7 @@ PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   PyObject* module = PyModule_Create(&module_def);
   if (module == nullptr) return nullptr;
-  if (pykvcache_add_allocator(module) != 0 || pykvcache_add_layer_step(module) != 0) {
+  if (pykvcache_add_allocator(module) != 0 || pykvcache_add_cpu(module) != 0) {
     Py_DECREF(module);
     return nullptr;
   }

@@ -131,7 +131,8 @@ def test_kernel_results_are_checked_and_complete(small_case, phase: str, dtype) 
     results = list(kernels.measure(small_case(phase, dtype), [16, 32], [1], seconds=0.01))
     names = [result.contender for result in results]
     folded = ["folded"] if phase == "decode" else []
-    assert names == ["sdpa", *folded, "paged 16", "paged 32"]
+    loads = ["loads in order", "loads 16", "loads 32"] if phase == "decode" else []
+    assert names == ["sdpa", *folded, "paged 16", "paged 32", *loads]
     baseline = next(r for r in results if r.contender == ("folded" if folded else "sdpa"))
     assert baseline.speedup == 1
     for result in results:
@@ -238,3 +239,17 @@ def test_dense_bytes_counts_padding_as_waste() -> None:
     held, needed = dense_bytes(cache, [10, 5])
     assert held == 2 * 2 * 3 * 10 * 4 * 4
     assert needed == held * 15 // 20
+
+
+def test_block_reader_reads_the_blocks_of_its_call() -> None:
+    storage = torch.arange(8 * 256, dtype=torch.float32).view(8, 256)
+    tables = torch.tensor([[[5, 2]], [[0, 7]]], dtype=torch.int32)
+    read = peaks.block_reader(storage, tables)
+    for call in range(3):
+        assert read(call) == storage[tables[call % 2].flatten()].sum().item()
+
+
+def test_read_contenders_read_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "READ_BYTES", 2**22)
+    for read in peaks.read_contenders().values():
+        assert float(torch.as_tensor(read(0)).sum()) == 2**20

@@ -1,11 +1,12 @@
-// The Python type LayerStep: addresses and strides come in, nothing is checked but what the rows
-// say.
+// The Python type LayerStep, which gets addresses and strides and checks nothing but what the rows
+// say, and read_regions.
 #include "cpu/binding.h"
 
 #include <new>
 #include <stdexcept>
 
 #include "cpu/layer_step.h"
+#include "cpu/probe.h"
 #include "python/types.h"
 
 namespace pykvcache::python {
@@ -109,12 +110,34 @@ PyMethodDef methods[] = {define<LayerStepObject, set_caches, 4>("set_caches"),
                          define<LayerStepObject, attend, 10>("attend"),
                          {nullptr, nullptr, 0, nullptr}};
 
+// (addresses, bytes of each) -> sum
+PyObject* read_memory(PyObject*, PyObject* args) {
+  return guarded([&] {
+    PyObject* addresses;
+    long long bytes;
+    if (!PyArg_ParseTuple(args, "OL", &addresses, &bytes)) throw ErrorIsSet{};
+    const IntArgument regions("addresses", addresses);
+    float sum;
+    {
+      const WithoutGil released;
+      sum = read_regions(regions, bytes);
+    }
+    return PyFloat_FromDouble(sum);
+  });
+}
+
+PyMethodDef functions[] = {
+    {"read_regions", read_memory, METH_VARARGS, "Plain loads of memory regions, for measuring."},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 }  // namespace pykvcache::python
 
-int pykvcache_add_layer_step(PyObject* module) {
+int pykvcache_add_cpu(PyObject* module) {
   using namespace pykvcache::python;
   const char* name = "pykvcache._C.LayerStep";
-  return add_type<LayerStepObject>(module, name, new_layer_step, destroy_layer_step, methods) ? 0
-                                                                                              : -1;
+  if (add_type<LayerStepObject>(module, name, new_layer_step, destroy_layer_step, methods) ==
+      nullptr)
+    return -1;
+  return PyModule_AddFunctions(module, functions);
 }

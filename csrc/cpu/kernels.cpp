@@ -8,7 +8,8 @@
    isa::prefill,               \
    isa::prefill_scratch_bytes, \
    isa::prefill_query_tile,    \
-   isa::merge_splits}
+   isa::merge_splits,          \
+   isa::read}
 
 namespace pykvcache {
 

@@ -37,6 +37,7 @@ struct KernelTable {
   // cut along its keys, and the sinks, into params.out and params.lse.
   void (*merge_splits)(const AttentionParams&, const AttentionItem&, const float* partial_out,
                        const float* partial_lse, int64_t num_splits);
+  float (*read)(const float*, int64_t count);  // the sum
 };
 
 constexpr int64_t kMaxDecodeRows = 24;
@@ -53,6 +54,7 @@ const KernelTable& kernels();
   int64_t prefill_query_tile(const AttentionParams&);                                         \
   void merge_splits(const AttentionParams&, const AttentionItem&, const float*, const float*, \
                     int64_t);                                                                 \
+  float read(const float*, int64_t);                                                          \
   }
 
 KV_DECLARE_KERNELS(portable)

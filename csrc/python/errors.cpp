@@ -1,5 +1,6 @@
 // C++ exceptions as the Python ones of pykvcache/errors.py.
 #include "allocator/errors.h"
+
 #include "python/types.h"
 
 namespace pykvcache::python {

@@ -4,7 +4,8 @@ Every call of a contender touches another copy of its K and V until COLD_BYTES h
 layers of a model do; a single copy would sit in the processor's caches and flatter. Blocks lie in
 one pool as pykvcache/cache.py lays them out, in shuffled order. `folded` is SDPA with the query
 heads of a KV head moved to the query axis: it reads each KV head once and is the honest baseline
-for decode.
+for decode. `loads` are plain vector loads of the same bytes without any attention, of blocks in the
+order of memory and in the shuffled order: the second is what a paged decode kernel could reach.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Workload:
         steps = torch.arange(case.batch + 1, dtype=torch.int32)
         self.cu_seqlens_q = steps * case.query_len
         self.contenders: dict[str, Contender] = {"sdpa": self.sdpa}
+        self.readers: dict[str, Contender] = {}  # compute nothing, so nothing to check
         if case.phase == "decode" and heads.group > 1:
             self.contenders["folded"] = self.folded
         for block_size in block_sizes:
@@ -122,6 +124,11 @@ class Workload:
         storage = torch.zeros(tables.numel(), 2 * half, dtype=case.dtype)
         shape = (tables.numel(), heads.num_kv_heads, block_size, heads.head_dim)
         k_cache, v_cache = (part.view(shape) for part in storage.split(half, dim=1))
+        if case.phase == "decode" and self.backend == "cpu":
+            in_order = torch.arange(tables.numel(), dtype=torch.int32).view_as(tables)
+            if not self.readers:
+                self.readers["loads in order"] = peaks.block_reader(storage, in_order)
+            self.readers[f"loads {block_size}"] = peaks.block_reader(storage, tables)
         for copy in range(self.copies):
             _fill(k_cache, tables[copy], self.k[copy])
             _fill(v_cache, tables[copy], self.v[copy])
@@ -221,11 +228,12 @@ def _timed(workload: Workload, threads: int, seconds: float) -> Iterator[Result]
     case = workload.case
     decode = case.phase == "decode"
     peak_contenders = peaks.read_contenders() if decode else peaks.gemm_contenders(case.dtype)
-    timings = interleave(workload.contenders | peak_contenders, seconds)
+    shown = workload.contenders | workload.readers
+    timings = interleave(shown | peak_contenders, seconds)
     peak = peaks.read_bandwidth(timings) if decode else peaks.gemm_rate(timings)
     work = case.kv_bytes if decode else case.flops
     baseline = timings[workload.baseline].median
-    for name in workload.contenders:
+    for name in shown:
         timing = timings[name]
         rate, speedup = work / timing.median, baseline / timing.median
         yield Result(case, threads, name, timing, rate, peak, speedup)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,35 @@ GEMM_SIZE = 2048
 
 
 def read_contenders() -> dict[str, Contender]:
-    """Plain reads of 1 GiB: torch.sum over a flat tensor and over rows; the better one counts."""
+    """Plain reads of 1 GiB: vector loads, torch.sum over a flat tensor and over rows."""
+    from pykvcache import _C
+
     flat = torch.ones(READ_BYTES // 4)
     rows = flat.view(2**14, -1)
-    return {"read flat": lambda _: flat.sum(), "read rows": lambda _: rows.sum(1)}
+    addresses = rows.data_ptr() + np.arange(len(rows), dtype=np.int64) * rows[0].nbytes
+    regions = addresses.tobytes()
+    return {
+        "read loads": lambda _: _C.read_regions(regions, rows[0].nbytes),
+        "read flat": lambda _: flat.sum(),
+        "read rows": lambda _: rows.sum(1),
+    }
+
+
+def block_reader(storage: Tensor, tables: Tensor) -> Contender:
+    """Vector loads of the blocks that tables[call] names, in that order.
+
+    Args:
+        storage: [num_blocks, elements of K and V of a block].
+        tables: int32 [copies, B, blocks].
+    """
+    from pykvcache import _C
+
+    width = storage[0].nbytes
+    regions = [
+        (storage.data_ptr() + table.flatten().numpy().astype(np.int64) * width).tobytes()
+        for table in tables
+    ]
+    return lambda call: _C.read_regions(regions[call % len(regions)], width)
 
 
 def gemm_contenders(dtype: torch.dtype) -> dict[str, Contender]:
