@@ -13,6 +13,7 @@ constexpr int64_t kTokenGroup = 16;        // tiles are padded to this
 constexpr int64_t kStepBytes = 4 << 10;    // of K or V of one head over a tile, about
 constexpr int64_t kAheadBytes = 12 << 10;  // how far prefetching runs ahead, at most
 constexpr int64_t kPageBytes = 4 << 10;
+constexpr int64_t kPageEntryBytes = 32 << 10;  // that one line of page table entries maps
 // Of one step: a group of the longest rows, and more than kMaxTile short ones.
 constexpr int64_t kMaxLines =
     kTokenGroup * kMaxHeadDim * static_cast<int64_t>(sizeof(float)) / kLineBytes;
@@ -74,6 +75,7 @@ class StepQueue {
         max_of(kTokenGroup, min_of(kMaxTile, kStepBytes / row_bytes / kTokenGroup * kTokenGroup));
     max_lines_ = tile_tokens_ * ((row_bytes + kLineBytes - 1) / kLineBytes);
     ahead_ = max_of<int64_t>(1, min_of(kRing - 1, kAheadBytes / (tile_tokens_ * row_bytes)));
+    take_tile(tiles_[0]);
     for (int64_t i = 0; i <= ahead_; ++i) locate();
     for (int64_t i = 0; i < ahead_; ++i)
       for (int64_t line = 0; line < max_lines_; ++line) __builtin_prefetch(steps_[i].lines[line]);
@@ -93,12 +95,12 @@ class StepQueue {
 
  private:
   static constexpr int64_t kRing = 4;   // steps, the current one included
-  static constexpr int64_t kTiles = 3;  // that kRing steps can be of, at two or more a tile
+  static constexpr int64_t kTiles = 4;  // that kRing steps can be of, at two or more a tile, and one
 
   void locate() {
     const int64_t heads = item_.head_end - item_.head_begin;
     if (phase_ == 0) take_tile(tiles_[++tile_ % kTiles]);
-    const Tile& tile = tiles_[tile_ % kTiles];
+    const Tile& tile = tiles_[(tile_ - 1) % kTiles];
     Step<T>& step = steps_[located_++ % kRing];
     step.tile = &tile;
     if (phase_ < heads)
@@ -112,6 +114,23 @@ class StepQueue {
     tile.count = cursor_.take(tile_tokens_, tile.positions, tile.k.offsets, tile.v.offsets);
     tile.k.find_runs(tile.count, p_.head_dim);
     tile.v.find_runs(tile.count, p_.v_head_dim);
+    fetch_page_entries(tile.count, tile.k, p_.k);
+    fetch_page_entries(tile.count, tile.v, p_.v);
+  }
+
+  // With scattered blocks the page walks miss the caches: a tile ahead, one load for every line of
+  // page table entries that K or V of all heads needs.
+  void fetch_page_entries(int64_t count, const TileSide& side, const CacheView& cache) const {
+    constexpr int64_t kReach = kPageEntryBytes / static_cast<int64_t>(sizeof(T));
+    const int64_t heads = max_of<int64_t>(1, kReach / max_of<int64_t>(1, cache.stride_head));
+    for (int64_t t = 0, last = -1; t < count; ++t) {
+      if (last >= 0 && side.offsets[t] - side.offsets[last] < kReach &&
+          side.offsets[t] >= side.offsets[last])
+        continue;
+      for (int64_t head = item_.head_begin; head < item_.head_end; head += heads)
+        __builtin_prefetch(head_base<T>(cache, head) + side.offsets[t]);
+      last = t;
+    }
   }
 
   // Also starts the page walks, so that they are done when the lines are prefetched.
