@@ -94,8 +94,9 @@ class StepQueue {
   }
 
  private:
-  static constexpr int64_t kRing = 4;   // steps, the current one included
-  static constexpr int64_t kTiles = 4;  // that kRing steps can be of, at two or more a tile, and one
+  static constexpr int64_t kRing = 4;  // steps, the current one included
+  static constexpr int64_t kTiles =
+      4;  // that kRing steps can be of, at two or more a tile, and one
 
   void locate() {
     const int64_t heads = item_.head_end - item_.head_begin;
