@@ -10,6 +10,7 @@ Read first: pykvcache/allocator.py. Read next: pykvcache/attention.py.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pykvcache import ops
 from pykvcache.allocator import BlockAllocator
+from pykvcache.checks import MAX_HEAD_DIM
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_BLOCKS = 2**31 - 1  # block ids are int32
@@ -73,6 +75,9 @@ class KVPool:
         layers = Counter(self.group_of)
         self.layers_of_group = [layers[group] for group in range(len(layers))]
         self.allocator: BlockAllocator | None = None
+        # Held by whoever writes blocks or moves them: caches that share a pool may be used in
+        # several threads. Reading needs no lock, a view keeps its storage alive.
+        self.lock = threading.RLock()
         self.k_caches: list[Tensor | None] = [None] * len(self.group_of)
         self.v_caches: list[Tensor | None] = [None] * len(self.group_of)
         self._storages: list[Tensor] = []
@@ -143,6 +148,9 @@ class KVPool:
         if dtype not in KV_DTYPES:
             raise TypeError(f"keys must be one of {_names(KV_DTYPES)}, got {dtype}")
         heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
+        for name, dim in (("D", k_dim), ("Dv", v_dim)):
+            if not 1 <= dim <= MAX_HEAD_DIM:
+                raise ValueError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
         if self._shapes[layer] is not None:  # by another cache that shares this pool
             if (self._shapes[layer], self._dtype(layer)) != ((heads, k_dim, v_dim), dtype):
                 raise ValueError(f"layer {layer} of this pool has other shapes or another dtype")
@@ -186,8 +194,19 @@ class KVPool:
         self.k_caches[layer] = storage[:, :split].view(*cells, k_dim)
         self.v_caches[layer] = storage[:, split:end].view(*cells, v_dim)
 
-    def grow(self, num_blocks: int) -> None:
-        """Make the pool larger; block ids stay valid. Copies one storage at a time."""
+    def grow(self, needed: int, seen_blocks: int) -> None:
+        """Make the pool larger; block ids stay valid. Copies one storage at a time.
+
+        Args:
+            needed: blocks that were missing, at least so many are added.
+            seen_blocks: size at which they were missing; nothing is done if somebody else has made
+                the pool larger since.
+        """
+        with self.lock:
+            if self.num_blocks == seen_blocks:
+                self._grow(max(2 * seen_blocks, seen_blocks + needed))
+
+    def _grow(self, num_blocks: int) -> None:
         assert self.allocator is not None
         used = self.allocator.peak
         self.allocator.grow(num_blocks)

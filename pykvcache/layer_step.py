@@ -10,6 +10,9 @@ Read first: pykvcache/metadata.py. Read next: csrc/cpu/layer_step.h.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,7 +22,9 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class LayerStep:
-    """Bound to the caches of a layer and to the metadata of a batch; both are kept alive.
+    """Bound to the caches of a layer and to the metadata of a batch.
+
+    The caller keeps the caches alive during each call; a pool that grows must be able to drop them.
 
     Args:
         deterministic: as in `ops.paged_attention`.
@@ -30,8 +35,8 @@ class LayerStep:
 
         self._core = _C.LayerStep(deterministic)
         self._deterministic = deterministic
-        self._k_cache: Tensor | None = None
-        self._v_cache: Tensor | None = None
+        self._k_cache: Callable[[], Tensor | None] = _nothing
+        self._v_cache: Callable[[], Tensor | None] = _nothing
         self._metadata: AttentionMetadata | None = None
         self._dtype: torch.dtype | None = None
         self._k_shape = self._v_shape = torch.Size((0, 1, 0, 0))  # no row
@@ -52,10 +57,11 @@ class LayerStep:
             k_cache, v_cache: [num_blocks, HKV, block_size, D | Dv], one dtype.
             metadata: of a step with one query a row.
         """
-        if k_cache is not self._k_cache or v_cache is not self._v_cache:
+        if k_cache is not self._k_cache() or v_cache is not self._v_cache():
             k_side, v_side = _describe(k_cache), _describe(v_cache)
             self._core.set_caches(k_side, v_side, DTYPES[k_cache.dtype], k_cache.shape[2])
-            self._k_cache, self._v_cache, self._dtype = k_cache, v_cache, k_cache.dtype
+            self._k_cache, self._v_cache = weakref.ref(k_cache), weakref.ref(v_cache)
+            self._dtype = k_cache.dtype
             self._metadata = None
         if metadata is not self._metadata:
             table, slots = metadata.block_table, metadata.slot_mapping
@@ -74,7 +80,7 @@ class LayerStep:
 
     def is_bound(self, k_cache: Tensor, metadata: AttentionMetadata) -> bool:
         """Whether the last `bind` was to these."""
-        return k_cache is self._k_cache and metadata is self._metadata
+        return k_cache is self._k_cache() and metadata is self._metadata
 
     def write(self, k: Tensor, v: Tensor) -> bool:
         """Store k [B, HKV, 1, D] and v [B, HKV, 1, Dv]; False if the operator has to do it."""
@@ -144,6 +150,10 @@ class LayerStep:
             out.data_ptr(),
         )
         return out
+
+
+def _nothing() -> None:
+    """Stands for a reference to a cache that was never bound."""
 
 
 def _describe(cache: Tensor) -> tuple[int, ...]:

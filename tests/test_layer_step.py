@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -176,3 +177,54 @@ def test_supports_only_float_caches_on_the_cpu() -> None:
     assert LayerStep.supports(cache)
     assert not LayerStep.supports(cache.to(torch.float8_e4m3fn))
     assert not LayerStep.supports(cache.to("meta"))
+
+
+def test_deterministic_reaches_the_kernel() -> None:
+    """Splits at fixed positions add in another order than one pass over a long row."""
+    torch.manual_seed(0)
+    length, size = 3000, 16
+    k_cache, v_cache = torch.randn(2, 200, KV_HEADS, size, DIM).unbind()
+    metadata = AttentionMetadata(
+        torch.randperm(200, dtype=torch.int32)[None],
+        torch.tensor([length], dtype=torch.int32),
+        torch.tensor([0, 1], dtype=torch.int32),
+        1,
+        torch.tensor([0]),
+    )
+    q = torch.randn(1, HEADS, 1, DIM)
+    outs = {}
+    for deterministic in (False, True):
+        step = LayerStep(deterministic)
+        step.bind(k_cache, v_cache, metadata)
+        out = attend(step, q)
+        expected, _ = ops.paged_attention(
+            q.squeeze(2), k_cache, v_cache, metadata.block_table, metadata.seq_lens,
+            metadata.cu_seqlens_q, 1, deterministic=deterministic,
+        )  # fmt: skip
+        assert out is not None and torch.equal(out, expected.unsqueeze(1))
+        outs[deterministic] = out
+    assert not torch.equal(outs[False], outs[True])
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(577, 64), (1024, 64), (64, 640)])
+def test_refuses_heads_that_are_too_wide(dim: int, v_dim: int) -> None:
+    layer = Layer()
+    k_cache, v_cache = torch.zeros(4, 1, 4, dim), torch.zeros(4, 1, 4, v_dim)
+    with pytest.raises(ValueError, match=r"Dv? must be 1 to 576, got \d+"):
+        LayerStep().bind(k_cache, v_cache, layer.metadata)
+
+
+@pytest.mark.parametrize("wrong", [{"scale": float("nan")}, {"softcap": -1.0}])
+def test_refuses_factors_that_the_operator_refuses(wrong: dict[str, Any]) -> None:
+    layer = Layer()
+    with pytest.raises(ValueError, match=r"(scale|softcap) must be finite"):
+        attend(layer.bound(), layer.q, **wrong)
+
+
+def test_does_not_keep_caches_alive() -> None:
+    layer = Layer()
+    step = layer.bound()
+    views = [weakref.ref(layer.k_cache), weakref.ref(layer.v_cache)]
+    del layer.k_cache, layer.v_cache
+    assert [view() for view in views] == [None, None]
+    assert not step.is_bound(torch.zeros(1), layer.metadata)

@@ -56,7 +56,7 @@ def test_growth_keeps_blocks() -> None:
         for side in pool.caches(layer):
             side.normal_()
     before = [[side.clone() for side in pool.caches(layer)] for layer in (0, 2)]
-    pool.grow(25)
+    pool.grow(25 - pool.num_blocks, pool.num_blocks)
     assert pool.num_blocks == 25
     used = pool.allocator.block_table(seqs)[0]
     for layer, sides in zip((0, 2), before, strict=True):

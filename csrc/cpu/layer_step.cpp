@@ -1,13 +1,28 @@
 #include "cpu/layer_step.h"
 
+#include <cmath>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "cpu/launch.h"
 
 namespace pykvcache {
+namespace {
+
+void check_dim(const char* name, int64_t dim) {
+  if (dim < 1 || dim > kMaxHeadDim)
+    throw std::invalid_argument(std::string(name) + " must be 1 to " + std::to_string(kMaxHeadDim) +
+                                ", got " + std::to_string(dim));
+}
+
+}  // namespace
 
 void LayerStep::set_caches(const CacheView& k, const CacheView& v, int64_t heads,
                            int64_t block_size) {
+  check_dim("D", k.head_dim);
+  check_dim("Dv", v.head_dim);
   params_.k = k;
   params_.v = v;
   params_.q_dtype = k.dtype;
@@ -35,6 +50,11 @@ void LayerStep::write(const TokenView& k, const TokenView& v) const {
 }
 
 void LayerStep::attend(const Query& query) {
+  if (!std::isfinite(query.scale))
+    throw std::invalid_argument("scale must be finite, got " + std::to_string(query.scale));
+  if (!std::isfinite(query.softcap) || query.softcap < 0)
+    throw std::invalid_argument("softcap must be finite and not negative, got " +
+                                std::to_string(query.softcap));
   thread_local std::vector<float> lse;
   lse.resize(params_.batch * query.heads);
   AttentionParams& p = params_;

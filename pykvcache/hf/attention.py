@@ -197,8 +197,9 @@ def _attention_function(eager: bool) -> AttentionFunction:
                 position_bias,
                 is_causal,
             )
-            if query.requires_grad:
-                out = ops.refuse_gradient(query, out)
+            source = query if query.requires_grad else key.source
+            if source is not None:
+                out = ops.refuse_gradient(source, out)
             return out, None
         layer: StaticPagedLayer | None = getattr(key, LAYER, None)
         if layer is not None:

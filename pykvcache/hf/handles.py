@@ -49,6 +49,7 @@ class PagedKeys(LazyTensor):
 
     layer: PagedLayer
     end: int
+    source: Tensor | None = None  # new keys or values that need a gradient, which there is none for
     side = 0
     _dense: Tensor | None = None
 

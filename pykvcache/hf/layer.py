@@ -64,9 +64,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take memory for keys and values shaped like these, [B, HKV, T, D] and [B, HKV, T, Dv]."""
         pool = self.rows.pool
-        if pool.allocator is None:
-            self.rows.open(key_states, value_states)
-        pool.bind(self.index, key_states, value_states)
+        with pool.lock:
+            if pool.allocator is None:
+                self.rows.open(key_states, value_states)
+            pool.bind(self.index, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
         if pool.ops.backend == "cpu" and LayerStep.supports(pool.caches(self.index)[0]):
@@ -96,14 +97,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"layer {self.index} gets tokens {self.seen} to {self.seen + tokens} but the cache "
                 f"is at {rows.seen}: every layer must be updated in every forward"
             )
-        self._write(key_states, value_states, tokens)
+        with rows.pool.lock:
+            self._write(key_states, value_states, tokens)
         start, end = self._kept(), self.seen + tokens
         self.seen = end
         v_dim = value_states.shape[3]
-        return (
-            make_handle(PagedKeys, self, end, (batch, heads, end - start, k_dim)),
-            make_handle(PagedValues, self, end, (batch, heads, end - start, v_dim)),
-        )
+        keys = make_handle(PagedKeys, self, end, (batch, heads, end - start, k_dim))
+        if key_states.requires_grad or value_states.requires_grad:
+            keys.source = key_states if key_states.requires_grad else value_states
+        return keys, make_handle(PagedValues, self, end, (batch, heads, end - start, v_dim))
 
     def _write(self, k: Tensor, v: Tensor, tokens: int) -> None:
         """Scatter k [B, HKV, T, D] and v [B, HKV, T, Dv] into this forward's slots."""

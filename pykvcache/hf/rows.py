@@ -136,6 +136,7 @@ class Rows:
         if self.pads is not None:
             counts = [min(tokens, max(end - pad, 0)) for pad in self.pads]
         while True:
+            total = self.pool.num_blocks
             try:
                 copies = step.step(counts, tokens, not self.recording)
                 break
@@ -144,11 +145,11 @@ class Rows:
                     if self.seen == 0:
                         self.reset()
                     raise
-                total = self.pool.num_blocks
-                self.pool.grow(max(2 * total, total + error.needed))
+                self.pool.grow(error.needed, total)
         for group, pairs in enumerate(copies):
             if len(pairs):
-                self.pool.copy_blocks(group, torch.from_numpy(pairs))
+                with self.pool.lock:
+                    self.pool.copy_blocks(group, torch.from_numpy(pairs))
         self.seen = end
         if step.revision != self._revision or self.pool.device.type != "cpu":
             self._refresh(step)

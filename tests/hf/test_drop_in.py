@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +404,53 @@ def test_decode_steps_go_past_the_dispatcher(
     generate(llama, min_new_tokens=NEW_TOKENS)
     steps = (NEW_TOKENS - 1) * llama.config.num_hidden_layers
     assert calls == {"write": steps, "attend": steps}
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+def test_heads_that_are_too_wide_are_refused_before_anything_runs(prompt: int) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=640, vocab_size=64, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 60, (1, prompt))
+    before = model.generate(ids, max_new_tokens=3, do_sample=False)
+    with pykvcache.patched(model), pytest.raises(ValueError, match="D must be 1 to 576, got 640"):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), before)
+
+
+@pytest.mark.slow
+def test_copies_of_a_cache_grow_their_pool_from_several_threads(llama: PreTrainedModel) -> None:
+    prompt = torch.randint(3, 60, (1, 40))
+    tails = [torch.cat([prompt, torch.randint(3, 60, (1, 4))], 1) for _ in range(4)]
+
+    def run(cache: Any, ids: torch.Tensor) -> torch.Tensor:
+        return llama.generate(
+            ids, past_key_values=cache, max_new_tokens=150, min_new_tokens=150, do_sample=False
+        )
+
+    expected = [run(DynamicCache(config=llama.config), ids) for ids in tails]
+    pykvcache.patch(llama)
+    for _ in range(3):
+        first = PagedCache(llama.config)
+        with torch.no_grad():
+            llama(prompt, past_key_values=first)
+        caches = [copy.deepcopy(first) for _ in tails]
+        with ThreadPoolExecutor(len(tails)) as pool:
+            got = list(pool.map(run, caches, tails))
+        for tokens, wanted in zip(got, expected, strict=True):
+            assert torch.equal(tokens, wanted)
+
+
+@pytest.mark.parametrize("trained", ["q_proj", "k_proj", "v_proj"])
+def test_backward_through_blocks_is_an_error_whatever_is_trained(
+    llama: PreTrainedModel, trained: str
+) -> None:
+    for name, parameter in llama.named_parameters():
+        parameter.requires_grad = f"layers.0.self_attn.{trained}" in name
+    pykvcache.patch(llama)
+    cache = PagedCache(llama.config)
+    logits = llama(torch.randint(3, 60, (1, 5)), past_key_values=cache).logits
+    with pytest.raises(RuntimeError, match="no gradient"):
+        logits.sum().backward()
