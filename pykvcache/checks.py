@@ -1,7 +1,8 @@
 """Argument checks of the operators, for backends written in Python.
 
 Every message is one line that names the argument, what it must be and what it is. The C++ backends
-check the same things with csrc/check.h.
+check the same things with csrc/check.h. With `read_values=False` only shapes, dtypes and devices
+are checked: reading a value from a GPU would wait for it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,11 @@ def _check_scale(name: str, scale: Tensor | None, cache: Tensor) -> None:
 
 
 def check_cache(
-    k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor | None, seq_lens: Tensor | None
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
+    read_values: bool = True,
 ) -> Dims:
     """Check the pool, and the block table against it; returns the dimensions bound so far."""
     dims = Dims()
@@ -100,7 +105,7 @@ def check_cache(
     dims.check("seq_lens", seq_lens, ("B",))
     check_device("block_table", block_table, "k_cache", k_cache)
     check_device("seq_lens", seq_lens, "k_cache", k_cache)
-    if seq_lens.numel() and not torch.compiler.is_compiling():
+    if read_values and seq_lens.numel() and not torch.compiler.is_compiling():
         _check_lengths(block_table, seq_lens, k_cache.shape[0], k_cache.shape[2])
     return dims
 
@@ -126,6 +131,7 @@ def check_write(
     slot_mapping: Tensor,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    read_values: bool = True,
 ) -> None:
     """Check the arguments of write_kv; nothing is written when one is wrong."""
     dims = check_cache(k_cache, v_cache, None, None)
@@ -145,7 +151,7 @@ def check_write(
     if v_cache is not None:
         _check_scale("v_scale", v_scale, v_cache)
     num_slots = k_cache.shape[0] * k_cache.shape[2]
-    if slot_mapping.numel() and int(slot_mapping.max()) >= num_slots:
+    if read_values and slot_mapping.numel() and int(slot_mapping.max()) >= num_slots:
         raise ValueError(f"slot_mapping has slot {int(slot_mapping.max())} of {num_slots}")
 
 
@@ -167,9 +173,10 @@ def check_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     v_head_dim: int,
+    read_values: bool = True,
 ) -> None:
     """Check the arguments of paged_attention."""
-    dims = check_cache(k_cache, v_cache, block_table, seq_lens)
+    dims = check_cache(k_cache, v_cache, block_table, seq_lens, read_values)
     check_dtype("q", q, *FLOAT_DTYPES)
     dims.check("q", q, ("T", "HQ", "D"))
     check_device("q", q, "k_cache", k_cache)
@@ -180,12 +187,10 @@ def check_attention(
             f"cu_seqlens_q must be [B + 1] = [{seq_lens.shape[0] + 1}], "
             f"got shape {list(cu_seqlens_q.shape)}"
         )
-    starts = cu_seqlens_q.tolist()
-    if starts[0] != 0 or starts[-1] != q.shape[0] or starts != sorted(starts):
-        raise ValueError(f"cu_seqlens_q must rise from 0 to T = {q.shape[0]}, got {starts}")
-    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
-    if max_seqlen_q < longest:
-        raise ValueError(f"max_seqlen_q is {max_seqlen_q} but a row has {longest} queries")
+    longest_q, longest_kv = 0, 0
+    if read_values:
+        longest_q = _check_starts(cu_seqlens_q, q.shape[0], max_seqlen_q)
+        longest_kv = int(seq_lens.max()) if len(seq_lens) else 0
     if 0 in (q.shape[1], k_cache.shape[1]) or q.shape[1] % k_cache.shape[1]:
         raise ValueError(f"HQ must be a multiple of HKV: got {q.shape[1]} and {k_cache.shape[1]}")
     stored = k_cache.shape[3] if v_cache is None else v_cache.shape[3]
@@ -206,9 +211,18 @@ def check_attention(
     if v_cache is not None:
         _check_scale("v_scale", v_scale, v_cache)
     if bias is not None:
-        _check_bias(
-            bias, len(seq_lens), q.shape[1], longest, int(seq_lens.max()) if starts[1:] else 0
-        )
+        _check_bias(bias, len(seq_lens), q.shape[1], longest_q, longest_kv)
+
+
+def _check_starts(cu_seqlens_q: Tensor, tokens: int, max_seqlen_q: int) -> int:
+    """Check the running sum of query counts; returns the largest count."""
+    starts = cu_seqlens_q.tolist()
+    if starts[0] != 0 or starts[-1] != tokens or starts != sorted(starts):
+        raise ValueError(f"cu_seqlens_q must rise from 0 to T = {tokens}, got {starts}")
+    longest = max((b - a for a, b in itertools.pairwise(starts)), default=0)
+    if max_seqlen_q < longest:
+        raise ValueError(f"max_seqlen_q is {max_seqlen_q} but a row has {longest} queries")
+    return longest
 
 
 def _check_bias(bias: Tensor, batch: int, heads: int, max_q: int, max_kv: int) -> None:
@@ -222,7 +236,9 @@ def _check_bias(bias: Tensor, batch: int, heads: int, max_q: int, max_kv: int) -
         raise ValueError(f"{wanted}, got shape {list(bias.shape)}")
 
 
-def check_copy(src: list[Tensor], dst: list[Tensor], pairs: Tensor) -> None:
+def check_copy(
+    src: list[Tensor], dst: list[Tensor], pairs: Tensor, read_values: bool = True
+) -> None:
     """Check the arguments of copy_blocks; nothing is copied when one is wrong."""
     check_dtype("pairs", pairs, torch.int64)
     if pairs.dim() != 2 or pairs.shape[1] != 2:
@@ -236,7 +252,7 @@ def check_copy(src: list[Tensor], dst: list[Tensor], pairs: Tensor) -> None:
                 f"src[{i}] and dst[{i}] must have blocks of one shape, "
                 f"got {list(source.shape[1:])} and {list(target.shape[1:])}"
             )
-        if pairs.numel() == 0:
+        if pairs.numel() == 0 or not read_values:
             continue
         for name, cache, column in (("src", source, 0), ("dst", target, 1)):
             low, high = int(pairs[:, column].min()), int(pairs[:, column].max())
@@ -246,7 +262,12 @@ def check_copy(src: list[Tensor], dst: list[Tensor], pairs: Tensor) -> None:
 
 
 def check_slot_mapping(
-    block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, num_tokens: int, block_size: int
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    num_tokens: int,
+    block_size: int,
+    read_values: bool = True,
 ) -> None:
     """Check the arguments of slot_mapping."""
     if block_size < 1:
@@ -259,6 +280,8 @@ def check_slot_mapping(
         check_dtype(name, tensor, torch.int32)
         dims.check(name, tensor, (dim,))
         check_device(name, tensor, "block_table", block_table)
+    if not read_values:
+        return
     lengths, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
     room = block_table.shape[1] * block_size
     for row, length in enumerate(lengths):

@@ -16,6 +16,7 @@ Read first: pykvcache/reference.py. Read next: pykvcache/allocator.py.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykvcache import reference
+from pykvcache import fakes, reference
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (
@@ -78,73 +79,7 @@ class OpTable:
     plan: Callable[..., Tensor]
 
 
-def _fake_paged_attention(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    v_head_dim = args[16]
-    out = q.new_empty(q.shape[0], q.shape[1], v_head_dim)
-    return out, q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
-
-
-def _fake_merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
-
-
-def _fake_gather_kv(
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_k: Tensor,
-    total_k: int,
-) -> tuple[Tensor, Tensor]:
-    v_dim = 0 if v_cache is None else v_cache.shape[3]
-    k = k_cache.new_empty(total_k, k_cache.shape[1], k_cache.shape[3])
-    return k, k_cache.new_empty(total_k, k_cache.shape[1], v_dim)
-
-
-def _fake_slot_mapping(
-    block_table: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor, num_tokens: int, block_size: int
-) -> Tensor:
-    return block_table.new_empty(num_tokens, dtype=torch.int64)
-
-
-def _fake_plan(seq_lens: Tensor, *args: Any) -> Tensor:
-    return seq_lens.new_empty(0, dtype=torch.int32)
-
-
-FAKES: dict[str, Callable[..., Any]] = {
-    "write_kv": lambda *args: None,
-    "paged_attention": _fake_paged_attention,
-    "merge_states": _fake_merge_states,
-    "copy_blocks": lambda *args: None,
-    "gather_kv": _fake_gather_kv,
-    "slot_mapping": _fake_slot_mapping,
-    "plan": _fake_plan,
-}
 _libraries: list[torch.library.Library] = []
-
-
-def _fake_on_one_device(name: str) -> Callable[..., Any]:
-    """The fake operator, for tensors that are all on "meta" or (FakeTensors) not at all.
-
-    One meta tensor among real ones is enough for the dispatcher to come here, and its result would
-    be memory that nothing has written.
-    """
-    arguments = re.findall(r"(\w+)(?:,|\)|=)", SCHEMAS[name].split("->")[0])
-
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        tensors = [
-            (argument, tensor)
-            for argument, value in [*zip(arguments, args, strict=False), *kwargs.items()]
-            for tensor in (value if isinstance(value, list) else [value])
-            if isinstance(tensor, Tensor)
-        ]
-        others = [tensor for _, tensor in tensors if tensor.device.type != "meta"]
-        for argument, tensor in tensors:
-            if others and tensor.device.type == "meta":
-                raise ValueError(f"{argument} must be on {others[0].device}, got meta")
-        return FAKES[name](*args, **kwargs)
-
-    return fake
 
 
 def _register() -> None:
@@ -158,7 +93,7 @@ def _register() -> None:
                 library.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(
                 f"pykvcache_{backend}::{name}",
-                _fake_on_one_device(name),
+                fakes.for_operator(backend, name, schema),
                 lib=library,
                 allow_override=True,
             )
@@ -199,18 +134,37 @@ def _load_cpu() -> str:
     return "ready"
 
 
-def _load_later(backend: str) -> str:
-    if backend == "cuda" and not torch.cuda.is_available():
+def _load_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    import triton
+
+    if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+    from pykvcache.kernels.launch import register
+
+    register()
+    return "ready"
+
+
+def _load_cuda() -> str:
+    if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return "this version of pykvcache has no such kernels"
+
+
+LOADERS: dict[str, Callable[[], str]] = {
+    "reference": lambda: "ready",
+    "cpu": _load_cpu,
+    "triton": _load_triton,
+    "cuda": _load_cuda,
+}
 
 
 @functools.cache
 def _status(backend: str) -> str:
     """Load a backend; "ready", or why it is not."""
-    if backend == "reference":
-        return "ready"
-    return _load_cpu() if backend == "cpu" else _load_later(backend)
+    return LOADERS[backend]()
 
 
 def backends() -> dict[str, str]:

@@ -1,11 +1,64 @@
-"""For all tests: random tensors do not depend on which tests ran before."""
+"""For all tests: seeds, Triton without a GPU, and tensors where a backend wants them."""
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+from pykvcache import ops
+
+GPU_BACKENDS = ("triton", "cuda")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _move_to_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU: operators of its backends work on moved copies of CPU tensors.
+
+    What they write is copied back, so a test that names a backend runs on any of them.
+    """
+    if torch.cuda.is_available():
+        for name in ops.SCHEMAS:
+            monkeypatch.setattr(ops, name, moving(getattr(ops, name), "cuda"))
+
+
+def moving(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`function` of pykvcache.ops with its CPU tensors moved to `device` and back."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("backend") not in GPU_BACKENDS:
+            return function(*args, **kwargs)
+        moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def there(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.device.type != "cpu":
+                return x
+            return moved.setdefault(id(x), (x, copy_with_strides(x, device)))[1]
+
+        result = function(*tree_map(there, args), **tree_map(there, kwargs))
+        for original, copy in moved.values():
+            original.copy_(copy)
+        return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, result)
+
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return call
+
+
+def copy_with_strides(x: Tensor, device: str) -> Tensor:
+    """A copy of x on a device; `Tensor.to` may make it contiguous."""
+    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return copy.copy_(x)

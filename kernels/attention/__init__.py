@@ -1,0 +1,1 @@
+"""Attention over blocks: plan, decode, prefill, merge. Start with decode.py."""

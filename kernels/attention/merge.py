@@ -1,0 +1,99 @@
+"""Combine what several decode programs saw of one row: out = sum_s out_s exp(lse_s - lse).
+
+    grid (B, HQ * q): programs of rows that nobody cut return at once.
+
+Also `merge_states`, the same sum over partials that a caller kept.
+"""
+
+import triton
+import triton.language as tl
+from pykvcache.kernels.attention.plan import sharing_programs
+
+
+@triton.jit
+def piece_range(plan, row, rows, programs, FIXED: tl.constexpr):
+    """Workspace slots [begin, end) of a row; at most one if nobody cut it. See decode.py."""
+    begin, end = tl.load(plan + row), tl.load(plan + row + 1)
+    if FIXED:
+        return begin, end
+    units = tl.load(plan + rows)
+    programs = sharing_programs(programs, units)
+    units = tl.maximum(units, 1).to(tl.int64)
+    # The program of unit u is the last one whose share begins at or before u.
+    first = ((begin.to(tl.int64) + 1) * programs - 1) // units
+    last = (end.to(tl.int64) * programs - 1) // units
+    return (first + row).to(tl.int32), tl.where(end > begin, last + row + 1, first + row).to(
+        tl.int32
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def merge_kernel(
+    part_values, part_lse,  # float32 [slots, HKV, ROWS, DV], [slots, HKV, ROWS]
+    cu_seqlens_q, plan, sinks, out, lse, rows, programs,
+    HKV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, V_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """One query row of one sequence, all of its slots."""
+    row, r = tl.program_id(0), tl.program_id(1) // HKV
+    kv_head = tl.program_id(1) % HKV
+    token = tl.load(cu_seqlens_q + row)
+    q_len = tl.load(cu_seqlens_q + row + 1) - token
+    begin, end = piece_range(plan, row, rows, programs, FIXED)
+    if (r < q_len * GROUP) & (end - begin > 1):
+        d = tl.arange(0, WIDTH)
+        mask = d < V_DIM
+        stride = tl.full([], HKV * ROWS, tl.int64)
+        at = part_lse + kv_head * ROWS + r
+        highest = float("-inf")
+        for slot in range(begin, end):
+            highest = tl.maximum(highest, tl.load(at + slot * stride))
+        head = kv_head * GROUP + r % GROUP
+        if sinks is not None:
+            highest = tl.maximum(highest, tl.load(sinks + head))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        total = 0.0
+        if sinks is not None:
+            total += tl.exp(tl.load(sinks + head) - base)
+        values = tl.zeros([WIDTH], tl.float32)
+        for slot in range(begin, end):
+            place = slot * stride + kv_head * ROWS + r
+            weight = tl.exp(tl.load(part_lse + place) - base)
+            total += weight
+            part = tl.load(part_values + place * V_DIM + d, mask=mask, other=0.0)
+            values += tl.where(weight != 0.0, weight * part, 0.0)
+        place = (token + r // GROUP).to(tl.int64) * (HKV * GROUP) + head
+        empty = total == 0.0
+        factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+        row_lse = tl.where(empty, float("-inf"), base + tl.log(tl.where(empty, 1.0, total)))
+        tl.store(lse + place, row_lse)
+        tl.store(out + place * V_DIM + d, (values * factor).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["parts", "places"])
+def merge_states_kernel(
+    outs, lses, out, lse, parts, places, DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """outs [S, places, D] and lses [S, places] into out [places, D] and lse [places]."""
+    place = tl.program_id(0).to(tl.int64)
+    stride = tl.zeros([], tl.int64) + places
+    d = tl.arange(0, WIDTH)
+    mask = d < DIM
+    highest = float("-inf")
+    for s in range(0, parts):
+        highest = tl.maximum(highest, tl.load(lses + s * stride + place))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    total = 0.0
+    for s in range(0, parts):
+        total += tl.exp(tl.load(lses + s * stride + place) - base)
+    factor = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+    values = tl.zeros([WIDTH], tl.float32)
+    for s in range(0, parts):
+        at = s * stride + place
+        weight = tl.exp(tl.load(lses + at) - base) * factor
+        part = tl.load(outs + at * DIM + d, mask=mask, other=0.0).to(tl.float32)
+        values += tl.where(weight != 0.0, weight * part, 0.0)
+    tl.store(out + place * DIM + d, values.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + place, tl.where(total == 0.0, float("-inf"), base + tl.log(
+        tl.where(total == 0.0, 1.0, total)
+    )))  # fmt: skip

@@ -1,0 +1,1 @@
+"""Writing, copying and gathering blocks."""

@@ -1,0 +1,1 @@
+"""What every Triton kernel shares: addresses of blocks, online softmax, stored numbers."""

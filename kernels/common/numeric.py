@@ -1,0 +1,54 @@
+"""Stored numbers: float8 e4m3 as bytes, and products of tiles.
+
+e4m3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinity; Micikevicius et al., 2022) is read
+and written with integer arithmetic, because Triton has no such type before sm_89.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def decode_e4m3(bits):
+    """uint8 to float32, exact."""
+    bits = bits.to(tl.int32)
+    magnitude = bits & 0x7F
+    # The same bits as a float16 are 2^8 times too small: the biases are 7 and 15.
+    half = ((bits & 0x80) << 8) | (magnitude << 7)
+    value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where(magnitude == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def encode_e4m3(x):
+    """float32 to uint8, rounded to nearest even; values beyond 448 saturate, NaN stays NaN."""
+    sign = tl.where(x < 0, 0x80, 0)
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    rounded = bits + 0x7FFFF + ((bits >> 20) & 1)
+    normal = (rounded >> 20) - ((127 - 7) << 3)
+    # Below 2^-6 values are multiples of 2^-9; adding 2^23 leaves the rounded multiple in the
+    # mantissa.
+    small = (magnitude * 512.0 + 8388608.0).to(tl.int32, bitcast=True) & 0xF
+    encoded = tl.where(magnitude < 0.015625, small, normal)
+    encoded = tl.where(x != x, 0x7F, encoded)
+    return (encoded | sign).to(tl.uint8)
+
+
+@triton.jit
+def load_stored(pointers, mask, DTYPE: tl.constexpr, IS_E4M3: tl.constexpr):
+    """Values of a cache in DTYPE, 0 where masked."""
+    if IS_E4M3:
+        return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(DTYPE)
+    return tl.load(pointers, mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
+def product(a, b, INTERPRETED: tl.constexpr):
+    """a @ b in float32; float32 operands are not rounded to tf32.
+
+    The interpreter cannot multiply bfloat16.
+    """
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")

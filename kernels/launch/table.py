@@ -1,0 +1,79 @@
+"""Launch choices: tiles, warps, stages and programs, read from table.json.
+
+One section per architecture ("sm_90", "gfx942", ...); what a section leaves out is the default's.
+An entry serves head dims up to `max_dim` and elements of up to `max_bytes`; the first that fits is
+taken. Nothing is tuned at run time. Decode's `tile` depends on the head dim alone, because the plan
+of a step is made before the dtype is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a kernel is launched: `rows` query rows by `tile` tokens, `warps`, pipeline `stages`."""
+
+    tile: int
+    warps: int
+    stages: int
+    rows: int = 0
+
+
+@functools.cache
+def _sections() -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = json.loads(
+        Path(__file__).with_name("table.json").read_text()
+    )
+    return sections
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90", "gfx942" and so on; "interpreter" for CPU tensors."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _section(name: str) -> dict[str, Any]:
+    return {**_sections()["default"], **_sections().get(name, {})}
+
+
+@functools.cache
+def choose(phase: str, arch: str, head_dim: int, element_bytes: int) -> Choice:
+    """The launch of "decode" or "prefill" for K of this head dim and elements of this size."""
+    for entry in _section(arch)[phase]:
+        if head_dim <= entry["max_dim"] and element_bytes <= entry.get("max_bytes", 8):
+            return Choice(entry["tile"], entry["warps"], entry["stages"], entry.get("rows", 0))
+    raise ValueError(f"table.json has no {phase} entry for head dim {head_dim}")
+
+
+@functools.cache
+def decode_tile(arch: str, head_dim: int) -> int:
+    """Tokens of a KV tile in decode, for every dtype."""
+    return choose("decode", arch, head_dim, 1).tile
+
+
+@functools.cache
+def decode_programs(device: torch.device, kv_heads: int) -> int:
+    """Persistent decode programs per KV head."""
+    section = _section(architecture(device))
+    if "programs" in section:
+        return int(section["programs"])
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, units * int(section["programs_per_sm"]) // kv_heads)

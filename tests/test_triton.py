@@ -1,0 +1,127 @@
+"""Triton kernels piece by piece: plan and merge, float8, launch choices. The case table runs
+elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from op_cases import Case, build
+
+from pykvcache import ops
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if ops.backends()["triton"] != "ready":
+    pytest.skip(ops.backends()["triton"], allow_module_level=True)
+
+import triton
+import triton.language as tl
+from pykvcache.kernels.common.numeric import decode_e4m3, encode_e4m3
+from pykvcache.kernels.launch import operators, table
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter", "unknown")
+
+
+@triton.jit
+def decode_all(bits, values, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(values + i, decode_e4m3(tl.load(bits + i)))
+
+
+@triton.jit
+def encode_all(values, bits, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(bits + i, encode_e4m3(tl.load(values + i)))
+
+
+def test_every_float8_is_decoded_exactly() -> None:
+    bits = torch.arange(256, dtype=torch.uint8, device=DEVICE)
+    values = torch.empty(256, device=DEVICE)
+    decode_all[(1,)](bits, values, 256)
+    expected = bits.view(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_float8_is_rounded_like_torch() -> None:
+    """All values and the midpoints between them, far beyond the range, and random ones."""
+    exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middle = (exact[1:] + exact[:-1]) / 2
+    near = torch.cat([middle, middle * (1 + 1e-6), middle * (1 - 1e-6)])
+    x = torch.cat([exact, near, torch.randn(1000), torch.tensor([1e9, 447.9, 464.0, 1e-12])])
+    x = torch.cat([x, -x, torch.zeros(8192)])[:4096].to(DEVICE)
+    bits = torch.empty(4096, dtype=torch.uint8, device=DEVICE)
+    encode_all[(1,)](x, bits, 4096)
+    expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(bits.view(torch.float8_e4m3fn).float(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plan_counts_the_tiles_of_decode_rows(deterministic: bool) -> None:
+    tile = table.decode_tile(table.architecture(torch.device(DEVICE)), 64)
+    unit = operators.FIXED_TOKENS if deterministic else tile
+    q_lens, lengths = [1, 4, 5, 0, 1, 1], [10 * unit, unit + 1, 3 * unit, 99, 0, 1]
+    starts = torch.tensor([0, *q_lens]).cumsum(0).int()
+    plan = ops.plan(
+        torch.tensor(lengths).int(), starts, 5, 8, 2, 64, deterministic=deterministic,
+        backend="triton",
+    )  # fmt: skip
+    units = [10, 2, 0, 0, 1, 1]  # 5 queries of 4 heads are prefill's; 0 queries have no result
+    assert plan.diff().tolist() == units and plan[0] == 0
+
+
+def test_plan_leaves_out_what_a_window_hides() -> None:
+    tile = table.decode_tile(table.architecture(torch.device(DEVICE)), 64)
+    starts = torch.tensor([0, 1]).int()
+    lengths = torch.tensor([20 * tile]).int()
+    plan = ops.plan(lengths, starts, 1, 2, 2, 64, window=2 * tile, backend="triton")
+    assert plan.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("programs", [1, 2, 5, 64])
+def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in one piece, in several, and pieces of several rows in one program."""
+    monkeypatch.setattr(operators, "decode_programs", lambda *_: programs)
+    case = Case("pieces", rows=((1, 700), (1, 0), (2, 130), (1, 5), (0, 9), (1, 64)), sinks=True)
+    data = build(case)
+    expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
+    got = ops.paged_attention(*data.args, **data.kwargs, backend="triton")
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_bits_of_a_row_do_not_depend_on_its_batch() -> None:
+    case = Case("alone", rows=((1, 2100), (3, 40), (9, 60), (1, 1030)))
+    data = build(case)
+    q, k_cache, v_cache, blocks, lengths, starts, longest = data.args
+    options = {**data.kwargs, "deterministic": True, "backend": "triton"}
+    out, lse = ops.paged_attention(*data.args, **options)
+    for row in range(len(lengths)):
+        begin, end = int(starts[row]), int(starts[row + 1])
+        alone = (
+            q[begin:end], k_cache, v_cache, blocks[row : row + 1], lengths[row : row + 1],
+            torch.tensor([0, end - begin]).int(), end - begin + longest * (row % 2),
+        )  # fmt: skip
+        own, own_lse = ops.paged_attention(*alone, **options)
+        assert torch.equal(own, out[begin:end]) and torch.equal(own_lse, lse[begin:end])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_launch_table_serves_every_size(arch: str) -> None:
+    for dim in range(1, 577):
+        tiles = {table.choose("decode", arch, dim, size).tile for size in (1, 2, 4)}
+        assert tiles == {table.decode_tile(arch, dim)}  # the plan does not know the dtype
+        assert operators.FIXED_TOKENS % tiles.pop() == 0
+        for size in (1, 2, 4):
+            assert table.choose("prefill", arch, dim, size).rows >= 16
+
+
+def test_split_dims_cover_and_pad_little() -> None:
+    for dim in range(1, 577):
+        first, second = operators.split_dim(dim)
+        assert first + second >= dim and first >= 16
+        assert first + second <= max(16, dim + max(15, dim // 3))
+    assert operators.split_dim(576) == (512, 64)
+    assert operators.split_dim(80) == (64, 16)
