@@ -1,10 +1,10 @@
 """Compile the Triton kernels for one GPU without having it; print what each needs of the chip.
 
-    python tests/triton_resources.py sm_90 decode
+    python tests/triton_resources.py sm_90 decode [shapes]
 
-One line a kernel: shared memory, registers and spilled bytes (the last two read from the cubin with
-the cuobjdump that Triton brings; AMD code objects have none). Exits with 1 if a kernel of head dim
-64 or 128 in bf16 or fp16 spills.
+`shapes` leaves out the kernels for single features. One line a kernel: shared memory, registers and
+spilled bytes (the last two read from the cubin with the cuobjdump that Triton brings; AMD code
+objects have none). Exits with 1 if a kernel of head dim 64 or 128 spills, float32 aside.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def compile_others(arch: str) -> None:
               f"spilled {spills}", flush=True)  # fmt: skip
 
 
-def main(arch: str, phase: str) -> int:
+def main(arch: str, phase: str, selection: str = "all") -> int:
     """Compile one phase, or "others"; returns the exit code."""
     if phase == "others":
         compile_others(arch)
@@ -184,7 +184,7 @@ def main(arch: str, phase: str) -> int:
     cases: list[tuple[str, str, int, str, dict[str, Any]]] = [(*shape, "", {}) for shape in SHAPES]
     kernel = decode_kernel if phase == "decode" else prefill_kernel
     for name, changes in FEATURES.items():
-        if all(key in kernel.arg_names for key in changes):
+        if selection == "all" and all(key in kernel.arg_names for key in changes):
             cache = "u8" if "scales" in name else "bf16"
             cases.append(("bf16", cache, 64, name, changes))
     for q, cache, dim, feature, changes in cases:
