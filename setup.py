@@ -155,7 +155,11 @@ setup(
         *(f"pykvcache.kernels.{name}" for name in KERNEL_PACKAGES),
     ],
     package_dir={f"pykvcache.kernels.{name}": f"kernels/{name}" for name in KERNEL_PACKAGES},
-    package_data={"pykvcache": ["py.typed"], "pykvcache.bench": ["traces/*", "traces/LICENSES/*"]},
+    package_data={
+        "pykvcache": ["py.typed"],
+        "pykvcache.bench": ["traces/*", "traces/LICENSES/*"],
+        "pykvcache.kernels.launch": ["table.json"],
+    },
     ext_modules=[extension] if has_torch else [],
     setup_requires=[] if has_torch else ["torch>=2.10"],
     cmdclass={"build_ext": NinjaBuild},

@@ -106,8 +106,8 @@ def compile_kernel(
             signature[name] = pointers[name]
         elif name in INTS:
             signature[name] = "*i32"
-        elif name in ("slot_mapping", "slots", "pairs") and name != "rows":
-            signature[name] = "*i64" if kernel is not decode_kernel else "i32"
+        elif name in ("slot_mapping", "slots", "pairs"):
+            signature[name] = "*i64"
         elif name in ("scale", "softcap") and kernel in (decode_kernel, prefill_kernel):
             signature[name] = "fp32"
         elif name in ("lse", "lses", "part_values", "part_lse", "scale"):

@@ -26,7 +26,7 @@ from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
 
 
 @triton.jit(
-    do_not_specialize=["rows", "stride_table", "window", "chunk", "slots", "bias_stride_batch",
+    do_not_specialize=["rows", "stride_table", "window", "chunk", "bias_stride_batch",
                        "bias_stride_head", "bias_stride_query"]
 )  # fmt: skip
 def decode_kernel(
@@ -40,8 +40,8 @@ def decode_kernel(
     sinks, alibi_slopes,  # float32 [HQ], or None
     bias, bias_stride_batch, bias_stride_head, bias_stride_query, bias_stride_key,
     out, lse,  # [T, HQ, DV], float32 [T, HQ]
-    part_values, part_lse,  # float32 [slots, HQ // GROUP, ROWS, DV] and [slots, HKV, ROWS]
-    rows, scale, softcap, window, chunk, slots,
+    part_values, part_lse,  # float32 [slots, HKV, ROWS, DV] and [slots, HKV, ROWS]
+    rows, scale, softcap, window, chunk,
     HKV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, DIM1: tl.constexpr, DIM2: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM1: tl.constexpr, V_DIM2: tl.constexpr,
