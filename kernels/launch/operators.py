@@ -223,7 +223,8 @@ def paged_attention(
         choice = choose("decode", arch, dim, k_cache.element_size())
         decode_kernel[(programs, kv_heads)](
             q, *q.stride()[:2], *pools, plan, sinks, alibi_slopes, *bias_arguments, out, lse,
-            part_values, part_lse, *numbers, kv_heads, group, most_rows, *dims, tile, unit, *features, deterministic, INTERPRETED,
+            part_values, part_lse, *numbers, kv_heads, group, most_rows, *dims, tile, unit,
+            *features, deterministic, INTERPRETED,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
         merged_rows = min(most_rows, max_seqlen_q * group)
