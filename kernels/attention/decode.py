@@ -92,7 +92,8 @@ def decode_kernel(
         q2 = q1
         if DIM2 > 0:
             q2 = load_queries(q, q_offsets, valid, DIM, DIM1, DIM2)
-        bias_offsets = head.to(tl.int64) * bias_stride_head + r // GROUP * bias_stride_query
+        query = (r // GROUP).to(tl.int64)
+        bias_offsets = head.to(tl.int64) * bias_stride_head + query * bias_stride_query
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         values1 = tl.zeros([ROWS, V_DIM1], tl.float32)

@@ -95,7 +95,8 @@ def prefill_kernel(
         slopes = None
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + head)
-        bias_offsets = head.to(tl.int64) * bias_stride_head + query * bias_stride_query
+        bias_offsets = head.to(tl.int64) * bias_stride_head
+        bias_offsets += query.to(tl.int64) * bias_stride_query
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         values1 = tl.zeros([ROWS, V_DIM1], tl.float32)
