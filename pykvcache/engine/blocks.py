@@ -82,12 +82,12 @@ class RequestBlocks:
                 seqs, hits = self.allocator.allocate_cached([tokens[:end]], request.salt)
                 request.seq, request.computed = int(seqs[0]), int(hits[0])
                 if request.priority:
-                    self.allocator.set_priority(seqs, request.priority)
+                    self.allocator.set_priority(seqs, max(-128, min(request.priority, 127)))
             else:
                 request.seq, request.computed = int(self.allocator.allocate([0])[0]), 0
         twins = self._twins_of(request)
         twins.waiting.pop(request.order, None)
-        if request.computed < len(request.prompt) and twins.leader is None:
+        if request.computed < len(request.tokens) == len(request.prompt) and twins.leader is None:
             twins.leader = request
 
     def prompt_computed(self, request: Request) -> list[Request]:
@@ -123,6 +123,12 @@ class RequestBlocks:
         if len(request.tokens) == len(request.prompt) and not request.done:
             twins.waiting[request.order] = request
         self._forget_empty(request)
+
+    def discard(self, request: Request) -> None:
+        """As `close`, after a step that failed: its last block may not hold what was recorded."""
+        if request.seq is not None:
+            self.allocator.truncate([request.seq], [0])
+        self.close(request)
 
     def leave(self, request: Request) -> None:
         """The request ends: give everything back."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.handle import Handle, Sample, ScoreJob
-from pykvcache.engine.loop import Loop
+from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
 from pykvcache.engine.runner import ModelRunner, longest_position
@@ -217,9 +217,7 @@ class Engine:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
         with self._lock:
             events = self._loop.step()
-        for event, listener in events:
-            if listener is not None:
-                listener(event)
+        _notify(events)
         return [event for event, _ in events]
 
     def weights_changed(self) -> None:
@@ -305,7 +303,7 @@ class Engine:
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._prompt(prompt, f"prompts[{index}]")
-            handle = Handle(self)
+            handle = Handle(self, streams=watched)
             for sample_index in range(setting.n):
                 request = self._request(array, setting.max_new_tokens, priority, salt)
                 self._scheduler.check(request)
@@ -343,8 +341,11 @@ class Engine:
     def _cancel(self, sample: Sample) -> None:
         """End a sample now; used by its handle."""
         with self._lock:
-            if not sample.request.done:
-                self._loop.end(sample, "cancelled")
+            if sample.request.done:
+                return
+            event = self._loop.end(sample, "cancelled")
+        if event is not None:
+            _notify([(event, sample.listener)])
 
     def _score(
         self, prompt: Int64Array, endings: Sequence[Int64Array], top_k: int, salt: int
@@ -396,6 +397,19 @@ class Engine:
                 self._scheduler.finish(request)
             raise
         return request
+
+
+def _notify(heard: Heard) -> None:
+    """Call every listener, also after one has raised; what was raised first comes out."""
+    error: BaseException | None = None
+    for event, listener in heard:
+        try:
+            if listener is not None:
+                listener(event)
+        except BaseException as raised:
+            error = error or raised
+    if error is not None:
+        raise error
 
 
 def default_memory(device: torch.device) -> int:

@@ -158,4 +158,5 @@ def ranges(starts: Int64Array, counts: Int64Array) -> Int64Array:
     """starts[0], starts[0] + 1, ... (counts[0] of them), then starts[1], ...: [sum(counts)]."""
     ends = counts.cumsum()
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - ends + counts, counts)
+    steps: Int64Array = np.arange(total) + np.repeat(starts - ends + counts, counts)
+    return steps

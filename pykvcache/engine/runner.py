@@ -45,9 +45,10 @@ class ModelRunner:
         self.model, self.device = model, model.device
         self.cache = PackedCache(model, **settings)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._revision, self._batch = -1, None
+        self._batch: Batch | None = None
+        self._revision = -1
         self._metadata: list[AttentionMetadata] = []
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode, whose tensors could not be written elsewhere
             self._probe()
 
     @property
@@ -96,11 +97,8 @@ class ModelRunner:
 
     def _bind(self, batch: Batch) -> None:
         """Metadata over the arrays of a batch; on a CPU they are shared, not copied."""
-        if (
-            batch is not self._batch
-            or batch.revision != self._revision
-            or self.device.type != "cpu"
-        ):
+        kept = batch is self._batch and batch.revision == self._revision
+        if not kept or self.device.type != "cpu":
             seq_lens = torch.from_numpy(batch.seq_lens).to(self.device)
             cu_seqlens_q = torch.from_numpy(batch.cu_seqlens_q).to(self.device)
             self._metadata = [
@@ -170,6 +168,8 @@ def check_packable(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
+    if model.training:
+        raise ValueError(f"{name} is in training mode; call model.eval() first")
     reason = None
     if model.config.is_encoder_decoder:
         reason = "it has an encoder"
@@ -193,4 +193,4 @@ def longest_position(model: PreTrainedModel) -> int | None:
         for module in model.modules()
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
     ]
-    return min(scales, default=None)  # type: ignore[arg-type]
+    return min(scales, default=None)

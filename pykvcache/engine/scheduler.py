@@ -146,8 +146,8 @@ class Scheduler:
         needed = self.blocks.needed(max(stored, 1))
         if needed > self._allocator.num_blocks:
             raise ValueError(
-                f"a request of {len(request.prompt)} prompt tokens, {request.limit} with its output, "
-                f"needs {needed} blocks but the pool has {self._allocator.num_blocks}"
+                f"a request of {len(request.prompt)} prompt tokens, {request.limit} with its "
+                f"output, needs {needed} blocks but the pool has {self._allocator.num_blocks}"
             )
 
     def submit(self, request: Request) -> None:
@@ -164,7 +164,7 @@ class Scheduler:
             return
         if request.lane >= 0:
             self.lanes.remove(request.lane)
-        else:
+        elif request.order:
             self._num_waiting -= 1  # its entry in the queue is dropped when it comes up
         request.done = True
         if request.swapped is not None and self._drop_swapped is not None:
@@ -195,27 +195,27 @@ class Scheduler:
         for lane in step.lanes.tolist():
             request = self.lanes.requests[lane]
             if request is not None:
-                self._requeue(request)
+                self.lanes.remove(lane)
+                self.blocks.discard(request)
+                self._push(request)
 
     def preempt(self, request: Request) -> None:
         """Take the blocks of a running request; it waits for its next turn."""
         tokens = int(self.lanes.computed[request.lane])
         seconds = self._cost(tokens)
         self.lanes.remove(request.lane)
-        swapped = self._swap_out is not None and self._swap_out(request)
-        if not swapped:
-            self.recomputed_tokens += tokens
-            self.blocks.close(request)
-        request.preemptions += 1
-        self.num_preemptions += 1
-        method = "swap" if swapped else "recompute"
-        self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
-        self._push(request)
-
-    def _requeue(self, request: Request) -> None:
-        self.lanes.remove(request.lane)
-        self.blocks.close(request)
-        self._push(request)
+        swapped = False
+        try:
+            swapped = self._swap_out is not None and self._swap_out(request)
+        finally:
+            if not swapped:
+                self.recomputed_tokens += tokens
+                self.blocks.close(request)
+            request.preemptions += 1
+            self.num_preemptions += 1
+            method = "swap" if swapped else "recompute"
+            self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
+            self._push(request)
 
     def _push(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.key, request.order, request))
@@ -396,11 +396,13 @@ class Scheduler:
         candidates = self.lanes.active[1:]
         if not len(candidates):
             return None
-        requests = [r for r in (self.lanes.requests[i] for i in candidates.tolist()) if r]
-        return min(
-            requests,
-            key=lambda r: (r.priority, self._cost(int(self.lanes.computed[r.lane])), -r.order),
-        )
+        requests: list[Request] = [r for i in candidates if (r := self.lanes.requests[i])]
+
+        def loss(request: Request) -> tuple[int, float, int]:
+            tokens = int(self.lanes.computed[request.lane])
+            return request.priority, self._cost(tokens), -request.order
+
+        return min(requests, key=loss)
 
     def _drop_holder(self, but: Request | None = None) -> bool:
         """Take the blocks of a waiting request that shares those of a finished prompt."""

@@ -166,16 +166,17 @@ class PackedCache(Cache):  # type: ignore[misc]
                 )
             size = getattr(layer, "sliding_window", None) or 0
             chunked = index < len(kinds) and kinds[index] == "chunked_attention"
-            reach = (0, chunk) if chunked else (size, 0)
-            if reach not in reaches:
-                reaches.append(reach)
-            group_of.append(reaches.index(reach))
+            limits = (0, chunk) if chunked else (size, 0)
+            if limits not in reaches:
+                reaches.append(limits)
+            group_of.append(reaches.index(limits))
             paged.append(index)
         if not group_of:
             raise ValueError(f"{type(model).__name__} cannot be packed: it caches no keys")
         self.windows = [window for window, _ in reaches]
         self.chunks = [size for _, size in reaches]
-        self.pool = KVPool(group_of, **settings)
+        reach = [window or size for window, size in reaches]
+        self.pool = KVPool(group_of, windows=reach, **settings)
         self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
         self.total_kv = 0
         self._masks: dict[tuple[int, int], Tensor] = {}
