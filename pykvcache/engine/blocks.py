@@ -44,6 +44,7 @@ class RequestBlocks:
         self.allocator, self.prefix_cache = allocator, prefix_cache
         self.windows, self.chunks = list(windows), list(chunks)
         self._reaches = [window or chunk for window, chunk in zip(windows, chunks, strict=True)]
+        self.holders: dict[int, Request] = {}  # waiting with blocks of a shared prompt, by order
         self._twins: dict[tuple[int, bytes], Twins] = {}
 
     @property
@@ -75,6 +76,7 @@ class RequestBlocks:
 
     def open(self, request: Request) -> None:
         """Give the request a sequence and set what of it is computed; takes no new blocks."""
+        self.holders.pop(request.order, None)
         if request.seq is None:
             tokens = request.tokens
             if self.prefix_cache and request.logits_from != 0:
@@ -101,7 +103,8 @@ class RequestBlocks:
             assert request.seq is not None
             forks = self.allocator.fork([request.seq], len(heirs))
             for heir, seq in zip(heirs, forks.tolist(), strict=True):
-                heir.seq, heir.computed = seq, len(request.prompt)
+                heir.seq, heir.computed, heir.heir_of = seq, len(request.prompt), request
+                self.holders[heir.order] = heir
         twins.waiting.clear()
         self._forget_empty(request)
         return heirs
@@ -113,6 +116,7 @@ class RequestBlocks:
 
     def close(self, request: Request) -> None:
         """Give the blocks back; the request may be opened again."""
+        self.holders.pop(request.order, None)
         twins = self._twins_of(request)
         if twins.leader is request:
             twins.leader = None

@@ -59,6 +59,7 @@ class Request:
     plain: bool = False
     ends_at_eos: bool = True
     owner: Any = None
+    heir_of: Request | None = None  # shares the blocks of its prompt, while it waits
     twin_key: tuple[int, bytes] | None = None  # of its prompt, see blocks.py
 
     def __post_init__(self) -> None:
