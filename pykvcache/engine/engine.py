@@ -55,6 +55,7 @@ class Engine:
         head_room: share of the pool kept free for running requests when one is admitted.
         swap_memory: host memory for blocks of preempted requests, in bytes or as "4GiB"; used where
             moving them is cheaper than computing them again. Default: 4 GiB with a GPU, else 0.
+        cuda_graphs: on a GPU, replay decode steps as CUDA graphs where the model allows it.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the model cannot be packed.
@@ -76,6 +77,7 @@ class Engine:
         max_running: int = 256,
         head_room: float = 0.05,
         swap_memory: int | str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         options = Options(token_budget, max_running, head_room)
         options.check()
@@ -84,6 +86,8 @@ class Engine:
             size = default_memory(getattr(model, "device", torch.device("cpu")))
         self._runner = ModelRunner(
             model,
+            max_running,
+            cuda_graphs,
             block_size=block_size,
             num_blocks=num_blocks,
             memory=size,
