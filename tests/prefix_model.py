@@ -83,9 +83,7 @@ class PrefixModel(Model):
             dead = [max(0, hit - window) if window else 0 for window in self.windows]
             ids = prompt[:hit]
             numbers = self.numbers(ids, salt)
-            self.rows[seq] = PrefixRow(
-                numbers, dead, 0, salt, ids, hit, planned=prompt[hit:]
-            )
+            self.rows[seq] = PrefixRow(numbers, dead, 0, salt, ids, hit, planned=prompt[hit:])
 
     def longest_known(self, ids: list[int], salt: int) -> int:
         known = [number in self.known for number in self.numbers(ids, salt)]
