@@ -309,13 +309,14 @@ PyMethodDef allocator_methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 // (num_blocks, repeats) -> {operation: [nanoseconds]}
+template <auto Measure>
 PyObject* time_operations(PyObject*, PyObject* args) {
   return guarded([&] {
     long long num_blocks, repeats;
     if (!PyArg_ParseTuple(args, "LL", &num_blocks, &repeats)) throw ErrorIsSet{};
-    const auto timings = [&] {
+    const Timings timings = [&] {
       const WithoutGil released;
-      return time_allocator(num_blocks, repeats);
+      return Measure(num_blocks, repeats);
     }();
     Owned result(PyDict_New());
     for (const auto& [operation, samples] : timings) {
@@ -330,8 +331,10 @@ PyObject* time_operations(PyObject*, PyObject* args) {
   });
 }
 
-PyMethodDef functions[] = {{"time_allocator", time_operations, METH_VARARGS,
+PyMethodDef functions[] = {{"time_allocator", time_operations<time_allocator>, METH_VARARGS,
                             "Nanoseconds of the allocator's operations inside C++."},
+                           {"time_prefixes", time_operations<time_prefixes>, METH_VARARGS,
+                            "Nanoseconds of the prefix cache's operations inside C++."},
                            {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -2,7 +2,8 @@
 
 Four public traces are packaged (`traces/README.md` has their sources and licences). A CSV file has
 one of the pairs of columns in CSV_COLUMNS, a JSON-lines file (`.jsonl`, `.jsonl.gz`) the keys
-`input_length` and `output_length`. Files are streamed, so a trace of any length takes no memory.
+`input_length` and `output_length`, and `hash_ids` if prefixes are to be replayed. Files are
+streamed, so a trace of any length takes no memory.
 """
 
 from __future__ import annotations
@@ -45,10 +46,7 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
         ValueError: the name is unknown, a column is missing, or a row is no pair of counts; the
             message has the file and the line number.
     """
-    path = FOLDER / TRACES[trace] if trace in TRACES else Path(trace)
-    if not path.is_file():
-        names = ", ".join(TRACES)
-        raise ValueError(f"trace must be a file or one of {names}, got {str(trace)!r}")
+    path = _find(trace)
     with _open_text(path) as lines:
         rows = _csv_rows(path, lines) if ".csv" in path.suffixes else _json_rows(path, lines)
         for line_number, prompt, output in rows:
@@ -56,6 +54,37 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
                 _count(prompt, "prompt", path, line_number),
                 _count(output, "output", path, line_number),
             )
+
+
+def read_prefix_blocks(trace: str | Path) -> Iterator[list[int]]:
+    """Stream the `hash_ids` of a JSON-lines trace: an id for each block of every prompt.
+
+    An equal id is the same block after the same prefix.
+
+    Raises:
+        ValueError: there is no such trace, or a row has no such ids.
+    """
+    path = _find(trace)
+    with _open_text(path) as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                ids = json.loads(line)["hash_ids"]
+                if not all(type(block) is int for block in ids):
+                    raise TypeError(f"got {ids}")
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path.name}, line {line_number}: must be a JSON object with hash_ids, a list "
+                    f"of integers ({type(error).__name__}: {error})"
+                ) from None
+            yield ids
+
+
+def _find(trace: str | Path) -> Path:
+    path = FOLDER / TRACES[trace] if trace in TRACES else Path(trace)
+    if not path.is_file():
+        names = ", ".join(TRACES)
+        raise ValueError(f"trace must be a file or one of {names}, got {str(trace)!r}")
+    return path
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -24,9 +24,9 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from pykvcache import ops
 from pykvcache.hf.attention import EAGER_NAME, SDPA_NAME, register
 from pykvcache.hf.cache import PagedCache
+from pykvcache.hf.prefixes import SharedPrefixes, note
 
 STATE = "_pykvcache_patch"
-OVERRIDES = ("_prepare_cache_for_generation", "continuous_batching_context_manager")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -44,11 +44,19 @@ class PatchState:
         ]
         self.patched_implementations: list[tuple[PreTrainedConfig, str]] = []
         self.overridden: dict[str, Any] = {}  # instance attributes that we replaced
-        self.hook: Any = None
+        self.hooks: list[Any] = []
+        self.prefixes = SharedPrefixes() if settings["prefix_cache"] else None
 
-    def new_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> PagedCache:
+    def new_cache(self, model: PreTrainedModel, max_length: int | None = None) -> PagedCache:
         """An empty cache with the settings of the patch."""
-        return PagedCache(config, max_length=max_length, **self.settings)
+        pool = None
+        if self.prefixes is not None:
+            self.prefixes.check(model)
+            pool = self.prefixes.pool
+        cache = PagedCache(model.config, max_length=max_length, pool=pool, **self.settings)
+        if self.prefixes is not None:
+            self.prefixes.pool = cache.pool
+        return cache
 
     def original(self, model: PreTrainedModel, name: str) -> Any:
         """The method that our override of this name stands in front of."""
@@ -65,12 +73,10 @@ class PatchState:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook: a bare call gets a cache, and the cache hears of padding."""
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = self.argument("past_key_values", args, kwargs)
+        cache = self._cache(args, kwargs)
         changed = None
         if cache is None and self._wants_cache(model, args, kwargs):
-            cache = self.new_cache(model.config)
+            cache = self.new_cache(model)
             if model.config.is_encoder_decoder:
                 cross = DynamicCache(config=model.config.get_text_config(decoder=True))
                 kwargs["past_key_values"] = EncoderDecoderCache(cache, cross)
@@ -86,6 +92,20 @@ class PatchState:
             else:
                 cache.announce(mask if isinstance(mask, torch.Tensor) else None)
         return changed
+
+    def after_forward(
+        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Forward hook, with a prefix cache: the tokens have keys and values now."""
+        cache = self._cache(args, kwargs)
+        if type(cache) is PagedCache:
+            unset = dict.fromkeys({"position_ids"}.intersection(self.parameters))
+            named = dict(zip(self.parameters, args, strict=False))
+            _note_outside_graph(cache, unset | named | kwargs, model.training)
+
+    def _cache(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("past_key_values")
+        return self.argument("past_key_values", args, kwargs) if cache is None else cache
 
     def _wants_cache(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,6 +124,9 @@ class PatchState:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _announce_outside_graph(cache: PagedCache, mask: Any) -> None:
     cache.announce(mask if isinstance(mask, torch.Tensor) else None)
+
+
+_note_outside_graph = torch.compiler.disable(note)
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -162,7 +185,7 @@ def _prepare_cache_for_generation(
     inner = cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
     if not _is_fresh(inner) or getattr(cache, "_is_user_defined", False):
         return result
-    paged = state.new_cache(self.config, max_cache_length + 1)
+    paged = state.new_cache(self, max_cache_length + 1)
     if generation_config.is_assistant:
         paged.activate_past_recording()
     if inner is cache:
@@ -170,6 +193,23 @@ def _prepare_cache_for_generation(
     else:
         model_kwargs["past_key_values"] = EncoderDecoderCache(paged, cache.cross_attention_cache)
     return result
+
+
+def _prefill(
+    self: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Before transformers computes the prompts, see which of their tokens have been computed."""
+    state: PatchState = getattr(self, STATE)
+    shows = generation_config.output_hidden_states or generation_config.output_attentions
+    if state.prefixes is not None and not shows and not self.training:
+        state.prefixes.begin(model_kwargs.get("past_key_values"), input_ids, model_kwargs)
+    prefill = state.original(self, "_prefill")
+    return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -187,6 +227,13 @@ def _continuous_batching_context_manager(
         _restore(state.patched_implementations)
 
 
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "continuous_batching_context_manager": _continuous_batching_context_manager,
+    "_prefill": _prefill,
+}
+
+
 def patch(
     model: Model,
     block_size: int = 16,
@@ -195,6 +242,7 @@ def patch(
     kv_dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     deterministic: bool = False,
+    prefix_cache: bool = False,
 ) -> Model:
     """Let `model.generate` and bare forwards cache keys and values in blocks.
 
@@ -207,6 +255,9 @@ def patch(
         kv_dtype: "auto" (the model's), or a float dtype or its name.
         backend: "auto" or a name from `ops.backends()`.
         deterministic: a row's bits do not depend on the other rows of its batch.
+        prefix_cache: keep the blocks of earlier calls, all in one pool, and let `generate` begin
+            with those that its prompts have in common with them. Changed weights are noticed;
+            adapters and hooks that change what the model computes are not.
 
     Returns:
         The model.
@@ -226,6 +277,7 @@ def patch(
         "kv_dtype": kv_dtype,
         "backend": backend,
         "deterministic": deterministic,
+        "prefix_cache": prefix_cache,
     }
     present: PatchState | None = model.__dict__.get(STATE)
     if present is not None:
@@ -246,17 +298,15 @@ def patch(
     state.patched_implementations = [
         (config, config._attn_implementation_internal) for config, _ in state.implementations
     ]
-    for name, override in zip(
-        OVERRIDES,
-        (_prepare_cache_for_generation, _continuous_batching_context_manager),
-        strict=True,
-    ):
-        if hasattr(type(model), name):
+    for name, override in OVERRIDES.items():
+        if hasattr(type(model), name) and (prefix_cache or name != "_prefill"):
             if name in model.__dict__:
                 state.overridden[name] = model.__dict__[name]
             model.__dict__[name] = functools.partial(override, model)  # a bound method of
             # another name could be neither pickled nor copied
-    state.hook = model.register_forward_pre_hook(state.before_forward, with_kwargs=True)
+    state.hooks.append(model.register_forward_pre_hook(state.before_forward, with_kwargs=True))
+    if prefix_cache:
+        state.hooks.append(model.register_forward_hook(state.after_forward, with_kwargs=True))
     model.__dict__[STATE] = state
     return model
 
@@ -265,7 +315,9 @@ def _check_model(model: PreTrainedModel, state: PatchState) -> None:
     attends_causally = any(getattr(module, "is_causal", False) for module in model.modules())
     if not (model.can_generate() or (attends_causally and "past_key_values" in state.parameters)):
         raise ValueError(f"{type(model).__name__} has no attention with a key-value cache to page")
-    state.new_cache(model.config)
+    if state.prefixes is not None and model.config.is_encoder_decoder:
+        raise ValueError(f"prefix_cache needs a decoder, {type(model).__name__} has an encoder too")
+    state.new_cache(model)
 
 
 def unpatch(model: Model) -> Model:
@@ -279,7 +331,8 @@ def unpatch(model: Model) -> Model:
     )
     if state is None:
         raise ValueError(f"{type(model).__name__} is not patched")
-    state.hook.remove()
+    for hook in state.hooks:
+        hook.remove()
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
     model.__dict__.update(state.overridden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,5 +77,5 @@ def test_models_that_cannot_be_captured_go_on_without() -> None:
 def test_buckets_waste_little() -> None:
     sizes = buckets(300)
     assert sizes[0] == 1 and sizes[-1] >= 300 and sizes == sorted(set(sizes))
-    assert all(new <= 2 * old for old, new in zip(sizes, sizes[1:], strict=False))
-    assert all(new <= 1.5 * old for old, new in zip(sizes[3:], sizes[4:], strict=False))
+    assert all(new <= 2 * old for old, new in itertools.pairwise(sizes))
+    assert all(new <= 1.5 * old for old, new in itertools.pairwise(sizes[3:]))
