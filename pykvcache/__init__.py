@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pykvcache.allocator import BlockAllocator
     from pykvcache.attention import PagedAttention
     from pykvcache.cache import KVPool
+    from pykvcache.engine import Engine, Sampling
     from pykvcache.errors import OutOfBlocks
     from pykvcache.hf import PagedCache, patch, patched, unpatch
     from pykvcache.metadata import AttentionMetadata
@@ -22,10 +23,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMetadata",
     "BlockAllocator",
+    "Engine",
     "KVPool",
     "OutOfBlocks",
     "PagedAttention",
     "PagedCache",
+    "Sampling",
     "ops",
     "patch",
     "patched",
@@ -34,10 +37,12 @@ __all__ = [
 _HOMES = {
     "AttentionMetadata": "pykvcache.metadata",
     "BlockAllocator": "pykvcache.allocator",
+    "Engine": "pykvcache.engine",
     "KVPool": "pykvcache.cache",
     "OutOfBlocks": "pykvcache.errors",
     "PagedAttention": "pykvcache.attention",
     "PagedCache": "pykvcache.hf",
+    "Sampling": "pykvcache.engine",
     "patch": "pykvcache.hf",
     "patched": "pykvcache.hf",
     "unpatch": "pykvcache.hf",

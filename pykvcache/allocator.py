@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,6 +58,7 @@ def _load_core() -> Any:
 
 
 MAX_GROUPS = 1024
+Prompts: TypeAlias = Sequence[ArrayLike]
 
 
 class BlockAllocator:
@@ -68,12 +69,19 @@ class BlockAllocator:
     arrays or CPU tensors of integers; where there is one value for each row, an int stands for all
     rows. Calls may come from several threads.
 
+    With `prefix_cache`, `record()` tells which tokens the blocks hold, and blocks that nobody uses
+    any more are "cached": `allocate_cached()` finds them again, until they are needed for something
+    else. A prefix is found by comparing its tokens and never by a hash alone.
+
     Args:
         num_blocks: blocks in the pool.
         block_size: token slots of a block.
         groups: number of layer groups.
         layers: number of layers of each group, if they differ. Groups share the pool's tensors by
             position; with `layers`, `stats()` counts what the smaller groups leave unused.
+        prefix_cache: keep an index of what blocks hold.
+        windows: for the prefix cache, how many of the last tokens each group reads (0 = all of
+            them): only their blocks have to be there for a hit.
 
     Raises:
         ValueError: a size is not positive or too large.
@@ -85,13 +93,18 @@ class BlockAllocator:
         block_size: int,
         groups: int | None = None,
         layers: Sequence[int] | None = None,
+        prefix_cache: bool = False,
+        windows: Sequence[int] = (),
     ) -> None:
         if groups is not None and groups > MAX_GROUPS:
             raise ValueError(f"groups must be 1 to {MAX_GROUPS}, got {groups}")
         layers = (1,) * (1 if groups is None else groups) if layers is None else tuple(layers)
         if groups not in (None, len(layers)):
             raise ValueError(f"groups is {groups} but layers has {len(layers)} entries: {layers}")
-        self._core: _C.Allocator = _load_core().Allocator(num_blocks, block_size, layers)
+        if windows and not prefix_cache:
+            raise ValueError(f"windows is {windows}, but only prefix_cache=True uses it")
+        index = (int_argument("windows", windows),) if prefix_cache else ()
+        self._core: _C.Allocator = _load_core().Allocator(num_blocks, block_size, layers, *index)
         self._block_size = block_size
         self._layers = layers
         self._no_copies = [np.empty((0, 2), np.int64)] * len(layers)
@@ -113,8 +126,13 @@ class BlockAllocator:
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody uses."""
+        """Blocks that nobody uses, cached ones among them: all that can be given out."""
         return self._core.num_free()
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody uses and whose content can be found again."""
+        return self._core.num_cached()
 
     @property
     def num_sequences(self) -> int:
@@ -129,6 +147,61 @@ class BlockAllocator:
     def allocate(self, lengths: ArrayLike) -> Int64Array:
         """New sequences of `lengths` tokens, blocks included; returns their handles [B]."""
         return _int64(self._core.allocate(int_argument("lengths", lengths)))
+
+    def allocate_cached(
+        self, prompts: Prompts, salts: ArrayLike = 0
+    ) -> tuple[Int64Array, Int64Array]:
+        """New sequences that share the longest known beginning of each prompt.
+
+        A sequence starts with hits[row] tokens, as if they had been appended and recorded; it may
+        end inside a block, which is copied when it is written. At least one token must be computed
+        to go on, so a caller who has a whole prompt gives all but its last token.
+
+        Args:
+            prompts: for each row its token ids.
+            salts: [B]; rows with different salts have nothing in common.
+
+        Returns:
+            seqs, hits: int64 [B] handles, and how many tokens of each prompt are there.
+        """
+        seqs, hits = self._core.allocate_cached(*ragged(prompts), int_argument("salts", salts))
+        return _int64(seqs), _int64(hits)
+
+    def lookup(self, prompts: Prompts, salts: ArrayLike = 0) -> Int64Array:
+        """The hits [B] that allocate_cached() would have; nothing changes."""
+        return _int64(self._core.lookup(*ragged(prompts), int_argument("salts", salts)))
+
+    def record(self, seqs: ArrayLike, tokens: ArrayLike, counts: ArrayLike = 1) -> None:
+        """Tell that the blocks hold the keys and values of the next `counts` tokens of each row.
+
+        A block can be found once it is full, and the last one of a sequence when the sequence ends.
+        A full block whose content is known already is exchanged for the known one, so that block
+        tables change. Only what is recorded from the first token on, without a gap, can be found.
+
+        Args:
+            tokens: [sum(counts)] token ids, row by row.
+
+        Raises:
+            ValueError: a row would have more tokens recorded than it has.
+        """
+        args = int_argument("seqs", seqs), int_argument("tokens", tokens)
+        self._core.record(*args, int_argument("counts", counts))
+
+    def set_priority(self, seqs: ArrayLike, priorities: ArrayLike) -> None:
+        """Say how long the blocks of sequences, present and future, stay cached.
+
+        Blocks of the lowest priority (-128 to 127, 0 unless set) are evicted first, among them
+        those that were used longest ago.
+        """
+        args = int_argument("seqs", seqs), int_argument("priorities", priorities)
+        self._core.set_priority(*args)
+
+    def forget_prefixes(self) -> None:
+        """Nothing that was recorded so far is found again: the weights have changed.
+
+        Sequences go on; what they record further on builds on old tokens and is not found either.
+        """
+        self._core.forget_prefixes()
 
     def append(self, seqs: ArrayLike, counts: ArrayLike = 1) -> list[Int64Array]:
         """Add `counts` tokens to the sequences.
@@ -244,11 +317,16 @@ class BlockAllocator:
         self._core.check_integrity()
 
     def snapshot(self) -> bytes:
-        """The whole state, for restore(). Handles and block ids stay what they are."""
+        """The whole state, for restore(). Handles and block ids stay what they are.
+
+        But for the prefix index: what cached blocks hold may have changed until then.
+        """
         return self._core.snapshot()
 
     def restore(self, snapshot: bytes) -> None:
         """Go back to a snapshot of an allocator with the same block size and groups.
+
+        A prefix cache is empty then, and what its sequences record is not found.
 
         Raises:
             SnapshotError: the bytes are damaged or no snapshot; nothing has changed.
@@ -275,6 +353,21 @@ class BlockAllocator:
         return (
             len(seqs) // 8 if isinstance(seqs, bytes) else 1 if isinstance(seqs, int) else len(seqs)
         )
+
+
+def ragged(prompts: Prompts) -> tuple[bytes, bytes]:
+    """Token ids of all prompts one after the other, and how many each has: int64 bytes."""
+    rows = [np.asarray(prompt) for prompt in prompts]
+    for number, row in enumerate(rows):
+        if row.ndim != 1:
+            raise ValueError(
+                f"prompts[{number}] must be a list of token ids, got shape {list(row.shape)}"
+            )
+        if row.size and (row.dtype.kind not in "iu" or row.dtype == np.uint64):
+            raise TypeError(f"prompts[{number}] must be integers, got {row.dtype}")
+    counts = np.array([row.size for row in rows], np.int64)
+    tokens = np.concatenate([np.empty(0, np.int64), *(row.astype(np.int64) for row in rows)])
+    return tokens.tobytes(), counts.tobytes()
 
 
 def _int64(buffer: bytearray) -> Int64Array:

@@ -54,6 +54,8 @@ class KVPool:
         kv_dtype: torch.dtype | None = None,
         backend: str = "auto",
         deterministic: bool = False,
+        prefix_cache: bool = False,
+        windows: Sequence[int] = (),
     ) -> None:
         check_positive("block_size", block_size)
         if num_blocks is not None and memory is not None:
@@ -219,16 +221,36 @@ class KVPool:
             if bound is not None:
                 self._view(layer)
 
-    def copy_blocks(self, group: int, pairs: Tensor) -> None:
-        """Copy blocks in all layers of a group: pairs int64 [N, 2] of (source, target)."""
+    def group_storages(self, group: int) -> list[Tensor]:
+        """Tensors [num_blocks, elements] that hold the layers of a group."""
         used = {
             index
             for layer, index in enumerate(self._storage_of)
             if index is not None and self.group_of[layer] == group
         }
+        return [self._storages[index] for index in sorted(used)]
+
+    def price(self, shapes: Sequence[tuple[Tensor, Tensor]]) -> int:
+        """Bytes of one block over all storages, when layers get keys and values like `shapes`."""
+        storages: list[tuple[int, int, torch.dtype, set[int]]] = []
+        total = 0
+        for layer, (k, v) in enumerate(shapes):
+            position, group = self._position[layer], self.group_of[layer]
+            elements = self.block_size * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3])
+            dtype = self.kv_dtype or k.dtype
+            for other, size, kept, groups in storages:
+                if (other, kept) == (position, dtype) and size >= elements and group not in groups:
+                    groups.add(group)
+                    break
+            else:
+                storages.append((position, elements, dtype, {group}))
+                total += elements * dtype.itemsize
+        return total
+
+    def copy_blocks(self, group: int, pairs: Tensor) -> None:
+        """Copy blocks in all layers of a group: pairs int64 [N, 2] of (source, target)."""
         by_device: dict[torch.device, list[Tensor]] = {}
-        for index in sorted(used):
-            storage = self._storages[index]
+        for storage in self.group_storages(group):
             by_device.setdefault(storage.device, []).append(storage)
         for device, storages in by_device.items():
             self.ops.copy_blocks(storages, storages, pairs.to(device))

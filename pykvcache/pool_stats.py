@@ -48,11 +48,26 @@ class PoolStats:
     metadata_bytes: int
     group_blocks: tuple[int, ...]
     """Blocks that each group uses."""
+    cached_blocks: int = 0
+    """Free blocks that hold known prefixes; the shares count them as free."""
+    prompt_tokens: int = 0
+    """Tokens that allocate_cached() was asked for since the start."""
+    hit_tokens: int = 0
+    """Those of them that it found."""
+    evictions: int = 0
+    """Cached blocks that lost their content because blocks were needed."""
+    merged_blocks: int = 0
+    """Blocks given back because another one held the same tokens."""
 
     @property
     def sharing_factor(self) -> float:
         """Blocks that the sequences would need without sharing, over the blocks they have."""
         return self.table_entries / self.table_blocks if self.table_blocks else 1.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens asked for that were found."""
+        return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def percent(self) -> dict[str, float]:
         """The five shares; they sum to exactly 100. A pool that nobody uses counts as 100 % live.

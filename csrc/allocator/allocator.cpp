@@ -78,14 +78,24 @@ void Allocator::check_available(int64_t needed, int64_t available, const char* o
   if (needed >= refused_) refused_ = 0;
 }
 
+uint32_t Allocator::open_sequence(int64_t salt) {
+  const uint32_t slot = store_.open();
+  if (prefixes_) {
+    if (slot >= traces_.size()) traces_.resize(slot + 1);
+    traces_[slot].begin(salt, prefixes_->epoch());
+  }
+  return slot;
+}
+
 void Allocator::allocate(Ints lengths, int64_t* handles) {
   check_counts("allocate", "lengths", lengths, lengths.size(), kMaxInt32);
   int64_t needed = 0;
   for (const int64_t length : lengths) needed += block_size_.count(length) * groups();
-  check_available(needed, pool_.num_free(), "allocate");
+  check_available(needed, num_free(), "allocate");
   store_.reserve(static_cast<int64_t>(lengths.size()));
+  make_room(needed);
   for (size_t row = 0; row < lengths.size(); ++row) {
-    const uint32_t slot = store_.open();
+    const uint32_t slot = open_sequence();
     store_.sequence(slot).length = static_cast<int32_t>(lengths[row]);
     handles[row] = store_.sequence(slot).handle;
     const int64_t blocks = block_size_.count(lengths[row]);
@@ -108,6 +118,7 @@ void Allocator::copy_tables(uint32_t from, uint32_t to) {
     copy.blocks.assign(source.blocks.begin(), source.blocks.begin() + blocks);
     for (int64_t i = block_size_.index(source.dead); i < blocks; ++i) pool_.share(copy.blocks[i]);
   }
+  if (prefixes_) traces_[to] = traces_[from];
   ++counters_.forks;
 }
 
@@ -117,7 +128,7 @@ void Allocator::fork(Ints handles, int64_t n, int64_t* children) {
   store_.reserve(static_cast<int64_t>(handles.size()) * n);
   for (const uint32_t parent : slots_) {
     for (int64_t i = 0; i < n; ++i) {
-      const uint32_t child = store_.open();
+      const uint32_t child = open_sequence();
       copy_tables(parent, child);
       *children++ = store_.sequence(child).handle;
     }
@@ -138,7 +149,7 @@ void Allocator::select(Ints handles, Ints index, int64_t* selected) {
       selected[i] = store_.sequence(from).handle;
       continue;
     }
-    const uint32_t child = store_.open();
+    const uint32_t child = open_sequence();
     copy_tables(from, child);
     selected[i] = store_.sequence(child).handle;
   }
@@ -153,14 +164,31 @@ void Allocator::select(Ints handles, Ints index, int64_t* selected) {
   }
 }
 
+void Allocator::drop_block(int32_t block) {
+  if (prefixes_) {
+    prefixes_->drop(block, pool_);
+  } else {
+    pool_.drop(block);
+  }
+}
+
 void Allocator::drop_blocks(Table& table, int64_t begin, int64_t end) {
-  for (int64_t i = end - 1; i >= begin; --i) pool_.drop(table.blocks[i]);
+  if (prefixes_) {
+    for (int64_t i = end - 1; i >= begin; --i) prefixes_->drop(table.blocks[i], pool_);
+  } else {
+    for (int64_t i = end - 1; i >= begin; --i) pool_.drop(table.blocks[i]);
+  }
 }
 
 void Allocator::drop_sequence(uint32_t slot) {
-  for (int32_t group = groups() - 1; group >= 0; --group) {
-    Table& table = store_.table(slot, group);
-    drop_blocks(table, block_size_.index(table.dead), static_cast<int64_t>(table.blocks.size()));
+  if (prefixes_) {
+    end_trace(slot);
+    drop_nodes(slot);
+  } else {
+    for (int32_t group = groups() - 1; group >= 0; --group) {
+      Table& table = store_.table(slot, group);
+      drop_blocks(table, block_size_.index(table.dead), static_cast<int64_t>(table.blocks.size()));
+    }
   }
   store_.close(slot);
 }
@@ -196,6 +224,7 @@ void Allocator::truncate(Ints handles, Ints lengths) {
   for (size_t row = slots_.size(); row-- > 0;) {
     const auto length = static_cast<int32_t>(lengths[row]);
     store_.sequence(slots_[row]).length = length;
+    if (prefixes_) prefixes_->roll_back(traces_[slots_[row]], length);
     for (int32_t group = groups() - 1; group >= 0; --group) {
       Table& table = store_.table(slots_[row], group);
       const int64_t old_blocks = static_cast<int64_t>(table.blocks.size());
@@ -229,6 +258,7 @@ void Allocator::release_before(Ints handles, Ints positions, int64_t group) {
 
 void Allocator::grow(int64_t num_blocks) {
   pool_.grow(checked_num_blocks(num_blocks, pool_.num_blocks()));
+  if (prefixes_) prefixes_->grow(num_blocks);
 }
 
 void Allocator::pin(Ints blocks) {
@@ -256,7 +286,10 @@ void Allocator::unpin(Ints blocks) {
           message("unpin: block ", block, " is pinned ", pins, " times, not ", asked[block]));
     }
   }
-  for (const int64_t block : blocks) pool_.unpin(static_cast<int32_t>(block));
+  for (const int64_t block : blocks) {
+    pool_.unpin(static_cast<int32_t>(block));
+    drop_block(static_cast<int32_t>(block));
+  }
 }
 
 std::vector<int64_t> Allocator::pin_sequences(Ints handles) {

@@ -13,6 +13,7 @@ namespace pykvcache {
 
 void Allocator::Plan::clear() {
   copies.clear();
+  overwrites.clear();
   growths.clear();
   releases.clear();
   unshared.clear();
@@ -34,11 +35,20 @@ void Allocator::plan_release(uint32_t slot, int32_t group, Reach reach) {
   }
 }
 
+// Whether the next token of a sequence, in this block, takes the place of one in a known prefix.
+bool Allocator::overwrites(uint32_t slot, int32_t block) const {
+  const int32_t length = store_.sequence(slot).length;
+  return prefixes_ && prefixes_->holds(block, length - block_size_.index(length) * block_size_);
+}
+
 // Shared blocks among entries [begin, end) of a table, which will be written.
 void Allocator::plan_copies(uint32_t slot, int32_t group, int32_t begin, int32_t end) {
   const std::vector<int32_t>& blocks = store_.table(slot, group).blocks;
   for (int32_t i = begin; i < end; ++i) {
-    if (pool_.refs(blocks[i]) == 1) continue;
+    if (pool_.refs(blocks[i]) == 1) {
+      if (i == begin && overwrites(slot, blocks[i])) plan_.overwrites.push_back({slot, group, i});
+      continue;
+    }
     plan_.copies.push_back({slot, group, i});
     plan_.unshared.push_back(blocks[i]);
     pool_.unshare(blocks[i]);
@@ -56,6 +66,7 @@ void Allocator::plan_growth(uint32_t slot, int32_t group, int32_t entries) {
 }
 
 void Allocator::plan_writes(int32_t group) {
+  const bool caches = prefixes_.has_value();
   int32_t max_blocks = 0;
   for (const Plan::Row& row : plan_.rows) {
     const std::vector<int32_t>& blocks = store_.table(row.slot, group).blocks;
@@ -63,6 +74,7 @@ void Allocator::plan_writes(int32_t group) {
     const int32_t present = std::min(row.end, size);
     bool shared = false;
     for (int32_t i = row.begin; i < present; ++i) shared |= pool_.refs(blocks[i]) > 1;
+    if (caches && row.begin < present) shared |= overwrites(row.slot, blocks[row.begin]);
     if (shared) [[unlikely]]
       plan_copies(row.slot, group, row.begin, present);
     if (row.end > size) plan_growth(row.slot, group, row.end);
@@ -96,7 +108,11 @@ void Allocator::plan_append(Ints handles, Ints counts, std::span<const Reach> re
     }
     for (int32_t group = 0; group < groups(); ++group) plan_writes(group);
     const auto given_back = static_cast<int64_t>(plan_.given_back.size());
-    check_available(plan_.needed, pool_.num_free() + given_back, op);
+    const int64_t available = num_free() + given_back;
+    check_available(plan_.needed, available, op);
+    const auto overwrites = static_cast<int64_t>(plan_.overwrites.size());
+    plan_.keeps_overwritten = overwrites > 0 && plan_.needed + overwrites <= available;
+    if (plan_.keeps_overwritten) plan_.needed += overwrites;
   } catch (...) {
     roll_back();
     throw;
@@ -107,8 +123,20 @@ void Allocator::roll_back() {
   for (const int32_t block : plan_.unshared) pool_.share(block);
 }
 
+// A new block for an entry; returns the one that is to be copied to it.
+int32_t Allocator::replace(const Plan::Copy& copy, Copies& copies) {
+  Table& table = store_.table(copy.slot, copy.group);
+  int32_t& entry = table.blocks[copy.index];
+  const int32_t src = entry;
+  pool_.take(1, &entry);
+  ++table.edits;
+  ++counters_.copies;
+  copies[copy.group].push_back({src, entry});
+  return src;
+}
+
 Copies Allocator::commit() {
-  Copies copies(plan_.copies.empty() ? 0 : groups());
+  Copies copies(plan_.copies.empty() && !plan_.keeps_overwritten ? 0 : groups());
   for (const Plan::Release& release : plan_.releases) {
     Table& table = store_.table(release.slot, release.group);
     const int32_t begin = block_size_.index(table.dead), end = block_size_.index(release.dead);
@@ -116,25 +144,30 @@ Copies Allocator::commit() {
     table.dead = release.dead;
     if (begin < end) ++table.edits;
   }
-  for (const int32_t block : plan_.given_back) pool_.give_back(block);
-  for (const Plan::Copy& copy : plan_.copies) {
-    Table& table = store_.table(copy.slot, copy.group);
-    int32_t& entry = table.blocks[copy.index];
-    const int32_t src = entry;
-    pool_.take(1, &entry);
-    ++table.edits;
-    copies[copy.group].push_back({src, entry});
+  for (const int32_t block : plan_.given_back) {
+    prefixes_ ? prefixes_->give_back(block, pool_) : pool_.give_back(block);
   }
+  if (!plan_.keeps_overwritten) {
+    for (const Plan::Copy& lost : plan_.overwrites) {
+      prefixes_->forget_block(store_.table(lost.slot, lost.group).blocks[lost.index], pool_);
+    }
+    plan_.overwrites.clear();
+  }
+  make_room(plan_.needed);
+  for (const Plan::Copy& copy : plan_.copies) replace(copy, copies);
+  plan_.kept.clear();
+  for (const Plan::Copy& copy : plan_.overwrites) plan_.kept.push_back(replace(copy, copies));
   for (const Plan::Growth& growth : plan_.growths) {
     std::vector<int32_t>& blocks = store_.table(growth.slot, growth.group).blocks;
     const auto size = static_cast<int32_t>(blocks.size());
     blocks.resize(growth.entries);
     pool_.take(growth.entries - size, blocks.data() + size);
   }
+  // Only now: none of them may be given out by this step, which will copy them.
+  for (const int32_t block : plan_.kept) prefixes_->drop(block, pool_);
   for (const Plan::Row& row : plan_.rows) store_.sequence(row.slot).length = row.length;
-  counters_.copies += static_cast<int64_t>(plan_.copies.size());
   counters_.steps += 1;
-  counters_.block_steps += pool_.num_used();
+  counters_.block_steps += num_used();
   return copies;
 }
 
@@ -155,7 +188,8 @@ void Allocator::reserve(Ints handles, Ints capacities) {
   for (size_t row = 0; row < slots_.size(); ++row) {
     for (int32_t group = 0; group < groups(); ++group) needed += missing(row, group);
   }
-  check_available(needed, pool_.num_free(), "reserve");
+  check_available(needed, num_free(), "reserve");
+  make_room(needed);
   for (size_t row = 0; row < slots_.size(); ++row) {
     for (int32_t group = 0; group < groups(); ++group) {
       std::vector<int32_t>& blocks = store_.table(slots_[row], group).blocks;

@@ -39,9 +39,13 @@ PyObject* wrap(Allocator&& allocator) {
 PyObject* new_allocator(PyTypeObject*, PyObject* args, PyObject*) {
   return guarded([&] {
     long long num_blocks, block_size;
-    PyObject* layers;
-    if (!PyArg_ParseTuple(args, "LLO", &num_blocks, &block_size, &layers)) throw ErrorIsSet{};
-    return wrap(Allocator(num_blocks, block_size, IntArgument("layers", layers), next_tag()));
+    PyObject *layers, *windows = nullptr;
+    if (!PyArg_ParseTuple(args, "LLO|O", &num_blocks, &block_size, &layers, &windows)) {
+      throw ErrorIsSet{};
+    }
+    Allocator allocator(num_blocks, block_size, IntArgument("layers", layers), next_tag());
+    if (windows != nullptr) allocator.cache_prefixes(IntArgument("windows", windows));
+    return wrap(std::move(allocator));
   });
 }
 
@@ -121,6 +125,47 @@ PyObject* pin_sequences(AllocatorObject& self, Args args) {
   return ArrayResult<int64_t>(blocks).release();
 }
 
+// (tokens, counts, salts) -> (seqs, hits)
+PyObject* allocate_cached(AllocatorObject& self, Args args) {
+  const IntArgument tokens("prompts", args[0]), counts("counts", args[1]);
+  const IntArgument salts("salts", args[2], counts.size());
+  ArrayResult<int64_t> seqs(counts.size()), hits(counts.size());
+  locked(*self.shared,
+         [&](Allocator& a) { a.allocate_cached(tokens, counts, salts, seqs.data(), hits.data()); });
+  return Py_BuildValue("NN", seqs.release(), hits.release());
+}
+
+PyObject* lookup(AllocatorObject& self, Args args) {
+  const IntArgument tokens("prompts", args[0]), counts("counts", args[1]);
+  const IntArgument salts("salts", args[2], counts.size());
+  ArrayResult<int64_t> hits(counts.size());
+  locked(*self.shared, [&](Allocator& a) { a.lookup(tokens, counts, salts, hits.data()); });
+  return hits.release();
+}
+
+PyObject* record(AllocatorObject& self, Args args) {
+  const IntArgument seqs("seqs", args[0]), tokens("tokens", args[1]);
+  const IntArgument counts("counts", args[2], seqs.size());
+  locked(*self.shared, [&](Allocator& a) { a.record(seqs, tokens, counts); });
+  return none();
+}
+
+PyObject* set_priority(AllocatorObject& self, Args args) {
+  const IntArgument seqs("seqs", args[0]), priorities("priorities", args[1], seqs.size());
+  locked(*self.shared, [&](Allocator& a) { a.set_priority(seqs, priorities); });
+  return none();
+}
+
+PyObject* forget_prefixes(AllocatorObject& self, Args) {
+  locked_without_gil(*self.shared, [](Allocator& a) { a.forget_prefixes(); });
+  return none();
+}
+
+PyObject* collide_hashes(AllocatorObject& self, Args) {
+  locked(*self.shared, [](Allocator& a) { a.collide_hashes(); });
+  return none();
+}
+
 PyObject* grow(AllocatorObject& self, Args args) {
   const int64_t num_blocks = to_int("num_blocks", args[0]);
   locked_without_gil(*self.shared, [&](Allocator& a) { a.grow(num_blocks); });
@@ -176,7 +221,12 @@ constexpr std::pair<const char*, int64_t Stats::*> kStats[] = {
     {"refusals", &Stats::refusals},
     {"steps", &Stats::steps},
     {"block_steps", &Stats::block_steps},
-    {"metadata_bytes", &Stats::metadata_bytes}};
+    {"metadata_bytes", &Stats::metadata_bytes},
+    {"cached_blocks", &Stats::cached_blocks},
+    {"prompt_tokens", &Stats::prompt_tokens},
+    {"hit_tokens", &Stats::hit_tokens},
+    {"evictions", &Stats::evictions},
+    {"merged_blocks", &Stats::merged_blocks}};
 
 // Arguments for pykvcache.pool_stats.PoolStats.
 PyObject* stats(AllocatorObject& self, Args) {
@@ -235,12 +285,19 @@ PyMethodDef allocator_methods[] = {
     define<AllocatorObject, pin, 1>("pin"),
     define<AllocatorObject, unpin, 1>("unpin"),
     define<AllocatorObject, pin_sequences, 1>("pin_sequences"),
+    define<AllocatorObject, allocate_cached, 3>("allocate_cached"),
+    define<AllocatorObject, lookup, 3>("lookup"),
+    define<AllocatorObject, record, 3>("record"),
+    define<AllocatorObject, set_priority, 2>("set_priority"),
+    define<AllocatorObject, forget_prefixes, 0>("forget_prefixes"),
+    define<AllocatorObject, collide_hashes, 0>("_collide_hashes"),
     define<AllocatorObject, grow, 1>("grow"),
     define<AllocatorObject, lengths, 1>("lengths"),
     define<AllocatorObject, block_table, 2>("block_table"),
     define<AllocatorObject, slot_mapping, 4>("slot_mapping"),
     define<AllocatorObject, number<&Allocator::num_blocks>, 0>("num_blocks"),
     define<AllocatorObject, number<&Allocator::num_free>, 0>("num_free"),
+    define<AllocatorObject, number<&Allocator::num_cached>, 0>("num_cached"),
     define<AllocatorObject, number<&Allocator::peak>, 0>("peak"),
     define<AllocatorObject, number<&Allocator::num_sequences>, 0>("num_sequences"),
     define<AllocatorObject, stats, 0>("stats"),

@@ -3,8 +3,8 @@
 // A block is in use while its count is above zero; each table entry is one reference and each pin
 // is one. Freed ids go on a stack and are used before ids that were never handed out. Callers free
 // a table back to front, so that the next allocation of the same size comes out in ascending order.
-// Properties that later parts add to a block (hash, parent, age) are further arrays indexed by
-// block id; take() and give_back() are where a life begins and ends. Next: sequences.h.
+// take() and give_back() are where a life begins and ends. A block with content that may be wanted
+// again is not given back when its count reaches zero (prefix_cache.h). Next: sequences.h.
 #pragma once
 
 #include <algorithm>
@@ -61,9 +61,9 @@ class BlockPool {
     ++pins_[block];
     share(block);
   }
+  // The caller drops the reference.
   void unpin(int32_t block) {
     if (--pins_[block] == 0) pins_.erase(block);
-    drop(block);
   }
   uint32_t pins(int32_t block) const {
     const auto found = pins_.find(block);

@@ -1,4 +1,5 @@
-// Reads every table, pin and free id of an allocator: stats.cpp counts, integrity.cpp checks.
+// Reads every table, pin, free id and node of an allocator: stats.cpp counts, integrity.cpp and
+// prefix_integrity.cpp check.
 #pragma once
 
 #include <vector>
@@ -7,6 +8,13 @@
 #include "allocator/stats.h"
 
 namespace pykvcache {
+
+// Throws IntegrityError with the text of `parts` unless the condition holds.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) [[unlikely]]
+    throw IntegrityError(message(parts...));
+}
 
 class Inspector {
  public:
@@ -32,6 +40,7 @@ class Inspector {
   void check_tables() const;
   void check_references() const;
   void check_free_list() const;
+  void check_prefixes() const;  // prefix_integrity.cpp
   int64_t metadata_bytes() const;
 
   const Allocator& allocator_;

@@ -3,16 +3,6 @@
 
 namespace pykvcache {
 
-namespace {
-
-template <class... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition) [[unlikely]]
-    throw IntegrityError(message(parts...));
-}
-
-}  // namespace
-
 void Inspector::check_slots() const {
   require(store_.tag_ > 0 && store_.tag_ <= SequenceStore::kMaxTag, "the tag is ", store_.tag_);
   require(store_.next_generation_ > 0 && store_.next_generation_ <= SequenceStore::kMaxGeneration,
@@ -100,7 +90,10 @@ void Inspector::check_free_list() const {
     free[block] = true;
   }
   for (int64_t block = 0; block < pool_.fresh_; ++block) {
-    require(free[block] || pool_.refs_[block] > 0, "block ", block, " is lost: not free, no owner");
+    const bool cached = allocator_.prefixes_ && allocator_.prefixes_->is_cached(block, pool_);
+    require(!(free[block] && cached), "block ", block, " is free, but also cached");
+    require(free[block] || cached || pool_.refs_[block] > 0, "block ", block,
+            " is lost: not free, no owner");
   }
 }
 
@@ -109,6 +102,7 @@ void Inspector::check() const {
   check_tables();
   check_references();
   check_free_list();
+  if (allocator_.prefixes_) check_prefixes();
 }
 
 void Allocator::check_integrity() const { Inspector(*this).check(); }

@@ -1,6 +1,8 @@
 // The allocator's state as bytes: magic, version, checksum of the rest, geometry, then the arrays
 // in the byte order of the machine. restore() builds a second allocator, checks it in full and only
-// then replaces the first. Reference counts are not stored: they follow from tables and pins.
+// then replaces the first. Reference counts are not stored: they follow from tables and pins. Nor
+// is the prefix index, so cached blocks are stored as free ones: by the time of a restore they may
+// have been written again, and nobody who holds the snapshot could know.
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -145,7 +147,11 @@ std::string Archive::write(const Allocator& allocator) {
   out.put(int32_t{allocator.block_size_});
   out.put(allocator.layers_.data(), allocator.layers_.size());
   out.put(pool.fresh_);
-  out.put(pool.free_.data(), pool.num_freed_);
+  std::vector<int32_t> free(pool.free_.begin(), pool.free_.begin() + pool.num_freed_);
+  for (int32_t block = 0; allocator.prefixes_ && block < pool.fresh_; ++block) {
+    if (allocator.prefixes_->is_cached(block, pool)) free.push_back(block);
+  }
+  out.put(free.data(), free.size());
   out.put(static_cast<uint64_t>(pool.pins_.size()));
   const std::map<int32_t, uint32_t> sorted_pins(pool.pins_.begin(), pool.pins_.end());
   for (const auto& [block, pins] : sorted_pins) {
@@ -211,10 +217,19 @@ Allocator Archive::read(const std::string& bytes, const Allocator& model) {
     throw SnapshotError(message("snapshot is damaged: ", error.what()));
   }
   allocator.restores_ = model.restores_ + 1;
+  if (model.prefixes_) allocator.start_without_prefixes(*model.prefixes_);
   return allocator;
 }
 
 std::string Allocator::snapshot() const { return Archive::write(*this); }
+
+// Sequences are there, but what they hold is not known.
+void Allocator::start_without_prefixes(const PrefixCache& old) {
+  const std::vector<int32_t>& windows = old.windows();
+  cache_prefixes(std::vector<int64_t>(windows.begin(), windows.end()));
+  prefixes_->counters = old.counters;
+  traces_.resize(store_.num_slots());
+}
 
 // Handles made since the snapshot stay unknown: generations go on from the higher of both counts.
 void Allocator::restore(const std::string& bytes) {

@@ -55,6 +55,10 @@ int64_t Inspector::metadata_bytes() const {
   bytes += store_.sequences_.capacity() * sizeof(Sequence);
   bytes += store_.tables_.capacity() * sizeof(Table);
   for (const Table& table : store_.tables_) bytes += table.blocks.capacity() * sizeof(int32_t);
+  if (allocator_.prefixes_) bytes += allocator_.prefixes_->bytes();
+  for (const Trace& trace : allocator_.traces_) {
+    bytes += sizeof(Trace) + trace.tail.capacity() * sizeof(int64_t);
+  }
   return static_cast<int64_t>(bytes);
 }
 
@@ -75,14 +79,14 @@ Stats Inspector::stats() const {
     ++stats.table_blocks;
     ++stats.group_blocks[use.group];
   }
-  const int64_t pinned_only = pool_.num_used() - stats.table_blocks;
-  const int64_t free_slots = pool_.num_free() * block_size * most_layers;
-  const bool waits = allocator_.refused_ > pool_.num_free();
+  const int64_t pinned_only = allocator_.num_used() - stats.table_blocks;
+  const int64_t free_slots = allocator_.num_free() * block_size * most_layers;
+  const bool waits = allocator_.refused_ > allocator_.num_free();
   stats.reserved += pinned_only * block_size * most_layers;
   (waits ? stats.external : stats.idle) = free_slots;
 
   stats.num_blocks = pool_.num_blocks();
-  stats.used_blocks = pool_.num_used();
+  stats.used_blocks = allocator_.num_used();
   stats.peak_blocks = pool_.peak();
   stats.pinned_blocks = static_cast<int64_t>(pool_.pins_.size());
   stats.sequences = store_.num_live();
@@ -96,6 +100,14 @@ Stats Inspector::stats() const {
   stats.steps = counters.steps;
   stats.block_steps = counters.block_steps;
   stats.metadata_bytes = metadata_bytes();
+  stats.cached_blocks = allocator_.num_cached();
+  if (allocator_.prefixes_) {
+    const PrefixCache::Counters& prefixes = allocator_.prefixes_->counters;
+    stats.prompt_tokens = prefixes.asked;
+    stats.hit_tokens = prefixes.found;
+    stats.evictions = prefixes.evictions;
+    stats.merged_blocks = prefixes.merged;
+  }
   return stats;
 }
 

@@ -23,6 +23,9 @@ struct Stats {
   int64_t sequences = 0, tokens = 0;
   int64_t copies = 0, forks = 0, refusals = 0, steps = 0, block_steps = 0;
   int64_t metadata_bytes = 0;
+  int64_t cached_blocks = 0;                  // free, but they hold known prefixes
+  int64_t prompt_tokens = 0, hit_tokens = 0;  // of allocate_cached()
+  int64_t evictions = 0, merged_blocks = 0;
   std::vector<int64_t> group_blocks;  // distinct blocks of each group
 };
 

@@ -42,7 +42,7 @@ def _eager_function(module_name: str) -> AttentionFunction:
     raise ValueError(f"{module_name} has no eager_attention_forward to fall back on")
 
 
-def _dense_attention(
+def dense_attention(
     eager: bool,
     module: nn.Module,
     query: Tensor,
@@ -215,7 +215,7 @@ def _attention_function(eager: bool) -> AttentionFunction:
             "is_causal": is_causal,
         }
         kwargs |= {name: argument for name, argument in given.items() if argument is not None}
-        return _dense_attention(eager, module, query, key, value, attention_mask, **kwargs)
+        return dense_attention(eager, module, query, key, value, attention_mask, **kwargs)
 
     return attention
 

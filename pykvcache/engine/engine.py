@@ -1,0 +1,427 @@
+"""`Engine`: many requests through one unmodified model, in process.
+
+A step is: plan (scheduler), forward (runner), choose tokens (sampler), settle. Requests join and
+leave at every step; nothing waits for a batch to end.
+
+Read first: scheduler.py, runner.py, sampler.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pykvcache.batch import Int64Array
+from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.handle import Handle, Sample, ScoreJob
+from pykvcache.engine.loop import Loop
+from pykvcache.engine.progress import progress_bar
+from pykvcache.engine.request import Request
+from pykvcache.engine.runner import ModelRunner, longest_position
+from pykvcache.engine.sampling import Event, Output, Sampling, Score
+from pykvcache.engine.scheduler import Options, Scheduler
+from pykvcache.engine.stats import EngineStats, Meter
+from pykvcache.engine.swap import SwapSpace
+from pykvcache.engine.weights import WeightsWatch
+from pykvcache.hf.arguments import parse_dtype, parse_memory
+
+Prompt = Sequence[int] | Int64Array | Tensor
+NO_LOGITS = 2**31
+
+
+class Engine:
+    """Continuous batching for a transformers causal LM.
+
+    Args:
+        model: decoder-only; used as it is, on its device. It stays usable on its own.
+        block_size: tokens a block.
+        num_blocks: blocks of the pool.
+        memory: the pool's size in bytes or as "4GiB", instead of num_blocks; it is not exceeded.
+            Without both: 90 % of the free memory of a GPU, on a CPU 4 GiB or a quarter of what is
+            free.
+        kv_dtype: "auto" (the model's), or a float dtype or its name.
+        backend: "auto" or a name from `ops.backends()`.
+        deterministic: a row's bits do not depend on the other rows in attention.
+        prefix_cache: requests reuse the blocks of earlier ones that began with the same tokens.
+        token_budget: most tokens of a step, prompts in chunks included.
+        max_running: most requests that run at once.
+        head_room: share of the pool kept free for running requests when one is admitted.
+        swap_memory: host memory for blocks of preempted requests, in bytes or as "4GiB"; used where
+            moving them is cheaper than computing them again. Default: 4 GiB with a GPU, else 0.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the model cannot be packed.
+        RuntimeError: the backend cannot be used here.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        memory: int | str | None = None,
+        *,
+        kv_dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        deterministic: bool = False,
+        prefix_cache: bool = True,
+        token_budget: int = 2048,
+        max_running: int = 256,
+        head_room: float = 0.05,
+        swap_memory: int | str | None = None,
+    ) -> None:
+        options = Options(token_budget, max_running, head_room)
+        options.check()
+        size = parse_memory(memory)
+        if size is None and num_blocks is None:
+            size = default_memory(getattr(model, "device", torch.device("cpu")))
+        self._runner = ModelRunner(
+            model,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            memory=size,
+            kv_dtype=parse_dtype(kv_dtype),
+            backend=backend,
+            deterministic=deterministic,
+            prefix_cache=prefix_cache,
+        )
+        cache = self._runner.cache
+        self.pool = cache.pool
+        assert self.pool.allocator is not None
+        self._allocator = self.pool.allocator
+        self._blocks = RequestBlocks(self._allocator, cache.windows, cache.chunks, prefix_cache)
+        limit = parse_memory(swap_memory)
+        if limit is None:
+            limit = 4 * 2**30 if self.pool.device.type == "cuda" else 0
+        self._swap = SwapSpace(self.pool, cache.windows, limit)
+        self._scheduler = Scheduler(
+            self._blocks,
+            options,
+            self._swap.take if limit else None,
+            self._swap.restore,
+            self._swap.drop,
+            self._swap.compute_seconds,
+        )
+        self._loop = Loop(self._runner, self._scheduler, self._swap, _eos_tokens(model))
+        self._weights = WeightsWatch(model)
+        self._max_length = _max_length(model)
+        self._lock = threading.RLock()
+
+    # Ways to use it.
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        priority: int = 0,
+        salt: int = 0,
+        progress: bool | None = None,
+    ) -> list[Output]:
+        """Complete all prompts.
+
+        Args:
+            prompts: token ids of each, as lists or 1-D tensors.
+            sampling: one for all prompts or one for each; default greedy.
+            max_new_tokens: for all, instead of `sampling`.
+            priority: larger is served earlier.
+            salt: prompts of other salts never share cached blocks with these.
+            progress: show a bar; None = if standard error is a terminal.
+
+        Returns:
+            Outputs in the order of the prompts; with n samples, n one after the other.
+
+        Raises:
+            ValueError, TypeError: a prompt or setting is out of range, or a request could never fit
+                the pool; nothing was started.
+        """
+        settings = self._settings(prompts, sampling, max_new_tokens)
+        handles = self._submit_all(prompts, settings, priority, salt)
+        samples = sum(setting.n for setting in settings)
+        with self._cancelling(handles), progress_bar(samples, progress) as advance:
+            done = 0
+            while not all(handle.done for handle in handles):
+                self.step()
+                finished = sum(handle.num_done for handle in handles)
+                advance(finished - done, self._loop.meter.rate)
+                done = finished
+        return [output for handle in handles for output in handle.outputs]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        priority: int = 0,
+        salt: int = 0,
+    ) -> Iterator[Event]:
+        """Complete all prompts and yield every token as it comes; arguments as `generate`."""
+        settings = self._settings(prompts, sampling, max_new_tokens)
+        handles = self._submit_all(prompts, settings, priority, salt, watched=True)
+        return self._events(handles)
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        priority: int = 0,
+        salt: int = 0,
+        on_token: Callable[[Event], None] | None = None,
+    ) -> Handle:
+        """Put one prompt into the queue; it advances with every `step`.
+
+        Args:
+            prompt, sampling, max_new_tokens, priority, salt: as in `generate`.
+            on_token: called with every event of this request. What it raises comes out of the
+                `step` that was running; that step counts as done.
+        """
+        settings = self._settings([prompt], sampling, max_new_tokens)
+        return self._submit_all([prompt], settings, priority, salt, on_token=on_token)[0]
+
+    def score(
+        self,
+        prompt: Prompt,
+        completions: Sequence[Prompt],
+        top_k: int = 0,
+        *,
+        salt: int = 0,
+    ) -> list[Score]:
+        """Log-probabilities of completions of a prompt, whose blocks they share.
+
+        Args:
+            prompt: token ids, at least one.
+            completions: token ids of each, at least one.
+            top_k: report so many most likely tokens of each position, too.
+
+        Returns:
+            One `Score` for each completion.
+        """
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+            raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
+        first = self._prompt(prompt, "prompt")
+        endings = [self._prompt(c, f"completions[{i}]") for i, c in enumerate(completions)]
+        return self._score(first, endings, top_k, salt)
+
+    def step(self) -> list[Event]:
+        """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
+        with self._lock:
+            events = self._loop.step()
+        for event, listener in events:
+            if listener is not None:
+                listener(event)
+        return [event for event, _ in events]
+
+    def weights_changed(self) -> None:
+        """Forget all cached prefixes; called by itself where a change of weights is noticed."""
+        with self._lock:
+            if self._blocks.prefix_cache:
+                self._allocator.forget_prefixes()
+
+    def stats(self) -> EngineStats:
+        """What happened since the start, and where the pool's slots are now."""
+        with self._lock:
+            return self._loop.meter.stats(self._scheduler, self._allocator, self._swap)
+
+    def reset_stats(self) -> None:
+        """Start counting and timing anew."""
+        with self._lock:
+            self._loop.meter = Meter()
+
+    # Submitting.
+
+    def _settings(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | Sequence[Sampling] | None,
+        max_new_tokens: int | None,
+    ) -> list[Sampling]:
+        if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
+            raise TypeError(f"prompts must be a list of token ids each, got {prompts!r:.60}")
+        if max_new_tokens is not None:
+            if sampling is not None:
+                raise ValueError("give sampling or max_new_tokens, not both")
+            sampling = Sampling(max_new_tokens=max_new_tokens)
+        if sampling is None:
+            sampling = Sampling()
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        for setting in settings:
+            if not isinstance(setting, Sampling):
+                raise TypeError(f"sampling must be a Sampling or a list of them, got {setting!r}")
+        if len(settings) != len(prompts):
+            raise ValueError(f"sampling has {len(settings)} entries for {len(prompts)} prompts")
+        return settings
+
+    def _prompt(self, prompt: Prompt, name: str) -> Int64Array:
+        """Token ids as an array of its own."""
+        if isinstance(prompt, (str, bytes)):
+            raise TypeError(f"{name} must be token ids, got a string; use your tokenizer first")
+        array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+        if array.ndim != 1 or array.size == 0:
+            raise ValueError(
+                f"{name} must be a non-empty list of token ids, got shape {list(array.shape)}"
+            )
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers, got {array.dtype}")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self._runner.vocabulary:
+            raise ValueError(
+                f"{name} must be 0 to {self._runner.vocabulary - 1}, got {low if low < 0 else high}"
+            )
+        return array.astype(np.int64)
+
+    def _request(self, prompt: Int64Array, new_tokens: int, priority: int, salt: int) -> Request:
+        for name, value in (("priority", priority), ("salt", salt)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+        limit = len(prompt) + new_tokens
+        if self._max_length is not None and limit - 1 > self._max_length[0]:
+            raise ValueError(
+                f"a request of {len(prompt)} prompt tokens, {limit} with its output, is longer "
+                f"than the {self._max_length[0]} positions of {self._max_length[1]}"
+            )
+        return Request(prompt, limit, key=0, order=0, salt=salt, priority=priority)
+
+    def _submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        settings: Sequence[Sampling],
+        priority: int,
+        salt: int,
+        watched: bool = False,
+        on_token: Callable[[Event], None] | None = None,
+    ) -> list[Handle]:
+        """Check everything, then put everything into the queue."""
+        handles: list[Handle] = []
+        for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
+            array = self._prompt(prompt, f"prompts[{index}]")
+            handle = Handle(self)
+            for sample_index in range(setting.n):
+                request = self._request(array, setting.max_new_tokens, priority, salt)
+                self._scheduler.check(request)
+                sample = Sample(handle, request, setting, index, sample_index, on_token, watched)
+                request.owner, request.ends_at_eos = sample, not setting.ignore_eos
+                handle.samples.append(sample)
+            handles.append(handle)
+        with self._lock:
+            self._check_weights()
+            for handle in handles:
+                for sample in handle.samples:
+                    self._scheduler.submit(sample.request)
+        return handles
+
+    def _check_weights(self) -> None:
+        if self._blocks.prefix_cache and self._weights.changed():
+            self._allocator.forget_prefixes()
+
+    @contextlib.contextmanager
+    def _cancelling(self, handles: Sequence[Handle]) -> Iterator[None]:
+        """Whatever happens inside, nothing of these requests is left behind."""
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def _events(self, handles: list[Handle]) -> Iterator[Event]:
+        with self._cancelling(handles):
+            while not all(handle.done for handle in handles):
+                self.step()
+                for handle in handles:
+                    yield from handle.take_events()
+
+    def _cancel(self, sample: Sample) -> None:
+        """End a sample now; used by its handle."""
+        with self._lock:
+            if not sample.request.done:
+                self._loop.end(sample, "cancelled")
+
+    def _score(
+        self, prompt: Int64Array, endings: Sequence[Int64Array], top_k: int, salt: int
+    ) -> list[Score]:
+        """The prompt but its last token is computed once; every completion goes on from there."""
+        jobs = [ScoreJob(ending, top_k) for ending in endings]
+        for job in jobs:
+            text = np.concatenate([prompt, job.completion[:-1]])
+            job.request = self._request(text, 1, 0, salt)
+            job.request.logits_from, job.request.owner = len(prompt) - 1, job
+            self._scheduler.check(job.request)
+        with self._lock:
+            self._check_weights()
+        held = None
+        try:
+            if len(prompt) > 1:
+                held = self._compute(prompt[:-1], salt)
+            with self._lock:
+                for job in jobs:
+                    if held is not None and held.seq is not None:
+                        job.request.seq = int(self._allocator.fork([held.seq])[0])
+                        job.request.computed = len(prompt) - 1
+                    self._scheduler.submit(job.request)
+                if held is not None:
+                    self._blocks.close(held)  # the completions hold its blocks now
+            while not all(job.request.done for job in jobs):
+                self.step()
+        finally:
+            with self._lock:
+                for job in jobs:
+                    self._scheduler.finish(job.request)
+                if held is not None:
+                    self._blocks.close(held)
+        return [job.score for job in jobs]
+
+    def _compute(self, tokens: Int64Array, salt: int) -> Request:
+        """Compute keys and values of a text; the request keeps its blocks."""
+        request = self._request(tokens, 1, 0, salt)
+        request.logits_from = NO_LOGITS
+        request.owner = job = ScoreJob(tokens, 0, keep=True)
+        job.request = request
+        with self._lock:
+            self._scheduler.submit(request)
+        try:
+            while not job.ready:
+                self.step()
+        except BaseException:
+            with self._lock:
+                self._scheduler.finish(request)
+            raise
+        return request
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes for a pool whose size nobody chose."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return min(4 * 2**30, free // 4)
+
+
+def _eos_tokens(model: PreTrainedModel) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else [int(t) for t in (eos if isinstance(eos, list) else [eos])]
+
+
+def _max_length(model: PreTrainedModel) -> tuple[int, str] | None:
+    """Longest text that the model can take, and why; None = any."""
+    limits = []
+    embeddings = model.get_input_embeddings()
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for module in model.modules():
+        learned = isinstance(module, torch.nn.Embedding) and module is not embeddings
+        offset = getattr(module, "offset", 0)
+        if learned and positions is not None and module.num_embeddings == positions + offset:
+            limits.append((positions, "its learned position embeddings"))
+    scaled = longest_position(model)
+    if scaled is not None:
+        limits.append((scaled - 1, "its temperature tuning, which counts positions itself"))
+    return min(limits, default=None)

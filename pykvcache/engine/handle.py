@@ -1,0 +1,152 @@
+"""What the engine knows of a request besides its tokens: `Sample`, `ScoreJob`, and the user's
+`Handle`.
+
+Read first: sampling.py, request.py. Read next: loop.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from pykvcache.batch import Int64Array
+from pykvcache.engine.request import Request
+from pykvcache.engine.sampling import Event, LogProbs, Output, Sampling, Score
+
+Listener = Callable[[Event], None]
+
+
+class Sample:
+    """One sample of one prompt on its way.
+
+    Attributes:
+        listener: called with every event, or None.
+        watched: somebody wants its events.
+        begun: it has its first token.
+        output: set when it ends.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        request: Request,
+        setting: Sampling,
+        prompt_index: int,
+        sample_index: int,
+        listener: Listener | None,
+        watched: bool,
+    ) -> None:
+        self.handle, self.request, self.setting = handle, request, setting
+        self.prompt_index, self.sample_index = prompt_index, sample_index
+        self.listener, self.watched = listener, watched or listener is not None
+        self.begun = False
+        self.logprobs: list[LogProbs] | None = None if setting.logprobs is None else []
+        self.submitted = time.perf_counter()
+        self.first_step = self.first_token = 0.0
+        self.output: Output | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its tokens need nothing but an argmax once it has begun."""
+        setting = self.setting
+        return (
+            setting.greedy
+            and not self.watched
+            and not setting.stop
+            and not setting.processors
+            and setting.logprobs is None
+            and setting.repetition_penalty == 1.0
+            and setting.min_new_tokens <= 1
+        )
+
+    def stops(self, tokens: Int64Array) -> bool:
+        """Whether the output so far ends with one of the stop sequences."""
+        return any(
+            len(tokens) >= len(stop) and tuple(tokens[-len(stop) :].tolist()) == stop
+            for stop in self.setting.stop
+        )
+
+    def end(self, tokens: Int64Array, reason: str) -> Output:
+        """Make the output from prompt and output tokens."""
+        now, request = time.perf_counter(), self.request
+        self.output = Output(
+            self.prompt_index,
+            self.sample_index,
+            tokens[len(request.prompt) :].tolist(),
+            self.logprobs,
+            reason,
+            len(request.prompt),
+            min(request.cached, len(request.prompt)),
+            request.preemptions,
+            (self.first_step or now) - self.submitted,
+            (self.first_token or now) - self.submitted,
+            now - self.submitted,
+        )
+        return self.output
+
+
+class ScoreJob:
+    """A completion whose tokens are known, or a text that is only computed.
+
+    Attributes:
+        request: its logits from the prompt's last token on are those of the completion.
+        keep: the request keeps its blocks when everything is computed; `ready` says that it is.
+    """
+
+    request: Request
+
+    def __init__(self, completion: Int64Array, top_k: int, keep: bool = False) -> None:
+        self.completion, self.top_k, self.keep = completion, top_k, keep
+        self.score = Score([])
+        self.ready = False
+
+
+class _Canceller(Protocol):
+    def step(self) -> list[Event]: ...
+
+    def _cancel(self, sample: Sample) -> None: ...
+
+
+class Handle:
+    """A prompt that was submitted, with all its samples."""
+
+    def __init__(self, engine: _Canceller) -> None:
+        self._engine = engine
+        self._events: list[Event] = []
+        self.samples: list[Sample] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether every sample has ended."""
+        return all(sample.output is not None for sample in self.samples)
+
+    @property
+    def num_done(self) -> int:
+        """Samples that have ended."""
+        return sum(sample.output is not None for sample in self.samples)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """Of the samples that have ended."""
+        return [sample.output for sample in self.samples if sample.output is not None]
+
+    def cancel(self) -> None:
+        """End what has not ended; its blocks are given back at once."""
+        for sample in self.samples:
+            self._engine._cancel(sample)
+
+    def result(self) -> list[Output]:
+        """Run the engine until this is done; one output a sample."""
+        while not self.done:
+            self._engine.step()
+        return self.outputs
+
+    def take_events(self) -> Iterator[Event]:
+        """Events since the last call."""
+        events, self._events = self._events, []
+        yield from events
+
+    def put_event(self, event: Event) -> None:
+        """Used by the engine."""
+        self._events.append(event)

@@ -1,0 +1,237 @@
+"""One step of the engine: plan, forward, choose tokens, settle.
+
+Rows that are plain (greedy, and nobody watches) are settled as arrays; Python looks at the others,
+at rows that get their first token, and at rows that end.
+
+Read first: scheduler.py, runner.py, sampler.py, handle.py. Read next: engine.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pykvcache.batch import Int64Array
+from pykvcache.engine.handle import Listener, Sample, ScoreJob
+from pykvcache.engine.request import BoolArray, Request
+from pykvcache.engine.runner import ModelRunner
+from pykvcache.engine.sampler import Sampler, likeliest, log_probs
+from pykvcache.engine.sampling import Event, LogProbs
+from pykvcache.engine.scheduler import Scheduler, Step
+from pykvcache.engine.stats import Meter
+from pykvcache.engine.swap import SwapSpace
+
+Heard = list[tuple[Event, Listener | None]]
+
+
+class Loop:
+    """Runs steps; not locked, `Engine` does that.
+
+    Args:
+        runner: the model.
+        scheduler: the requests.
+        swap: learns how fast prompts are computed.
+        eos: end-of-text tokens.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, scheduler: Scheduler, swap: SwapSpace, eos: Sequence[int]
+    ) -> None:
+        self.runner, self.scheduler, self.swap = runner, scheduler, swap
+        self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
+        self.meter = Meter()
+        self._eos = np.array(eos, np.int64)
+        self._sampler = Sampler(eos)
+
+    def step(self) -> Heard:
+        """Run one step; returns the events of watched samples."""
+        started = time.perf_counter()
+        step = self.scheduler.plan()
+        if step is None:
+            return []
+        try:
+            ids = self.lanes.ids(step.lanes, step.starts, step.counts)
+            with torch.inference_mode():
+                logits = self.runner.run(step, ids)
+                heard = self._settle(step, ids, logits, started)
+        except BaseException:
+            self.scheduler.undo(step)
+            raise
+        seconds = time.perf_counter() - started
+        prompts = step.counts > 1
+        if prompts.any():
+            self.swap.observe(int(step.counts.sum()), seconds)
+        self.meter.step(len(step.lanes), step.num_tokens, seconds)
+        return heard
+
+    def end(self, sample: Sample, reason: str) -> Event | None:
+        """The sample ends, wherever it is; its blocks are given back. Returns its last event."""
+        request = sample.request
+        tokens = request.tokens
+        if request.lane >= 0:
+            tokens = self.lanes.tokens[request.lane, : self.lanes.known[request.lane]]
+            tokens = tokens.astype(np.int64)
+        self.scheduler.finish(request)
+        output = sample.end(tokens, reason)
+        self.meter.finished(output)
+        if not sample.watched or reason != "cancelled":
+            return None
+        event = Event(sample.prompt_index, sample.sample_index, None, None, output)
+        sample.handle.put_event(event)
+        return event
+
+    def _settle(self, step: Step, ids: Int64Array, logits: Tensor, started: float) -> Heard:
+        lanes = self.lanes
+        self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
+        scored = lanes.logits_from[step.lanes] >= 0
+        if scored.any():
+            logits = self._settle_scores(step, scored, logits)
+        rows = step.lanes[(step.wanted > 0) & ~scored]
+        if not len(rows):
+            return []
+        plain = lanes.plain[rows]
+        if plain.all():
+            self._settle_plain(rows, likeliest(logits))
+            return []
+        others = np.flatnonzero(~plain)
+        if plain.any():
+            self._settle_plain(rows[plain], likeliest(logits[np.flatnonzero(plain)]))
+            logits = logits[others]
+        return self._settle_samples(rows[others], logits, started)
+
+    def _settle_plain(self, rows: Int64Array, tokens: Int64Array) -> None:
+        """Take the next tokens of lanes [R] whose samples nobody watches."""
+        lanes = self.lanes
+        lanes.append(rows, tokens)
+        full = lanes.known[rows] >= lanes.limit[rows]
+        eos = np.isin(tokens, self._eos) & lanes.ends_at_eos[rows]
+        for i in np.flatnonzero(full | eos).tolist():
+            request = lanes.requests[rows[i]]
+            assert request is not None
+            self.end(request.owner, "eos" if eos[i] else "length")
+
+    def _settle_samples(self, rows: Int64Array, logits: Tensor, started: float) -> Heard:
+        """The same for lanes whose samples need a look, and for those that wait for their prompt."""
+        samples: list[Sample] = []
+        texts: list[Int64Array] = []
+        sources: list[int] = []
+        for i, lane in enumerate(rows.tolist()):
+            request = self.lanes.requests[lane]
+            assert request is not None
+            sharing = [request]
+            if not request.owner.begun:
+                sharing += self.blocks.prompt_computed(request)
+            for one in sharing:
+                samples.append(one.owner)
+                sources.append(i)
+                texts.append(self._text(one))
+        if len(sources) > len(rows):
+            logits = logits[torch.tensor(sources, device=logits.device)]
+        tokens = self._sampler.choose(
+            logits,
+            [sample.setting for sample in samples],
+            [sample.sample_index for sample in samples],
+            [len(text) - len(s.request.prompt) for s, text in zip(samples, texts, strict=True)],
+            texts.__getitem__,
+        )
+        numbers = self._log_probs(samples, logits, tokens)
+        now, heard = time.perf_counter(), []
+        for sample, text, token, logs in zip(samples, texts, tokens.tolist(), numbers, strict=True):
+            if not sample.begun:
+                sample.begun, sample.first_token = True, now
+                sample.first_step = sample.first_step or started
+                sample.request.plain = sample.is_plain
+            heard += self._take(sample, text, token, logs)
+        return heard
+
+    def _text(self, request: Request) -> Int64Array:
+        if request.lane < 0:
+            return request.tokens
+        known = self.lanes.known[request.lane]
+        return self.lanes.tokens[request.lane, :known].astype(np.int64)
+
+    def _log_probs(
+        self, samples: Sequence[Sample], logits: Tensor, tokens: Int64Array
+    ) -> list[LogProbs | None]:
+        """What each sample asked to know of its new token."""
+        wanted = [i for i, sample in enumerate(samples) if sample.setting.logprobs is not None]
+        numbers: list[LogProbs | None] = [None] * len(samples)
+        if wanted:
+            most = max(samples[i].setting.logprobs or 0 for i in wanted)
+            chosen, top = log_probs(logits[wanted], tokens[wanted], most)
+            for i, own, best in zip(wanted, chosen, top, strict=True):
+                kept = list(best.items())[: samples[i].setting.logprobs]
+                numbers[i] = {int(tokens[i]): own, **dict(kept)}
+        return numbers
+
+    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> Heard:
+        """Give a sample its next token, and end it if that was the last."""
+        request = sample.request
+        if request.lane >= 0:
+            self.lanes.append(np.array([request.lane]), np.array([token]))
+            self.lanes.plain[request.lane] = request.plain
+        else:
+            request.tokens = np.append(text, token)
+        if sample.logprobs is not None and logs is not None:
+            sample.logprobs.append(logs)
+        output = None
+        reason = self._reason(sample, np.append(text, token))
+        if reason is not None:
+            self.end(sample, reason)
+            output = sample.output
+        if not sample.watched:
+            return []
+        event = Event(sample.prompt_index, sample.sample_index, token, logs, output)
+        sample.handle.put_event(event)
+        return [(event, sample.listener)]
+
+    def _reason(self, sample: Sample, text: Int64Array) -> str | None:
+        """Why a sample with this text ends, or None."""
+        if sample.request.ends_at_eos and text[-1] in self._eos:
+            return "eos"
+        if sample.setting.stop and sample.stops(text[len(sample.request.prompt) :]):
+            return "stop"
+        return "length" if len(text) >= sample.request.limit else None
+
+    # Scores.
+
+    def _settle_scores(self, step: Step, scored: BoolArray, logits: Tensor) -> Tensor:
+        """Take the logits of rows that are scored; returns those of the other rows."""
+        lanes = self.lanes
+        ends = step.wanted.cumsum()
+        others: list[int] = []
+        for i, lane in enumerate(step.lanes.tolist()):
+            begin, end = int(ends[i] - step.wanted[i]), int(ends[i])
+            if not scored[i]:
+                others += range(begin, end)
+                continue
+            request = lanes.requests[lane]
+            assert request is not None
+            job: ScoreJob = request.owner
+            if end > begin:
+                self._score(job, logits[begin:end])
+                request.logits_from += end - begin  # not again after a preemption
+                lanes.logits_from[lane] = request.logits_from
+            if lanes.computed[lane] >= lanes.known[lane]:
+                self._end_score(job, request)
+        return logits[others]
+
+    def _score(self, job: ScoreJob, logits: Tensor) -> None:
+        """The next logits [n, V] of a completion."""
+        done = len(job.score.logprobs)
+        tokens = job.completion[done : done + len(logits)]
+        chosen, top = log_probs(logits, tokens, job.top_k)
+        job.score.logprobs += chosen
+        if job.top_k:
+            job.score.top += top
+
+    def _end_score(self, job: ScoreJob, request: Request) -> None:
+        if not job.keep:
+            self.scheduler.finish(request)
+            return
+        job.ready = True
+        self.scheduler.retire(request)

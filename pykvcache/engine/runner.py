@@ -1,0 +1,196 @@
+"""The packed forward of an unmodified transformers model.
+
+All rows of a step go through the model as one sequence [1, T] with position ids; each attends to
+its own blocks. Logits are computed only where the step wants them.
+
+Read first: pykvcache/hf/packed.py, scheduler.py. Read next: engine.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from pykvcache.batch import Batch, Int64Array
+from pykvcache.engine.request import ranges
+from pykvcache.engine.scheduler import Step
+from pykvcache.hf.packed import PackedCache, packed_attention, register
+from pykvcache.metadata import AttentionMetadata
+
+PROBE_LENGTHS = (5, 3)
+SAME_DIRECTION = 0.95  # cosine of logits; rounding stays far above, a wrong mask far below
+
+
+class ModelRunner:
+    """Runs steps of a model over blocks.
+
+    Args:
+        model: a decoder-only causal LM; its weights are used as they are, nothing is copied.
+        settings: arguments of `KVPool` but the layers.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: the model cannot be packed; the message says why.
+    """
+
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        check_packable(model)
+        register()
+        self.model, self.device = model, model.device
+        self.cache = PackedCache(model, **settings)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._revision, self._batch = -1, None
+        self._metadata: list[AttentionMetadata] = []
+        with torch.inference_mode():
+            self._probe()
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the embedding knows."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    def copy_blocks(self, copies: list[Int64Array]) -> None:
+        """Copy blocks before a step writes: per group int64 [N, 2] of (source, target)."""
+        for group, pairs in enumerate(copies):
+            if len(pairs):
+                self.cache.pool.copy_blocks(group, torch.from_numpy(pairs))
+
+    def run(self, step: Step, ids: Int64Array) -> Tensor:
+        """Compute a step: ids int64 [T], row by row. Returns the wanted logits, [sum(wanted), V].
+
+        Keys and values of all its tokens are in their blocks afterwards.
+        """
+        starts, counts, wanted = step.starts, step.counts, step.wanted
+        is_decode = len(ids) == len(counts)
+        positions = starts if is_decode else ranges(starts, counts)
+        rows = None
+        if wanted.sum() < len(ids):
+            rows = ranges(counts.cumsum() - wanted, wanted)
+        self.copy_blocks(step.copies)
+        self._bind(step.batch)
+        self.cache.begin(self._metadata, int((starts + counts).sum()))
+        return self._forward(ids, positions, rows)
+
+    def _forward(self, ids: Int64Array, positions: Int64Array, rows: Int64Array | None) -> Tensor:
+        kwargs: dict[str, Any] = {}
+        keep = None if rows is None else torch.from_numpy(rows).to(self.device)
+        if keep is not None and self._keeps:
+            kwargs["logits_to_keep"] = keep
+        with packed_attention(self.model) as eager:
+            out = self.model(
+                input_ids=torch.from_numpy(ids)[None].to(self.device),
+                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                attention_mask=self.cache.mask(self.model.dtype, eager),
+                past_key_values=self.cache,
+                use_cache=True,
+                **kwargs,
+            )
+        logits: Tensor = out.logits[0]
+        return logits if keep is None or self._keeps else logits[keep]
+
+    def _bind(self, batch: Batch) -> None:
+        """Metadata over the arrays of a batch; on a CPU they are shared, not copied."""
+        if (
+            batch is not self._batch
+            or batch.revision != self._revision
+            or self.device.type != "cpu"
+        ):
+            seq_lens = torch.from_numpy(batch.seq_lens).to(self.device)
+            cu_seqlens_q = torch.from_numpy(batch.cu_seqlens_q).to(self.device)
+            self._metadata = [
+                AttentionMetadata(
+                    torch.from_numpy(table).to(self.device),
+                    seq_lens,
+                    cu_seqlens_q,
+                    batch.max_seqlen_q,
+                    torch.from_numpy(slots).to(self.device),
+                )
+                for table, slots in zip(batch.block_tables, batch.slot_mappings, strict=True)
+            ]
+            self._batch, self._revision = batch, batch.revision
+        for metadata in self._metadata:
+            metadata.max_seqlen_q = batch.max_seqlen_q
+
+    def _probe(self) -> None:
+        """Open the pool, and see that a packed forward gives what single ones give.
+
+        The model runs twice on a few tokens: as it is, which also tells the shapes of its keys, and
+        packed. A model whose code looks at positions or neighbours of its own accord fails here.
+        """
+        prompts = [np.arange(1, n + 1, dtype=np.int64) % self.vocabulary for n in PROBE_LENGTHS]
+        expected, shapes = [], []
+        for prompt in prompts:
+            stock = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+            out = self.model(
+                input_ids=torch.from_numpy(prompt)[None].to(self.device),
+                past_key_values=stock,
+                use_cache=True,
+            )
+            expected.append(out.logits[0, -1].float())
+            paged = [stock.layers[index] for index in self.cache.paged]
+            shapes = [(layer.keys, layer.values) for layer in paged]
+        if any(k is None or k.dim() != 4 or v.dim() != 4 for k, v in shapes):
+            raise ValueError(f"{self._name} cannot be packed: a layer caches nothing")
+        self.cache.open(shapes)
+        allocator = self.cache.pool.allocator
+        assert allocator is not None
+        lengths = np.array(PROBE_LENGTHS, np.int64)
+        seqs = allocator.allocate([0] * len(lengths))
+        try:
+            batch = allocator.batch(seqs, windows=self.cache.windows, chunks=self.cache.chunks)
+            copies = batch.step(lengths)
+            step = Step(seqs, 0 * lengths, lengths, np.ones_like(lengths), batch, copies)
+            packed = self.run(step, np.concatenate(prompts)).float()
+        finally:
+            allocator.free(seqs)
+        cosine = torch.nn.functional.cosine_similarity(packed, torch.stack(expected))
+        if not bool((cosine > SAME_DIRECTION).all()):
+            raise ValueError(
+                f"{self._name} cannot be packed: its logits change when requests share a forward "
+                f"(cosine {float(cosine.min()):.2f})"
+            )
+
+    @property
+    def _name(self) -> str:
+        return type(self.model).__name__
+
+
+def check_packable(model: Any) -> None:
+    """Raise unless requests can go through the model as one packed sequence.
+
+    Raises:
+        TypeError: not a transformers model. ValueError: it cannot; the message says why.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    name = type(model).__name__
+    reason = None
+    if model.config.is_encoder_decoder:
+        reason = "it has an encoder"
+    elif not model.can_generate():
+        reason = "it does not generate"
+    elif not model._can_set_attn_implementation():
+        reason = "its attention is its own code, not an implementation that can be chosen"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        reason = "its forward takes no position_ids"
+    if reason is not None:
+        raise ValueError(f"{name} cannot be packed: {reason}")
+
+
+def longest_position(model: PreTrainedModel) -> int | None:
+    """Positions from which on a packed forward would differ; None = none.
+
+    Llama 4 scales queries by positions that it counts itself, from `floor_scale` on.
+    """
+    scales = [
+        int(module.floor_scale)
+        for module in model.modules()
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
+    ]
+    return min(scales, default=None)  # type: ignore[arg-type]

@@ -1,0 +1,412 @@
+"""The scheduler: which requests take part in the next step, and with how many tokens each.
+
+Every step runs all requests that generate (one token each) and fills what is left of the token
+budget with chunks of prompts, first those that began, then new ones. When blocks run out, requests
+are preempted: their blocks are given back, and they wait again for their turn.
+
+Requests stand in one queue for everything: by arrival, where a priority of p overtakes what came up
+to p * `patience` requests earlier. So nobody waits for ever, and the first of the queue is never
+preempted for others, so it always ends. No tensor is seen here.
+
+Read first: request.py, blocks.py. Read next: engine.py.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from pykvcache.batch import Batch, Int64Array
+from pykvcache.cache import check_positive
+from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.request import Lanes, Request
+from pykvcache.errors import OutOfBlocks
+
+
+@dataclass(frozen=True)
+class Options:
+    """Limits of the scheduler.
+
+    Attributes:
+        token_budget: most tokens of a step.
+        max_running: most requests that have blocks and take part in steps.
+        head_room: share of the pool that stays free for running requests when one is admitted.
+        patience: arrivals that one unit of priority overtakes.
+    """
+
+    token_budget: int = 2048
+    max_running: int = 256
+    head_room: float = 0.05
+    patience: int = 1000
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError when a limit is out of range; the message names it."""
+        for name in ("token_budget", "max_running", "patience"):
+            check_positive(name, getattr(self, name))
+        if not 0 <= self.head_room < 1:
+            raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")
+
+
+@dataclass(frozen=True)
+class Preemption:
+    """One entry of the log: who lost its blocks, in which step, and what that costs.
+
+    `tokens` had been computed; `method` is "recompute" or "swap", `seconds` the estimated cost.
+    """
+
+    order: int
+    step: int
+    tokens: int
+    method: str
+    seconds: float
+
+
+@dataclass
+class Step:
+    """What the next forward computes; row i is lanes[i].
+
+    Attributes:
+        lanes, starts, counts: int64 [B]; row i computes counts[i] tokens from position starts[i].
+        wanted: int64 [B], how many of a row's last tokens in this step give wanted logits.
+        batch: its metadata arrays: block tables, slots, lengths.
+        copies: per layer group int64 [N, 2], blocks to copy before anything is written.
+    """
+
+    lanes: Int64Array
+    starts: Int64Array
+    counts: Int64Array
+    wanted: Int64Array
+    batch: Batch
+    copies: list[Int64Array]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows."""
+        return int(self.counts.sum())
+
+
+SwapOut = Callable[[Request], bool]
+Cost = Callable[[int], float]
+
+
+class Scheduler:
+    """See the module. Every method leaves queue, lanes and blocks consistent, also if it raises.
+
+    Args:
+        blocks: where requests get their blocks.
+        options: limits.
+        swap_out: moves the blocks of a request to host memory if that is cheaper than computing
+            them again; returns whether it did. The request has given its blocks back either way.
+        swap_in: the reverse, before the request is placed; raises OutOfBlocks.
+        drop_swapped: forgets what was moved there.
+        cost: estimated seconds to compute so many tokens again.
+    """
+
+    def __init__(
+        self,
+        blocks: RequestBlocks,
+        options: Options,
+        swap_out: SwapOut | None = None,
+        swap_in: Callable[[Request], None] | None = None,
+        drop_swapped: Callable[[Request], None] | None = None,
+        cost: Cost = float,
+    ) -> None:
+        self.blocks, self.options = blocks, options
+        self.lanes = Lanes(options.max_running)
+        self.preemptions: deque[Preemption] = deque(maxlen=1000)
+        self.num_preemptions = self.recomputed_tokens = self.steps = 0
+        self._swap_out, self._swap_in, self._cost = swap_out, swap_in, cost
+        self._drop_swapped = drop_swapped
+        self._waiting: list[tuple[int, int, Request]] = []
+        self._num_waiting = self._arrivals = 0
+        self._allocator = blocks.allocator
+        self._batch: Batch | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no lane."""
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a lane."""
+        return len(self.lanes.active)
+
+    def check(self, request: Request) -> None:
+        """Refuse what could not even run alone.
+
+        Raises:
+            ValueError: the message has the numbers.
+        """
+        stored = request.limit - 1  # the newest token is not computed before the next is wanted
+        needed = self.blocks.needed(max(stored, 1))
+        if needed > self._allocator.num_blocks:
+            raise ValueError(
+                f"a request of {len(request.prompt)} prompt tokens, {request.limit} with its output, "
+                f"needs {needed} blocks but the pool has {self._allocator.num_blocks}"
+            )
+
+    def submit(self, request: Request) -> None:
+        """Put a new request into the queue; it was checked."""
+        self._arrivals += 1
+        request.key = self._arrivals - request.priority * self.options.patience
+        request.order = self._arrivals
+        self.blocks.enqueue(request)
+        self._push(request)
+
+    def finish(self, request: Request) -> None:
+        """The request ends, wherever it is; its blocks are given back."""
+        if request.done:
+            return
+        if request.lane >= 0:
+            self.lanes.remove(request.lane)
+        else:
+            self._num_waiting -= 1  # its entry in the queue is dropped when it comes up
+        request.done = True
+        if request.swapped is not None and self._drop_swapped is not None:
+            self._drop_swapped(request)
+        self.blocks.leave(request)
+
+    def retire(self, request: Request) -> None:
+        """A running request ends but keeps its blocks, until `blocks.close`."""
+        self.lanes.remove(request.lane)
+        request.done = True
+
+    def plan(self) -> Step | None:
+        """Choose the next step and take its blocks; None when there is nothing to do.
+
+        The rows count as computed from here on: run the step, or `undo` it.
+        """
+        self.steps += 1
+        lanes, counts = self._choose()
+        while len(lanes):
+            step = self._take_blocks(lanes, counts)
+            if step is not None:
+                return step
+            lanes, counts = self._with_less(lanes, counts)
+        return None
+
+    def undo(self, step: Step) -> None:
+        """The step failed: its requests wait again, as if preempted, in their old order."""
+        for lane in step.lanes.tolist():
+            request = self.lanes.requests[lane]
+            if request is not None:
+                self._requeue(request)
+
+    def preempt(self, request: Request) -> None:
+        """Take the blocks of a running request; it waits for its next turn."""
+        tokens = int(self.lanes.computed[request.lane])
+        seconds = self._cost(tokens)
+        self.lanes.remove(request.lane)
+        swapped = self._swap_out is not None and self._swap_out(request)
+        if not swapped:
+            self.recomputed_tokens += tokens
+            self.blocks.close(request)
+        request.preemptions += 1
+        self.num_preemptions += 1
+        method = "swap" if swapped else "recompute"
+        self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
+        self._push(request)
+
+    def _requeue(self, request: Request) -> None:
+        self.lanes.remove(request.lane)
+        self.blocks.close(request)
+        self._push(request)
+
+    def _push(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.key, request.order, request))
+        self._num_waiting += 1
+
+    # Choosing rows.
+
+    def _choose(self) -> tuple[Int64Array, Int64Array]:
+        """Lanes and token counts of a step that fits the budget, and by estimate the pool."""
+        lanes, budget = self.lanes, self.options.token_budget
+        active = lanes.active
+        left = lanes.known[active] - lanes.computed[active]
+        decoding = active[left == 1]
+        if len(decoding) > budget:  # in turns
+            decoding = decoding[np.argsort(lanes.last_step[decoding], kind="stable")[:budget]]
+        budget -= len(decoding)
+        size = self._allocator.block_size
+        opened = int((lanes.computed[decoding] % size == 0).sum()) * self.blocks.groups
+        free = self._allocator.num_free - opened
+        chunks: list[tuple[int, int]] = []
+        for lane in active[left > 1].tolist():
+            count, free = self._chunk(lane, budget, free, bool(chunks or len(decoding)))
+            budget -= count
+            if count:
+                chunks.append((lane, count))
+        promised = self._promised(active[left > 1])
+        self._admit(chunks, budget, free, promised - self._growth(chunks))
+        rows = np.array([lane for lane, _ in chunks], np.int64)
+        counts = np.array([count for _, count in chunks], np.int64)
+        ones = np.ones(len(decoding), np.int64)
+        return np.concatenate([decoding, rows]), np.concatenate([ones, counts])
+
+    def _chunk(self, lane: int, budget: int, free: int, others: bool) -> tuple[int, int]:
+        """Tokens of a prompt to compute now, and the blocks free after that."""
+        lanes = self.lanes
+        computed = int(lanes.computed[lane])
+        count = min(int(lanes.known[lane]) - computed, budget)
+        if count <= 0:
+            return 0, free
+        slack = -computed % self._allocator.block_size
+        room = slack + max(free, 0) // self.blocks.groups * self._allocator.block_size
+        if not others:
+            room = max(room, 1)  # the allocator has the last word: blocks may leave a window
+        count = min(count, room)
+        return count, free - self.blocks.growth(computed, count)
+
+    def _promised(self, prefilling: Int64Array) -> int:
+        """Blocks that prompts which have begun will still take."""
+        lanes = self.lanes
+        pairs = zip(
+            lanes.computed[prefilling].tolist(), lanes.known[prefilling].tolist(), strict=True
+        )
+        return sum(self.blocks.growth(computed, known - computed) for computed, known in pairs)
+
+    def _growth(self, chunks: list[tuple[int, int]]) -> int:
+        computed = self.lanes.computed
+        return sum(self.blocks.growth(int(computed[lane]), count) for lane, count in chunks)
+
+    def _admit(self, chunks: list[tuple[int, int]], budget: int, free: int, promised: int) -> None:
+        """Start waiting requests while budget, lanes and blocks allow; appends their chunks.
+
+        A request whose prompt another one computes right now lets those behind it pass; one that
+        finds no blocks does not.
+        """
+        held_back: list[tuple[int, int, Request]] = []
+        head_room = int(self.options.head_room * self._allocator.num_blocks)
+        while self._waiting and budget > 0 and self.lanes.num_free:
+            entry = heapq.heappop(self._waiting)
+            request = entry[2]
+            if request.done:
+                continue
+            if not self.blocks.may_open(request):
+                held_back.append(entry)
+                continue
+            alone = self.num_running == 0
+            before = self._allocator.num_free
+            if not self._start(request, free - promised - (0 if alone else head_room), alone):
+                held_back.append(entry)
+                break
+            free -= before - self._allocator.num_free
+            left = len(request.tokens) - request.computed
+            count, free = self._chunk(request.lane, budget, free, not alone)
+            budget -= count
+            promised += self.blocks.growth(request.computed + count, left - count)
+            if count:
+                chunks.append((request.lane, count))
+        for entry in held_back:
+            heapq.heappush(self._waiting, entry)
+
+    def _start(self, request: Request, room: int, alone: bool) -> bool:
+        """Place a request if `room` blocks are enough for all its tokens, or if it is alone."""
+        before, held = self._allocator.num_free, request.seq is not None
+        if request.swapped is not None:
+            if self.blocks.needed(len(request.tokens)) > room and not alone:
+                return False
+            assert self._swap_in is not None
+            try:
+                self._swap_in(request)
+            except OutOfBlocks:
+                if not alone:
+                    return False
+                assert self._drop_swapped is not None
+                self._drop_swapped(request)  # others hold blocks and wait: compute it again
+        self.blocks.open(request)  # cached blocks that it takes are no longer free
+        room -= before - self._allocator.num_free
+        while self._still_needed(request) > room:
+            free = self._allocator.num_free
+            if not alone:
+                if not held:
+                    self.blocks.close(request)
+                return False
+            if not self._drop_holder(request):
+                break
+            room += self._allocator.num_free - free
+        if request.preemptions == 0:
+            request.cached = request.computed
+        self._num_waiting -= 1
+        self.lanes.place(request)
+        return True
+
+    def _still_needed(self, request: Request) -> int:
+        """Blocks to take until all known tokens of a request are computed."""
+        tokens, computed = len(request.tokens), request.computed
+        return min(self.blocks.growth(computed, tokens - computed), self.blocks.needed(tokens))
+
+    # Taking blocks.
+
+    def _take_blocks(self, lanes: Int64Array, counts: Int64Array) -> Step | None:
+        """Grow the rows' sequences; None when the pool has not enough blocks."""
+        seqs = self.lanes.seqs[lanes]
+        if self._batch is None:
+            windows, chunks = self.blocks.windows, self.blocks.chunks
+            self._batch = self._allocator.batch(seqs, windows=windows, chunks=chunks)
+        elif not np.array_equal(seqs, self._batch.seqs):
+            self._batch.bind(seqs)
+        try:
+            copies = self._batch.step(counts)
+        except OutOfBlocks:
+            return None
+        table = self.lanes
+        starts = table.computed[lanes]
+        table.computed[lanes] += counts
+        table.last_step[lanes] = self.steps
+        ends, known, first = table.computed[lanes], table.known[lanes], table.logits_from[lanes]
+        first = np.where(first < 0, known - 1, first)
+        wanted = np.clip(ends - np.maximum(first, starts), 0, None)
+        return Step(lanes, starts, counts, wanted, self._batch, copies)
+
+    def _with_less(self, lanes: Int64Array, counts: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """A smaller step, after the pool turned out to be too full for this one."""
+        chunked = counts > 1
+        if chunked.any() and len(lanes) > 1:  # prompts can wait
+            keep = np.ones(len(lanes), bool)
+            keep[np.flatnonzero(chunked)[-1]] = False
+            return lanes[keep], counts[keep]
+        victim = self._victim()
+        if victim is not None:
+            keep = lanes != victim.lane
+            self.preempt(victim)
+            return lanes[keep], counts[keep]
+        if self._drop_holder():
+            return lanes, counts
+        if counts[0] > 1:
+            return lanes, np.maximum(counts // 2, 1)
+        raise OutOfBlocks(
+            f"the first request cannot get a block: {self._allocator.num_free} of "
+            f"{self._allocator.num_blocks} are free and nothing can be preempted",
+            1,
+            self._allocator.num_free,
+            self._allocator.num_blocks,
+        )
+
+    def _victim(self) -> Request | None:
+        """The request that is cheapest to preempt among those of the lowest priority.
+
+        Never the first of the queue.
+        """
+        candidates = self.lanes.active[1:]
+        if not len(candidates):
+            return None
+        requests = [r for r in (self.lanes.requests[i] for i in candidates.tolist()) if r]
+        return min(
+            requests,
+            key=lambda r: (r.priority, self._cost(int(self.lanes.computed[r.lane])), -r.order),
+        )
+
+    def _drop_holder(self, but: Request | None = None) -> bool:
+        """Take the blocks of a waiting request that shares those of a finished prompt."""
+        waiting = [entry[2] for entry in self._waiting if entry[2] is not but]
+        holders = [r for r in waiting if r.seq is not None and not r.done]
+        if not holders:
+            return False
+        self.blocks.close(max(holders, key=lambda request: request.key))
+        return True

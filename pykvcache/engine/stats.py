@@ -1,0 +1,152 @@
+"""Counts and times of an engine: `EngineStats`, and the `Meter` that keeps them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pykvcache.allocator import BlockAllocator
+from pykvcache.engine.sampling import Output
+from pykvcache.pool_stats import PoolStats
+
+if TYPE_CHECKING:
+    from pykvcache.engine.scheduler import Preemption, Scheduler
+    from pykvcache.engine.swap import SwapSpace
+
+KEPT = 10_000  # newest steps and outputs that times are taken from
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: mean, median, 99th percentile and largest of the newest 10,000; 0 without any."""
+
+    mean: float = 0.0
+    p50: float = 0.0
+    p99: float = 0.0
+    max: float = 0.0
+
+    @classmethod
+    def of(cls, seconds: deque[float]) -> Times:
+        """Of a list of durations."""
+        if not seconds:
+            return cls()
+        array = np.array(seconds)
+        p50, p99 = np.percentile(array, [50, 99])
+        return cls(float(array.mean()), float(p50), float(p99), float(array.max()))
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A moment of an engine.
+
+    Attributes:
+        pool: where the slots are now; `pool.percent()` sums to 100 %.
+        hit_rate: share of prompt tokens, of ended samples, that were not computed for them.
+        preemptions: how often blocks of a request were taken away.
+        recomputed_tokens: tokens lost to that.
+        preemption_log: the newest 1,000.
+        swapped_bytes, peak_swapped_bytes: in host memory.
+        waiting, running: requests now.
+        steps, step_time: of forwards.
+        mean_rows: rows a step.
+        finished, cancelled: samples.
+        prompt_tokens, output_tokens: of ended samples.
+        tokens_per_second: output tokens over the time in which steps ran.
+        queue_time, time_to_first_token, time_between_tokens: of ended samples.
+    """
+
+    pool: PoolStats
+    hit_rate: float
+    preemptions: int
+    recomputed_tokens: int
+    preemption_log: tuple[Preemption, ...]
+    swapped_bytes: int
+    peak_swapped_bytes: int
+    waiting: int
+    running: int
+    steps: int
+    step_time: Times
+    mean_rows: float
+    finished: int
+    cancelled: int
+    prompt_tokens: int
+    output_tokens: int
+    tokens_per_second: float
+    queue_time: Times
+    time_to_first_token: Times
+    time_between_tokens: Times
+
+
+class Meter:
+    """Adds up what the engine reports."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._steps = self._rows = self._tokens = 0
+        self._busy = 0.0
+        self._finished = self._cancelled = 0
+        self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._step_times: deque[float] = deque(maxlen=KEPT)
+        self._queued: deque[float] = deque(maxlen=KEPT)
+        self._first: deque[float] = deque(maxlen=KEPT)
+        self._between: deque[float] = deque(maxlen=KEPT)
+
+    @property
+    def rate(self) -> float:
+        """Tokens computed a second, prompts included."""
+        return self._tokens / self._busy if self._busy else 0.0
+
+    def step(self, rows: int, tokens: int, seconds: float) -> None:
+        """A step ran."""
+        self._steps += 1
+        self._rows += rows
+        self._tokens += tokens
+        self._busy += seconds
+        self._step_times.append(seconds)
+
+    def finished(self, output: Output) -> None:
+        """A sample ended."""
+        if output.finish_reason == "cancelled":
+            self._cancelled += 1
+        else:
+            self._finished += 1
+        count = len(output.token_ids)
+        self._prompt_tokens += output.prompt_tokens
+        self._cached_tokens += output.cached_tokens
+        self._output_tokens += count
+        self._queued.append(output.queued)
+        if count:
+            self._first.append(output.first_token)
+        if count > 1:
+            self._between.append((output.total - output.first_token) / (count - 1))
+
+    def stats(
+        self, scheduler: Scheduler, allocator: BlockAllocator, swap: SwapSpace
+    ) -> EngineStats:
+        """The sums, with what the others know."""
+        return EngineStats(
+            allocator.stats(),
+            self._cached_tokens / self._prompt_tokens if self._prompt_tokens else 0.0,
+            scheduler.num_preemptions,
+            scheduler.recomputed_tokens,
+            tuple(scheduler.preemptions),
+            swap.used,
+            swap.peak,
+            scheduler.num_waiting,
+            scheduler.num_running,
+            self._steps,
+            Times.of(self._step_times),
+            self._rows / self._steps if self._steps else 0.0,
+            self._finished,
+            self._cancelled,
+            self._prompt_tokens,
+            self._output_tokens,
+            self._output_tokens / self._busy if self._busy else 0.0,
+            Times.of(self._queued),
+            Times.of(self._first),
+            Times.of(self._between),
+        )

@@ -1,0 +1,339 @@
+"""A packed forward: tokens of many requests go through a model as one sequence [1, T].
+
+`PackedCache` writes the keys and values of such a forward into blocks and hands out lazy handles;
+`packed_attention` reads the blocks of each request. A model whose own code touches keys and values
+gets those of all requests end to end, [1, HKV, S, D], with a mask that keeps requests apart: slow,
+but right.
+
+Read first: pykvcache/hf/layer.py, pykvcache/metadata.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from pykvcache.cache import KVPool
+from pykvcache.hf.attention import dense_attention
+from pykvcache.hf.handles import LazyTensor, PagedKeys, PagedValues, make_handle
+from pykvcache.hf.masks import lazy_eager_mask, lazy_sdpa_mask
+from pykvcache.layer_step import LayerStep
+from pykvcache.metadata import AttentionMetadata
+
+PACKED_SDPA_NAME = "pykvcache_packed"
+PACKED_EAGER_NAME = "pykvcache_packed_eager"
+
+
+class PackedMask(LazyTensor):
+    """Stands for the mask [1, 1, T, S] of a packed forward, which only models that gather need."""
+
+    cache: PackedCache
+    eager: bool
+
+    def dense(self) -> Tensor:
+        """True where a query may attend: its own request, causally; for eager, float."""
+        mask = self.cache.dense_mask(0, 0)
+        if not self.eager:
+            return mask
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One attention layer of a `PackedCache`.
+
+    Args:
+        cache: what the layers of a model share.
+        index: among the layers.
+        group: layer group.
+        window, chunk: positions that a query sees; 0 = all.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, cache: PackedCache, index: int, group: int, window: int, chunk: int) -> None:
+        self.cache, self.index, self.group = cache, index, group
+        self.window, self.chunk, self.is_sliding = window, chunk, bool(window or chunk)
+        self.is_initialized = True
+        self.step: LayerStep | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The pool has its tensors before the first forward."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys [1, HKV, T, D] and values [1, HKV, T, Dv]; returns handles of all blocks."""
+        pool, metadata = self.cache.pool, self.cache.metadata[self.group]
+        k_cache, v_cache = pool.k_caches[self.index], pool.v_caches[self.index]
+        assert k_cache is not None and v_cache is not None
+        self.dtype, self.device = key_states.dtype, key_states.device
+        step, written = self.step, False
+        if step is not None and metadata.max_seqlen_q == 1:
+            step.bind(k_cache, v_cache, metadata)
+            written = step.write(key_states.transpose(0, 2), value_states.transpose(0, 2))
+        if not written:
+            k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [T, HKV, D]
+            k, v = _stored(k, k_cache), _stored(v, v_cache)
+            pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, None, None)
+        heads, total = k_cache.shape[1], self.cache.total_kv
+        keys = make_handle(PagedKeys, self, 0, (1, heads, total, k_cache.shape[3]))
+        return keys, make_handle(PagedValues, self, 0, (1, heads, total, v_cache.shape[3]))
+
+    def gather(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all requests, end to end: [1, HKV, S, D | Dv].
+
+        Raises:
+            ValueError: the layer sees a part of the past only, which the mask would have to say.
+        """
+        if self.is_sliding:
+            raise ValueError(
+                f"the model cannot be packed: layer {self.index} has a window of "
+                f"{self.window or self.chunk} tokens and code that touches its keys"
+            )
+        pool, metadata = self.cache.pool, self.cache.metadata[self.group]
+        k_cache, v_cache = pool.caches(self.index)
+        ends = metadata.seq_lens.cumsum(0).to(torch.int32)
+        k, v = pool.ops.gather_kv(
+            k_cache,
+            v_cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            nn.functional.pad(ends, (1, 0)),
+            self.cache.total_kv,
+        )
+        return k.transpose(0, 1)[None].to(self.dtype), v.transpose(0, 1)[None].to(self.dtype)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys of all requests, 0); only asked for where the model builds masks itself."""
+        return self.cache.total_kv, 0
+
+    def get_seq_length(self) -> int:
+        """0: positions are given with every forward."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """The window or chunk, or -1."""
+        return self.window or self.chunk or -1
+
+
+def _stored(x: Tensor, cache: Tensor) -> Tensor:
+    if x.dtype != cache.dtype:
+        x = x.to(cache.dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """Blocks of all requests, as the cache of packed forwards.
+
+    Args:
+        model: whose layers are cached.
+        settings: arguments of `KVPool` but the layers.
+
+    Raises:
+        ValueError: the model has layers that are no plain attention, or none at all; its name and
+            the reason are in the message.
+    """
+
+    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        config = model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or []
+        chunk = getattr(config, "attention_chunk_size", None) or 0
+        reaches: list[tuple[int, int]] = []  # (window, chunk) of each group
+        group_of: list[int] = []
+        stock = DynamicCache(config=config).layers
+        paged: list[int] = []
+        for index, layer in enumerate(stock):
+            if type(layer).__name__ == "DummyLayer":  # reads the keys of another layer
+                continue
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise ValueError(
+                    f"{type(model).__name__} cannot be packed: layer {index} keeps a "
+                    f"{type(layer).__name__}, not plain keys and values"
+                )
+            size = getattr(layer, "sliding_window", None) or 0
+            chunked = index < len(kinds) and kinds[index] == "chunked_attention"
+            reach = (0, chunk) if chunked else (size, 0)
+            if reach not in reaches:
+                reaches.append(reach)
+            group_of.append(reaches.index(reach))
+            paged.append(index)
+        if not group_of:
+            raise ValueError(f"{type(model).__name__} cannot be packed: it caches no keys")
+        self.windows = [window for window, _ in reaches]
+        self.chunks = [size for _, size in reaches]
+        self.pool = KVPool(group_of, **settings)
+        self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
+        self.total_kv = 0
+        self._masks: dict[tuple[int, int], Tensor] = {}
+        self.paged = paged  # layers of the model that are PackedLayers
+        for position, index in enumerate(paged):
+            group = group_of[position]
+            stock[index] = PackedLayer(self, position, group, *reaches[group])
+        super().__init__(layers=stock)
+
+    def open(self, shapes: list[tuple[Tensor, Tensor]]) -> None:
+        """Take the memory of all layers, whose keys and values look like `shapes`.
+
+        Raises:
+            ValueError: the pool's memory is less than one block.
+        """
+        pool = self.pool
+        if pool.memory is not None:
+            price = pool.price(shapes)
+            pool.fixed_blocks, pool.memory = pool.memory // price, None
+            if pool.fixed_blocks == 0:
+                raise ValueError(f"memory must hold at least one block of {price} bytes")
+        pool.open(*shapes[0], wanted=1)
+        for index, (k, v) in zip(self.paged, shapes, strict=True):
+            layer = self.layers[index]
+            pool.bind(layer.index, k, v)
+            if pool.ops.backend == "cpu" and LayerStep.supports(pool.caches(layer.index)[0]):
+                layer.step = LayerStep(pool.deterministic)
+
+    def begin(self, metadata: list[AttentionMetadata], total_kv: int) -> None:
+        """The next forward is for these rows, by group; total_kv is the sum of their lengths."""
+        self.metadata, self.total_kv = metadata, total_kv
+        self._masks.clear()
+
+    def mask(self, dtype: torch.dtype, eager: bool) -> PackedMask:
+        """What to pass to the model as attention_mask, so that it builds none."""
+        tokens = len(self.metadata[0].slot_mapping)
+        mask: Any = torch.Tensor._make_wrapper_subclass(
+            PackedMask,
+            (1, 1, tokens, self.total_kv),
+            dtype=dtype if eager else torch.bool,
+            device=self.metadata[0].seq_lens.device,
+        )
+        mask.cache, mask.eager = self, eager
+        return mask  # type: ignore[no-any-return]
+
+    def dense_mask(self, window: int, chunk: int) -> Tensor:
+        """Bool [1, 1, T, S]: query and key are of one request, and the query may see the key."""
+        if (window, chunk) not in self._masks:
+            metadata = self.metadata[0]
+            rows, seq_lens = len(metadata.seq_lens), metadata.seq_lens.long()
+            row = torch.arange(rows, device=seq_lens.device)
+            queries = metadata.cu_seqlens_q.diff().long()
+            q_row = row.repeat_interleave(queries)  # [T]
+            k_row = row.repeat_interleave(seq_lens)  # [S]
+            q_ends, k_ends = queries.cumsum(0), seq_lens.cumsum(0)
+            q_index = torch.arange(len(q_row), device=row.device)
+            k_index = torch.arange(len(k_row), device=row.device)
+            q_position = q_index - q_ends[q_row] + seq_lens[q_row]
+            k_position = k_index - (k_ends - seq_lens)[k_row]
+            q_position, k_position = q_position[:, None], k_position[None]
+            seen = (q_row[:, None] == k_row[None]) & (k_position <= q_position)
+            if window:
+                seen &= k_position > q_position - window
+            if chunk:
+                seen &= k_position >= q_position // chunk * chunk
+            self._masks[window, chunk] = seen[None, None]
+        return self._masks[window, chunk]
+
+
+def _attend(
+    query: Tensor, key: PagedKeys, scale: float | None, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """[1, HQ, T, D] to [1, T, HQ, Dv], every row over its own blocks."""
+    layer: Any = key.layer
+    cache: PackedCache = layer.cache
+    pool, metadata = cache.pool, cache.metadata[layer.group]
+    k_cache, v_cache = pool.k_caches[layer.index], pool.v_caches[layer.index]
+    assert k_cache is not None and v_cache is not None
+    if sinks is not None and sinks.dtype != torch.float32:
+        sinks = sinks.float()
+    step: LayerStep | None = layer.step
+    if step is not None and metadata.max_seqlen_q == 1 and step.is_bound(k_cache, metadata):
+        q = query.transpose(0, 2)  # [T, HQ, 1, D]
+        stepped = step.attend(q, scale, softcap, layer.window, layer.chunk, sinks)
+        if stepped is not None:
+            return stepped.transpose(0, 1)
+    out, _ = pool.ops.paged_attention(
+        _stored(query[0].transpose(0, 1), k_cache),
+        k_cache,
+        v_cache,
+        metadata.block_table,
+        metadata.seq_lens,
+        metadata.cu_seqlens_q,
+        metadata.max_seqlen_q,
+        query.shape[3] ** -0.5 if scale is None else scale,
+        True,
+        layer.window,
+        layer.chunk,
+        softcap,
+        sinks,
+        None,
+        None,
+        None,
+        None,
+        v_cache.shape[3],
+        metadata.plan,
+        pool.deterministic,
+    )
+    if out.dtype != query.dtype:
+        out = out.to(query.dtype)
+    return out[None]
+
+
+def _packed_function(eager: bool) -> Any:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if type(key) is PagedKeys and type(value) is PagedValues:
+            return _attend(query, key, scaling, softcap or 0.0, s_aux), None
+        if isinstance(attention_mask, PackedMask):
+            attention_mask = attention_mask.dense()
+        given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        kwargs |= {name: argument for name, argument in given.items() if argument is not None}
+        return dense_attention(eager, module, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+@contextlib.contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
+    """Let the model attend through a `PackedCache` inside a with block; yields whether it is eager.
+
+    Raises:
+        ValueError: its attention cannot be replaced.
+    """
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation_internal
+    eager = before in ("eager", "pykvcache_eager")
+    config._attn_implementation_internal = PACKED_EAGER_NAME if eager else PACKED_SDPA_NAME
+    try:
+        yield eager
+    finally:
+        config._attn_implementation_internal = before
+
+
+def register() -> None:
+    """Make both names known to transformers."""
+    for name, eager, mask in (
+        (PACKED_SDPA_NAME, False, lazy_sdpa_mask),
+        (PACKED_EAGER_NAME, True, lazy_eager_mask),
+    ):
+        AttentionInterface.register(name, _packed_function(eager))
+        AttentionMaskInterface.register(name, mask)
