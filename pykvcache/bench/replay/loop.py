@@ -6,7 +6,7 @@ the newest is preempted: its memory is taken back, it goes to the front of the q
 it had cached is computed again when it returns.
 
 Steps without joining, leaving or preemption are taken together. Their durations and lengths are
-known in closed form, so averages over time are those of step-by-step replay.
+known in closed form, so averages over time are those of step-by-step replay. Read next: padded.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import Request
 
+Observer: TypeAlias = Callable[[float, Rows], object]
+VICTIMS = ("newest", "cheapest")
 MOST_STEPS_AT_ONCE = 4096
 REPORT_EVERY = 256
 
@@ -32,11 +35,23 @@ REPORT_EVERY = 256
 class Rules:
     """What is common to all policies of a replay.
 
-    cost: seconds of a step. saturated: all requests wait from the start.
+    Attributes:
+        cost: seconds of a step.
+        saturated: all requests wait from the start; otherwise they arrive as the trace says.
+        head_room: share of the blocks that an admission leaves free for running rows (paged).
+        victim: whom to preempt: "newest", or "cheapest", the row with the fewest cached tokens.
     """
 
     cost: StepCost = field(default_factory=StepCost)
     saturated: bool = True
+    head_room: float = 0.05
+    victim: str = "newest"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.head_room < 1:
+            raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")
+        if self.victim not in VICTIMS:
+            raise ValueError(f"victim must be one of {', '.join(VICTIMS)}, got {self.victim!r}")
 
 
 class Replay:
@@ -58,13 +73,13 @@ class Replay:
         result: Result,
         rules: Rules,
         advance: Callable[[int], object] = lambda count: None,
-        observe: Callable[[float, Rows], object] | None = None,
+        observe: Observer | None = None,
     ) -> None:
         self.queue = Queue(requests, space.holds, rules.saturated)
         self.rows = Rows()
         self.space = space
         self.result = result
-        self.cost = rules.cost
+        self.cost, self.victim = rules.cost, rules.victim
         self.clock = 0.0
         self._advance = advance
         self._observe = observe
@@ -164,9 +179,10 @@ class Replay:
             self._report(REPORT_EVERY)
 
     def _preempt(self) -> None:
-        newest = self.rows.count - 1
-        self.space.release(self.rows, np.array([newest]))
-        length, final, prompt, output, _ = self.rows.pop()
+        last = self.rows.count - 1
+        row = last if self.victim == "newest" else last - int(self.rows.length[::-1].argmin())
+        self.space.release(self.rows, np.array([row]))
+        length, final, prompt, output = self.rows.take(row)
         self.queue.push_front(Job(prompt, output, final, length + 1))
         self.result.preemptions += 1
         self.result.recomputed_tokens += length

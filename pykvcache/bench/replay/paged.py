@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from pykvcache.allocator import BlockAllocator
@@ -21,18 +19,16 @@ class Paged:
         head_room: share of the blocks that an admission must leave free for running rows to grow.
 
     Raises:
-        ValueError: there is no room for a block, or head_room is not in [0, 1).
+        ValueError: there is no room for a block.
     """
 
     def __init__(self, slots: int, block_size: int, head_room: float) -> None:
         if slots < block_size:
             raise ValueError(f"block_size {block_size} is more than the budget of {slots} tokens")
-        if not 0 <= head_room < 1:
-            raise ValueError(f"head_room must be at least 0 and below 1, got {head_room}")
         self.slots = slots
         self.block_size = block_size
         self.allocator = BlockAllocator(slots // block_size, block_size)
-        self._kept_free = math.ceil(head_room * self.allocator.num_blocks)
+        self._kept_free = int(head_room * self.allocator.num_blocks)
 
     def holds(self, job: Job) -> bool:
         return self._blocks(job.final) <= self.allocator.num_blocks

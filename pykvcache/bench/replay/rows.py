@@ -47,9 +47,8 @@ class Rows:
         self._data[:, : self.count] = kept
         self._view()
 
-    def pop(self) -> tuple[int, int, int, int, int]:
-        """Remove the newest row: (length, final, prompt, output, handle)."""
-        self.count -= 1
-        length, final, prompt, output, handle = self._data[:, self.count].tolist()
-        self._view()
-        return length, final, prompt, output, handle
+    def take(self, row: int) -> tuple[int, int, int, int]:
+        """Remove one row: (length, final, prompt, output)."""
+        length, final, prompt, output, _ = self._data[:, row].tolist()
+        self.drop(np.arange(self.count) == row)
+        return length, final, prompt, output
