@@ -21,17 +21,15 @@ PARTS = {
 def replay_table(results: Sequence[Result]) -> Table:
     """A line a policy; shares in percent of the budget."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("policy")
-    for column in ("block", *SHARES, "batch", "peak", "preempted", "recomputed", "hits"):
+    table.add_column("% of the budget", no_wrap=True)
+    columns = ("batch", "peak", "preempted", "recomputed", "hits %", "tokens/s", "x")
+    for column in (*SHARES, *columns):
         table.add_column(column, justify="right")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("x", justify="right")
     first = results[0].throughput if results else 0.0
     for result in results:
         shares = result.shares()
         table.add_row(
-            result.policy,
-            str(result.block_size or ""),
+            result.label,
             *(f"{shares[name]:.1f}" for name in SHARES),
             f"{result.mean_batch:.1f}",
             str(result.peak_batch),
@@ -49,9 +47,8 @@ def notes(results: Sequence[Result]) -> list[str]:
     found = []
     for result in results:
         if result.refused:
-            block = f" {result.block_size}" if result.block_size else ""
             found.append(
-                f"{result.policy}{block} refused {result.refused:,} requests that it could not "
+                f"{result.label} refused {result.refused:,} requests that it could not "
                 "hold even alone"
             )
     idle = [r for r in results if not r.waiting.seconds]

@@ -85,6 +85,11 @@ class Result:
     recomputed_tokens: int = 0
 
     @property
+    def label(self) -> str:
+        """The policy, with its block size."""
+        return self.policy if self.block_size is None else f"{self.policy} {self.block_size}"
+
+    @property
     def window(self) -> Window:
         """What the shares are averages over."""
         return self.waiting if self.waiting.seconds else self.running
