@@ -16,8 +16,18 @@ from pykvcache.bench import tables
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.loop import Rules
+from pykvcache.bench.replay.paper import (
+    MAX_LEN,
+    MEMORY,
+    MODEL,
+    PUBLISHED,
+    SIGMAS,
+    paper_table,
+    replay_regimes,
+)
 from pykvcache.bench.replay.plan import Budget, Plan
 from pykvcache.bench.replay.report import notes, regime, replay_table
+from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
 
@@ -60,8 +70,15 @@ def replay(
     json: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the rows; - = standard output.")
     ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The published figure on PagedAttention, replayed.")
+    ] = False,
 ) -> None:
     """Replay a trace of requests under every way to give them memory; no model is run."""
+    if paper:
+        trace, memory, model_config, tokens = "sharegpt-like", MEMORY, MODEL, None
+        max_len, policy = MAX_LEN, [case.policy for case in PUBLISHED]
+        block_size, requests = ["16"], requests or DEFAULT_COUNT
     try:
         if arrivals not in ARRIVALS:
             raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, got {arrivals!r}")
@@ -78,6 +95,8 @@ def replay(
         console.print(line, style="dim")
     results, finished = run(plan)
     show(console, results)
+    if paper and finished and requests:
+        finished = compare_with_paper(console, plan.rules, requests, seed)
     if json is not None:
         save_rows(json, results)
     if plot is not None and results:
@@ -113,6 +132,19 @@ def show(console: Console, results: list[Result]) -> None:
     sentence = regime(results)
     if sentence is not None:
         console.print(sentence)
+
+
+def compare_with_paper(console: Console, rules: Rules, requests: int, seed: int) -> bool:
+    """Print published figures beside replayed ones; False after Ctrl-C."""
+    total = requests * len(PUBLISHED) * (len(SIGMAS) + 1)
+    try:
+        with task_progress("the published figure", total) as advance:
+            regimes = replay_regimes(requests, seed, rules, advance)
+    except KeyboardInterrupt:
+        return False
+    console.print()
+    console.print(paper_table(regimes))
+    return True
 
 
 def save_rows(path: str, results: list[Result]) -> None:
