@@ -3,7 +3,8 @@
 Four public traces are packaged (`traces/README.md` has their sources and licences). A CSV file
 (`.csv`, `.csv.gz`) has one of the pairs of columns in CSV_COLUMNS, a JSON-lines file (`.jsonl`,
 `.jsonl.gz`) the keys `input_length` and `output_length`. Either may say when requests arrived, by
-one of ARRIVALS. Files are streamed, so a trace of any length takes no memory.
+one of ARRIVALS, and what prompts have in common, by `hash_ids`. Files are streamed, so a trace of
+any length takes no memory.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import gzip
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 FOLDER = Path(__file__).parent / "traces"
 TRACES = {
@@ -27,6 +29,7 @@ TRACES = {
     "mooncake-conv": "mooncake_conversation_trace.jsonl.gz",
     "sharegpt": "sharegpt_8k_lengths.csv",
 }
+PREFIX_BLOCK = 512
 CSV_COLUMNS = (
     ("ContextTokens", "GeneratedTokens"),
     ("num_prefill_tokens", "num_decode_tokens"),
@@ -37,11 +40,15 @@ CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class Request:
-    """One request of a trace: tokens, and seconds on the trace's own clock (None: not known)."""
+    """One request of a trace: tokens, and seconds on the trace's own clock (None: not known).
+
+    prefix: ids of the first blocks of PREFIX_BLOCK prompt tokens; equal ids are equal contents.
+    """
 
     prompt: int
     output: int
     arrival: float | None = None
+    prefix: tuple[int, ...] = ()
 
 
 def _seconds_of_date(text: str) -> float:
@@ -53,6 +60,9 @@ def _seconds_of_date(text: str) -> float:
     date = datetime.fromisoformat(match[1]).replace(tzinfo=timezone(zone))
     return date.timestamp() + float(match[2] or 0)
 
+
+Row: TypeAlias = "tuple[str, Any, Any, Mapping[str, Any]]"
+"""Where it stands (for messages), prompt, output, and all that the line has."""
 
 ARRIVALS: dict[str, Callable[[Any], float]] = {
     "arrival": float,
@@ -75,12 +85,21 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
     if not path.is_file():
         names = ", ".join(TRACES)
         raise ValueError(f"trace must be a file or one of {names}, got {str(trace)!r}")
+    try:
+        yield from _read_file(path)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
+
+
+def _read_file(path: Path) -> Iterator[Request]:
     with _open_text(path) as lines:
         rows = _csv_rows(path, lines) if ".csv" in path.suffixes else _json_rows(path, lines)
-        for line_number, prompt, output, arrival in rows:
-            where = f"{path.name}, line {line_number}"
+        for where, prompt, output, row in rows:
             yield Request(
-                _count(prompt, "prompt", where), _count(output, "output", where), arrival
+                _count(prompt, "prompt", where),
+                _count(output, "output", where),
+                _arrival(row, where),
+                _prefix(row, where),
             )
 
 
@@ -91,7 +110,7 @@ def _open_text(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def _csv_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any, float | None]]:
+def _csv_rows(path: Path, lines: TextIO) -> Iterator[Row]:
     reader = csv.DictReader(lines)
     present = reader.fieldnames or []
     for prompt, output in CSV_COLUMNS:
@@ -101,11 +120,10 @@ def _csv_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any, float 
         wanted = " or ".join(",".join(pair) for pair in CSV_COLUMNS)
         raise ValueError(f"{path.name} must have the columns {wanted}, got {','.join(present)}")
     for row in reader:
-        where = f"{path.name}, line {reader.line_num}"
-        yield reader.line_num, row[prompt], row[output], _arrival(row, where)
+        yield f"{path.name}, line {reader.line_num}", row[prompt], row[output], row
 
 
-def _json_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any, float | None]]:
+def _json_rows(path: Path, lines: TextIO) -> Iterator[Row]:
     for line_number, line in enumerate(lines, start=1):
         where = f"{path.name}, line {line_number}"
         try:
@@ -116,7 +134,7 @@ def _json_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any, float
                 f"{where}: must be a JSON object with input_length and output_length "
                 f"({type(error).__name__}: {error})"
             ) from None
-        yield line_number, prompt, output, _arrival(row, where)
+        yield where, prompt, output, row
 
 
 def _arrival(row: Mapping[str, Any], where: str) -> float | None:
@@ -130,6 +148,16 @@ def _arrival(row: Mapping[str, Any], where: str) -> float | None:
                 raise ValueError(f"{where}: {name} must be a time, got {row[name]!r}")
             return seconds
     return None
+
+
+def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    ids = row.get("hash_ids") or ()
+    if isinstance(ids, str):  # a CSV cell
+        ids = ids.split()
+    try:
+        return tuple(int(value) for value in ids)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: hash_ids must be integers, got {ids!r}") from None
 
 
 def _count(value: Any, what: str, where: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json as json_module
 import sys
@@ -31,7 +30,6 @@ from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
 
-READ_ERRORS = (OSError, EOFError, ValueError, TypeError, csv.Error)
 ARRIVALS = ("saturated", "trace")
 
 
@@ -53,8 +51,18 @@ def replay(
     block_size: Annotated[
         list[str] | None, typer.Option(help="Of the paged policy, with commas; 1 to 256.")
     ] = None,
-    head_room: Annotated[float, typer.Option(help="Share of blocks kept free at admission.")] = 0.05,
+    head_room: Annotated[
+        float, typer.Option(help="Share of blocks kept free at admission.")
+    ] = 0.05,
     victim: Annotated[str, typer.Option(help="Whom to preempt: newest or cheapest.")] = "newest",
+    scheduler: Annotated[
+        str, typer.Option(help="prefill-first; or engine, for paged: the engine's own.")
+    ] = "prefill-first",
+    token_budget: Annotated[int, typer.Option(help="Tokens a step of the engine.")] = 2048,
+    max_running: Annotated[int, typer.Option(help="Rows of the engine.")] = 256,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Share prefixes; by the engine's scheduler.")
+    ] = False,
     requests: Annotated[int | None, typer.Option(help="At most so many; all.")] = None,
     arrivals: Annotated[
         str, typer.Option(help="saturated: all wait from the start; trace: as they came.")
@@ -84,11 +92,20 @@ def replay(
             raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, got {arrivals!r}")
         check_files(plot, json)
         cost = StepCost(step_ms / 1e3, kv_ns / 1e9, prefill_us / 1e6)
-        rules = Rules(cost, arrivals == "saturated", head_room, victim)
+        rules = Rules(
+            cost,
+            arrivals == "saturated",
+            head_room,
+            victim,
+            "engine" if prefix_cache else scheduler,
+            token_budget,
+            max_running,
+            prefix_cache,
+        )
         workload = Workload(trace, max_len, requests, seed, sigma)
         budget = Budget.of(memory, model_config, tokens)
         plan = Plan.of(workload, budget, rules, split(policy), split_numbers(block_size))
-    except READ_ERRORS as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(one_line(error)) from error
     console = tables.open_console(stderr=json == "-")
     for line in plan.describe():
@@ -105,7 +122,7 @@ def replay(
         plot_replay(plan, results, plot)
         console.print(f"plot: {plot}")
     if not finished:
-        raise KeyboardInterrupt
+        raise typer.Abort
 
 
 def run(plan: Plan) -> tuple[list[Result], bool]:
@@ -117,7 +134,7 @@ def run(plan: Plan) -> tuple[list[Result], bool]:
                 results.append(result)
     except KeyboardInterrupt:
         return results, False
-    except READ_ERRORS as error:
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(one_line(error)) from error
     return results, True
 

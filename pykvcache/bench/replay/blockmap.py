@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -59,10 +60,8 @@ def draw_map(plan: Plan, case: Case, seconds: float) -> BlockMap:
         drawn += 1
 
     result = Result(case.policy, case.block_size, slots)
-    try:
+    with suppress(_Enough):
         Replay(plan.workload, space, result, plan.rules, observe=observe).run()
-    except _Enough:
-        pass
     return BlockMap(case, seconds, cells)
 
 

@@ -9,6 +9,7 @@ from pykvcache.bench.replay import contiguous
 from pykvcache.bench.replay.loop import Observer, Replay, Rules
 from pykvcache.bench.replay.padded import PaddedReplay
 from pykvcache.bench.replay.paged import Paged
+from pykvcache.bench.replay.scheduled import ScheduledReplay
 from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
@@ -74,6 +75,8 @@ def run_case(
 ) -> Result:
     """Replay a workload, none of whose requests is longer than `max_len`, under one policy."""
     result = Result(case.policy, case.block_size, slots)
+    if case.block_size is not None and rules.scheduler == "engine":
+        return ScheduledReplay(workload, slots, case.block_size, result, rules, advance).run()
     if case.policy == PADDED:
         return PaddedReplay(workload, slots, result, rules, advance).run()
     space = make_space(case, slots, max_len, rules.head_room)

@@ -55,7 +55,7 @@ class Contiguous:
         """int64 [B, 3]: address, slots asked for, slots granted."""
         sizes = [self._sizes[address][0] for address in rows.handle.tolist()]
         granted = [self._regions.granted(size) for size in sizes]
-        return np.array([rows.handle, sizes, granted], np.int64).T
+        return np.stack([rows.handle, np.array(sizes), np.array(granted)], axis=1)
 
     def _count(self, size: int, final: int, sign: int) -> None:
         granted = self._regions.granted(size)

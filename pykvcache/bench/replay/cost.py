@@ -26,4 +26,6 @@ class StepCost:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{field.name} must be a time of 0 or more, got {value}")
         if self.base == 0:
-            raise ValueError("base must be more than 0: a step that takes no time has no throughput")
+            raise ValueError(
+                "base must be more than 0: a step that takes no time has no throughput"
+            )

@@ -27,6 +27,7 @@ from pykvcache.bench.traces import Request
 
 Observer: TypeAlias = Callable[[float, Rows], object]
 VICTIMS = ("newest", "cheapest")
+SCHEDULERS = ("prefill-first", "engine")
 MOST_STEPS_AT_ONCE = 4096
 REPORT_EVERY = 256
 
@@ -40,18 +41,31 @@ class Rules:
         saturated: all requests wait from the start; otherwise they arrive as the trace says.
         head_room: share of the blocks that an admission leaves free for running rows (paged).
         victim: whom to preempt: "newest", or "cheapest", the row with the fewest cached tokens.
+        scheduler: "prefill-first" is this file for every policy; "engine" runs the paged ones with
+            the engine's scheduler, which chooses victims itself.
+        token_budget, max_running, prefix_cache: of the engine's scheduler.
     """
 
     cost: StepCost = field(default_factory=StepCost)
     saturated: bool = True
     head_room: float = 0.05
     victim: str = "newest"
+    scheduler: str = "prefill-first"
+    token_budget: int = 2048
+    max_running: int = 256
+    prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.head_room < 1:
             raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")
         if self.victim not in VICTIMS:
             raise ValueError(f"victim must be one of {', '.join(VICTIMS)}, got {self.victim!r}")
+        if self.scheduler not in SCHEDULERS:
+            names = ", ".join(SCHEDULERS)
+            raise ValueError(f"scheduler must be one of {names}, got {self.scheduler!r}")
+        for name in ("token_budget", "max_running"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Replay:
@@ -119,13 +133,9 @@ class Replay:
         return tokens
 
     def _prefill(self, tokens: int) -> None:
-        rows, cost, seconds = self.rows, self.cost, self.result.seconds
+        rows = self.rows
         live = int(rows.length.sum())
-        kv, prefill = cost.per_kv_token * live, cost.per_prefill_token * tokens
-        seconds.base += cost.base
-        seconds.kv += kv
-        seconds.prefill += prefill
-        duration = cost.base + kv + prefill
+        duration = self.result.seconds.add_step(self.cost, live, tokens)
         usage = self.space.now(rows)
         self.result.running.add(duration, live, usage, rows.count)
         if self.queue.head(self.clock) is not None:

@@ -65,8 +65,12 @@ def paper_table(regimes: Sequence[Regime]) -> Table:
     table.add_section()
     paged = [regime.results[-1] for regime in regimes]
     table.add_row(
-        "waste of allocated blocks, paged 16", "< 4", *(f"{r.waste_of_allocated:.1f}" for r in paged)
+        "waste of allocated blocks, paged 16",
+        "< 4",
+        *(f"{r.waste_of_allocated:.1f}" for r in paged),
     )
-    table.add_row("slots wasted a sequence, paged 16", "", *(f"{r.waste_per_sequence:.2f}" for r in paged))
+    table.add_row(
+        "slots wasted a sequence, paged 16", "", *(f"{r.waste_per_sequence:.2f}" for r in paged)
+    )
     table.add_row("mean batch, paged 16", "", *(f"{r.mean_batch:.1f}" for r in paged))
     return table

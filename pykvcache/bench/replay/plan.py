@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from pykvcache.bench.replay.cases import Case, choose_cases, run_case
 from pykvcache.bench.replay.configs import ModelConfig, load_config
@@ -104,6 +105,8 @@ class Plan:
             raise ValueError(
                 f"trace {workload.trace} does not say when requests arrive; replay it saturated"
             )
+        if rules.prefix_cache and not survey.has_prefixes:
+            raise ValueError(f"trace {workload.trace} does not say which prefixes are shared")
         return cls(workload, survey, budget, max_len, rules, cases)
 
     def run(self, advance: Callable[..., object] = lambda *a, **k: None) -> Iterator[Result]:
@@ -113,21 +116,31 @@ class Plan:
             def report(count: int, label: str = case.label) -> None:
                 advance(count, title=label)
 
-            yield run_case(
-                case, self.workload, self.budget.slots, self.max_len, self.rules, report
-            )
+            yield run_case(case, self.workload, self.budget.slots, self.max_len, self.rules, report)
 
     def describe(self) -> list[str]:
         """Lines that say what the figures are of."""
         survey, rules, cost = self.survey, self.rules, self.rules.cost
+        name = Path(self.workload.trace).name
         cut = f", {survey.cut:,} requests cut to it" if survey.cut else ""
         arrivals = "all requests waiting" if rules.saturated else "arrivals of the trace"
         return [
-            f"{self.workload.trace}: {survey.count:,} requests, mean {survey.prompt:,.0f} tokens "
-            f"in and {survey.output:,.0f} out, longest {survey.longest:,}; {arrivals}",
+            f"{name}: {survey.count:,} requests, mean {survey.prompt:,.0f} tokens in and "
+            f"{survey.output:,.0f} out, longest {survey.longest:,}; {arrivals}",
             f"{self.budget.describe()}; max-len {self.max_len:,}{cut}",
             f"{describe_cost(cost)}; first come first served, prefill first, "
             f"{rules.victim} preempted, head-room {100 * rules.head_room:.3g} %",
+            *self._describe_engine(),
+        ]
+
+    def _describe_engine(self) -> list[str]:
+        rules = self.rules
+        if rules.scheduler != "engine":
+            return []
+        prefixes = "prefixes shared" if rules.prefix_cache else "no prefixes shared"
+        return [
+            f"paged by the engine's scheduler: chunks beside decodes, {rules.token_budget:,} "
+            f"tokens a step, {rules.max_running:,} rows at most, cheapest preempted, {prefixes}"
         ]
 
 

@@ -19,18 +19,19 @@ class Job:
 
     The token that a step samples enters the cache in the next step, so the last one never does:
     `final` = prompt + output - 1. `prefill` is what has to be computed at admission: the prompt, or
-    after a preemption the prompt and every token generated so far.
+    after a preemption the prompt and every token generated so far. `prefix` is the trace's.
     """
 
     prompt: int
     output: int
     final: int
     prefill: int
+    prefix: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, request: Request) -> Job:
         final = request.prompt + request.output - 1
-        return cls(request.prompt, request.output, final, request.prompt)
+        return cls(request.prompt, request.output, final, request.prompt, request.prefix)
 
 
 class Queue:
@@ -52,7 +53,7 @@ class Queue:
         self._next: Job | None = None
         self._start: float | None = None
         self.next_arrival = math.inf
-        self.refused = 0
+        self.refused = self._count = 0
         self._read()
 
     def head(self, clock: float) -> Job | None:
@@ -74,16 +75,23 @@ class Queue:
         """Put back a job that was preempted."""
         self._preempted.appendleft(job)
 
+    def _time_of(self, request: Request) -> float:
+        """Seconds since the first arrival."""
+        assert request.arrival is not None
+        if self._start is None:
+            self._start, self.next_arrival = request.arrival, 0.0
+        time = request.arrival - self._start
+        if time < self.next_arrival:
+            raise ValueError(f"request {self._count} arrives before the one in front of it")
+        return time
+
     def _read(self) -> None:
         for request in self._requests:
+            self._count += 1
             job = Job.of(request)
             if self._holds(job):
                 self._next = job
-                if self._start is None:
-                    self._start = request.arrival or 0.0
-                self.next_arrival = (
-                    0.0 if self._saturated else (request.arrival or 0.0) - self._start
-                )
+                self.next_arrival = 0.0 if self._saturated else self._time_of(request)
                 return
             self.refused += 1
         self._next, self.next_arrival = None, math.inf

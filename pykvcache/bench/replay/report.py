@@ -74,10 +74,11 @@ def regime(results: Sequence[Result]) -> str | None:
         "lowers" if gain < 0.995 else "hardly raises" if gain < HARDLY else
         "raises" if gain < CLEARLY else "greatly raises"
     )  # fmt: skip
+    subject = f"Better packing {verb}" if live(packed) > live(loose) else f"Paging {verb}"
     name, share = largest_part(packed if gain < HARDLY else loose)
     whose = packed if gain < HARDLY else loose
     return (
-        f"Better packing {verb} throughput here: {loose.policy} -> {PAGED} {packed.block_size} is "
+        f"{subject} throughput here: {loose.policy} -> {PAGED} {packed.block_size} is "
         f"{live(loose):.0f} % -> {live(packed):.0f} % live, a mean batch of "
         f"{loose.mean_batch:.1f} -> {packed.mean_batch:.1f}, {gain:.2f}x the tokens a second. "
         f"{share:.0f} % of the time of {whose.policy} goes to {PARTS[name]}."

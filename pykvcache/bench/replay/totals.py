@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.space import PerStep, Usage
 
 SHARES = ("live", "reserved", "internal", "rounding", "external")
@@ -30,7 +31,7 @@ class Window:
     rows: float = 0.0
 
     def add(
-        self, seconds: float | NDArray[np.float64], live: PerStep, usage: Usage, rows: PerStep
+        self, seconds: float | NDArray[np.floating[Any]], live: PerStep, usage: Usage, rows: PerStep
     ) -> None:
         """Add steps of these durations."""
         total = float(np.sum(seconds))
@@ -54,6 +55,14 @@ class Seconds:
     kv: float = 0.0
     prefill: float = 0.0
     idle: float = 0.0
+
+    def add_step(self, cost: StepCost, cached: int, prefill: int) -> float:
+        """Count one step; returns its duration."""
+        kv, computing = cost.per_kv_token * cached, cost.per_prefill_token * prefill
+        self.base += cost.base
+        self.kv += kv
+        self.prefill += computing
+        return cost.base + kv + computing
 
     @property
     def total(self) -> float:

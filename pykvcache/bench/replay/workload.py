@@ -37,7 +37,7 @@ class Workload:
             if self.max_len is not None and prompt + output > self.max_len:
                 prompt = min(prompt, self.max_len - 1)
                 output = min(output, self.max_len - prompt)
-            yield Request(prompt, output, request.arrival)
+            yield Request(prompt, output, request.arrival, request.prefix)
 
     def _read(self) -> Iterator[Request]:
         if self.trace in SYNTHETIC:
@@ -63,11 +63,12 @@ class Survey:
     output: float
     cut: int
     has_arrivals: bool
+    has_prefixes: bool
 
     @classmethod
     def of(cls, workload: Workload) -> Survey:
         count = longest = prompts = outputs = cut = 0
-        has_arrivals = True
+        has_arrivals, has_prefixes = True, False
         for request in replace(workload, max_len=None):
             count += 1
             length = request.prompt + request.output
@@ -76,6 +77,9 @@ class Survey:
             outputs += request.output
             cut += workload.max_len is not None and length > workload.max_len
             has_arrivals &= request.arrival is not None
+            has_prefixes |= bool(request.prefix)
         if count == 0:
             raise ValueError(f"trace {workload.trace} has no requests")
-        return cls(count, longest, prompts / count, outputs / count, cut, has_arrivals)
+        return cls(
+            count, longest, prompts / count, outputs / count, cut, has_arrivals, has_prefixes
+        )
