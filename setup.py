@@ -17,7 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -151,13 +151,14 @@ has_torch = find_torch()
 extension = Extension("pykvcache._C", sources=[], py_limited_api=True)
 setup(
     packages=[
-        *("pykvcache", "pykvcache.hf", "pykvcache.cli", "pykvcache.bench", "pykvcache.kernels"),
+        *find_packages(include=("pykvcache", "pykvcache.*")),
         *(f"pykvcache.kernels.{name}" for name in KERNEL_PACKAGES),
     ],
     package_dir={f"pykvcache.kernels.{name}": f"kernels/{name}" for name in KERNEL_PACKAGES},
     package_data={
         "pykvcache": ["py.typed"],
         "pykvcache.bench": ["traces/*", "traces/LICENSES/*"],
+        "pykvcache.bench.replay": ["configs.json"],
         "pykvcache.kernels.launch": ["table.json"],
     },
     ext_modules=[extension] if has_torch else [],

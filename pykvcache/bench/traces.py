@@ -1,9 +1,10 @@
 """Reads request traces: how long prompts and outputs were, and when they arrived.
 
-Four public traces are packaged (`traces/README.md` has their sources and licences). A CSV file has
-one of the pairs of columns in CSV_COLUMNS, a JSON-lines file (`.jsonl`, `.jsonl.gz`) the keys
-`input_length` and `output_length`, and `hash_ids` if prefixes are to be replayed. Files are
-streamed, so a trace of any length takes no memory.
+Four public traces are packaged (`traces/README.md` has their sources and licences). A CSV file
+(`.csv`, `.csv.gz`) has one of the pairs of columns in CSV_COLUMNS, a JSON-lines file (`.jsonl`,
+`.jsonl.gz`) the keys `input_length` and `output_length`. Either may say when requests arrived, by
+one of ARRIVALS, and what prompts have in common, by `hash_ids`. Files are streamed, so a trace of
+any length takes no memory.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeAlias
 
 FOLDER = Path(__file__).parent / "traces"
 TRACES = {
@@ -24,19 +29,49 @@ TRACES = {
     "mooncake-conv": "mooncake_conversation_trace.jsonl.gz",
     "sharegpt": "sharegpt_8k_lengths.csv",
 }
+PREFIX_BLOCK = 512
 CSV_COLUMNS = (
     ("ContextTokens", "GeneratedTokens"),
     ("num_prefill_tokens", "num_decode_tokens"),
     ("input_length", "output_length"),
+    ("Request tokens", "Response tokens"),
 )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request of a trace, in tokens."""
+    """One request of a trace: tokens, and seconds on the trace's own clock (None: not known).
+
+    prefix: ids of the first blocks of PREFIX_BLOCK prompt tokens; equal ids are equal contents.
+    """
 
     prompt: int
     output: int
+    arrival: float | None = None
+    prefix: tuple[int, ...] = ()
+
+
+def _seconds_of_date(text: str) -> float:
+    """Seconds of "2023-11-16 18:17:03.9799600", with or without fraction and time zone."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d[ T][\d:]{8})(\.\d+)?(?:Z|([+-]\d\d):(\d\d))?", text)
+    if match is None:
+        raise ValueError(f"not a date and time: {text!r}")
+    zone = timedelta(hours=int(match[3] or 0), minutes=int(match[4] or 0))
+    date = datetime.fromisoformat(match[1]).replace(tzinfo=timezone(zone))
+    return date.timestamp() + float(match[2] or 0)
+
+
+Row: TypeAlias = "tuple[str, Any, Any, Mapping[str, Any]]"
+"""Where it stands (for messages), prompt, output, and all that the line has."""
+
+ARRIVALS: dict[str, Callable[[Any], float]] = {
+    "arrival": float,
+    "Timestamp": float,
+    "timestamp": lambda value: float(value) / 1000,
+    "TIMESTAMP": _seconds_of_date,
+}
+"""Columns and keys with the time of arrival: seconds, seconds (BurstGPT), milliseconds (Mooncake),
+a date and time (Azure)."""
 
 
 def read_trace(trace: str | Path) -> Iterator[Request]:
@@ -47,12 +82,21 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
             message has the file and the line number.
     """
     path = _find(trace)
+    try:
+        yield from _read_file(path)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
+
+
+def _read_file(path: Path) -> Iterator[Request]:
     with _open_text(path) as lines:
         rows = _csv_rows(path, lines) if ".csv" in path.suffixes else _json_rows(path, lines)
-        for line_number, prompt, output in rows:
+        for where, prompt, output, row in rows:
             yield Request(
-                _count(prompt, "prompt", path, line_number),
-                _count(output, "output", path, line_number),
+                _count(prompt, "prompt", where),
+                _count(output, "output", where),
+                _arrival(row, where),
+                _prefix(row, where),
             )
 
 
@@ -94,7 +138,7 @@ def _open_text(path: Path) -> Iterator[TextIO]:
         yield file
 
 
-def _csv_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any]]:
+def _csv_rows(path: Path, lines: TextIO) -> Iterator[Row]:
     reader = csv.DictReader(lines)
     present = reader.fieldnames or []
     for prompt, output in CSV_COLUMNS:
@@ -104,28 +148,51 @@ def _csv_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any]]:
         wanted = " or ".join(",".join(pair) for pair in CSV_COLUMNS)
         raise ValueError(f"{path.name} must have the columns {wanted}, got {','.join(present)}")
     for row in reader:
-        yield reader.line_num, row[prompt], row[output]
+        yield f"{path.name}, line {reader.line_num}", row[prompt], row[output], row
 
 
-def _json_rows(path: Path, lines: TextIO) -> Iterator[tuple[int, Any, Any]]:
+def _json_rows(path: Path, lines: TextIO) -> Iterator[Row]:
     for line_number, line in enumerate(lines, start=1):
+        where = f"{path.name}, line {line_number}"
         try:
             row = json.loads(line)
-            yield line_number, row["input_length"], row["output_length"]
+            prompt, output = row["input_length"], row["output_length"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path.name}, line {line_number}: must be a JSON object with input_length and "
-                f"output_length ({type(error).__name__}: {error})"
+                f"{where}: must be a JSON object with input_length and output_length "
+                f"({type(error).__name__}: {error})"
             ) from None
+        yield where, prompt, output, row
 
 
-def _count(value: Any, what: str, path: Path, line_number: int) -> int:
+def _arrival(row: Mapping[str, Any], where: str) -> float | None:
+    for name, seconds_of in ARRIVALS.items():
+        if name in row:
+            try:
+                seconds = seconds_of(row[name])
+            except (TypeError, ValueError):
+                seconds = math.nan
+            if not math.isfinite(seconds):
+                raise ValueError(f"{where}: {name} must be a time, got {row[name]!r}")
+            return seconds
+    return None
+
+
+def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
+    ids = row.get("hash_ids") or ()
+    if isinstance(ids, str):  # a CSV cell
+        ids = ids.split()
+    try:
+        return tuple(int(value) for value in ids)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: hash_ids must be integers, got {ids!r}") from None
+
+
+def _count(value: Any, what: str, where: str) -> int:
     try:
         count = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = -1
     if count < 0:
-        raise ValueError(
-            f"{path.name}, line {line_number}: {what} tokens must be a count, got {value!r}"
-        )
+        raise ValueError(f"{where}: {what} tokens must be a count, got {value!r}")
     return count

@@ -6,6 +6,7 @@ import typer
 
 from pykvcache.cli.demo import demo
 from pykvcache.cli.info import info
+from pykvcache.cli.replay import replay
 
 app = typer.Typer(
     name="pykvcache",
@@ -25,3 +26,4 @@ def show_help(context: typer.Context) -> None:
 
 app.command(epilog="Example: python -m pykvcache info --json")(info)
 app.command(epilog="Example: python -m pykvcache demo --batch 8 --plot blocks.png")(demo)
+app.command(epilog="Example: python -m pykvcache replay --trace azure-conv --memory 8GiB")(replay)

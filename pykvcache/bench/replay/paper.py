@@ -1,0 +1,76 @@
+"""The figure that made paging known, replayed: Kwon et al., SOSP 2023, figure 2.
+
+OPT-13B with 12 GiB for the cache, at most 2,048 tokens a request, ShareGPT lengths. The paper gives
+the means of the lengths (section 6.1); their distribution is assumed log-normal, so several shapes
+are replayed, and the short requests of Alpaca beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from pykvcache.bench.replay.cases import Case, run_case
+from pykvcache.bench.replay.loop import Rules
+from pykvcache.bench.replay.plan import Budget
+from pykvcache.bench.replay.totals import Result
+from pykvcache.bench.replay.workload import Workload
+
+MEMORY, MODEL, MAX_LEN = "12GiB", "opt-13b", 2048
+PUBLISHED = {
+    Case("max-length"): 20.4,
+    Case("power-of-two"): 26.8,
+    Case("oracle-buddy"): 38.2,
+    Case("paged", 16): 96.3,
+}
+SIGMAS = (1.0, 0.8, 0.9, 1.2, 1.4)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A distribution of lengths, and a result for each case of PUBLISHED."""
+
+    label: str
+    results: Sequence[Result]
+
+
+def replay_regimes(
+    requests: int, seed: int, rules: Rules, advance: Callable[[int], object] = lambda count: None
+) -> list[Regime]:
+    """The assumed lengths first, then other shapes of them, then Alpaca's."""
+    slots = Budget.of(MEMORY, MODEL, None).slots
+    shapes = [("sharegpt-like", sigma) for sigma in SIGMAS] + [("alpaca-like", 1.0)]
+    regimes = []
+    for trace, sigma in shapes:
+        workload = Workload(trace, MAX_LEN, requests, seed, sigma)
+        results = [run_case(c, workload, slots, MAX_LEN, rules, advance) for c in PUBLISHED]
+        label = f"sigma {sigma}" if trace == "sharegpt-like" else "Alpaca"
+        regimes.append(Regime(label, results))
+    return regimes
+
+
+def paper_table(regimes: Sequence[Regime]) -> Table:
+    """Useful share of the cache in percent, and the waste of what is allocated."""
+    table = Table(
+        title="useful (live) share of the cache, %", title_justify="left", box=None, pad_edge=False
+    )
+    table.add_column("")
+    for column in ("published", *(regime.label for regime in regimes)):
+        table.add_column(column, justify="right")
+    for line, (case, published) in enumerate(PUBLISHED.items()):
+        shares = [regime.results[line].shares()["live"] for regime in regimes]
+        table.add_row(case.label, str(published), *(f"{share:.1f}" for share in shares))
+    table.add_section()
+    paged = [regime.results[-1] for regime in regimes]
+    table.add_row(
+        "waste of allocated blocks, paged 16",
+        "< 4",
+        *(f"{r.waste_of_allocated:.1f}" for r in paged),
+    )
+    table.add_row(
+        "slots wasted a sequence, paged 16", "", *(f"{r.waste_per_sequence:.2f}" for r in paged)
+    )
+    table.add_row("mean batch, paged 16", "", *(f"{r.mean_batch:.1f}" for r in paged))
+    return table

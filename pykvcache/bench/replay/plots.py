@@ -1,0 +1,122 @@
+"""Pictures of a replay: shares as stacked bars, and who holds which slot over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pykvcache.bench.replay.blockmap import BlockMap, draw_map
+from pykvcache.bench.replay.cases import PADDED, PAGED, Case
+from pykvcache.bench.replay.plan import Plan
+from pykvcache.bench.replay.totals import SHARES, Result
+
+COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
+    "live": "#0072B2",
+    "reserved": "#56B4E9",
+    "internal": "#D55E00",
+    "rounding": "#E69F00",
+    "external": "#E4E4E4",
+}
+MEANINGS = {
+    "live": "live: tokens in use",
+    "reserved": "reserved: will be filled",
+    "internal": "internal: never filled",
+    "rounding": "rounding of the allocator",
+    "external": "external: not allocated",
+}
+RESIDENCIES, REFILLS = 25, 3  # the time that a map shows
+MOST_MAPS = 3
+
+
+def plot_replay(plan: Plan, results: Sequence[Result], path: str | Path) -> None:
+    """Save bars of all results and maps of up to three of them, 1,200 pixels wide.
+
+    Raises:
+        ImportError: matplotlib is not installed. OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    mapped = choose_maps([Case(r.policy, r.block_size) for r in results])
+    bars = 1.6 + 0.34 * len(results)
+    heights = [bars, 4.4] if mapped else [bars]
+    figure = Figure(figsize=(12, sum(heights)), dpi=100, layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    draw_bars(parts[0].add_subplot(), results, title_of(plan))
+    cost = plan.rules.cost
+    seconds = RESIDENCIES * plan.survey.output * cost.base
+    seconds += REFILLS * plan.budget.slots * cost.per_prefill_token
+    for column, case in enumerate(mapped):
+        axes = parts[1].add_subplot(1, len(mapped), column + 1)
+        draw_cells(axes, draw_map(plan, case, seconds), plan.budget.slots, column == 0)
+    figure.savefig(path)
+
+
+def choose_maps(cases: Sequence[Case]) -> list[Case]:
+    """Two contiguous cases at most, and the paged one of block size 16 or nearest to it."""
+    contiguous = [case for case in cases if case.policy not in (PADDED, PAGED)]
+    first = contiguous[:1] + [c for c in contiguous[1:] if c.policy.endswith("buddy")][:1]
+    paged = sorted(
+        (case for case in cases if case.policy == PAGED),
+        key=lambda case: abs((case.block_size or 0) - 16),
+    )
+    return [*first, *paged[:1]][:MOST_MAPS]
+
+
+def title_of(plan: Plan) -> str:
+    trace = Path(plan.workload.trace).name
+    return (
+        f"{trace}, {plan.survey.count:,} requests, {plan.budget.slots:,} token slots, "
+        f"max-len {plan.max_len:,}"
+    )
+
+
+def draw_bars(axes: Any, results: Sequence[Result], title: str) -> None:
+    """A horizontal bar a result; its five shares add up to 100 %."""
+    lines = np.arange(len(results))
+    left = np.zeros(len(results))
+    for name in SHARES:
+        widths = np.array([result.shares()[name] for result in results])
+        axes.barh(
+            lines, widths, left=left, color=COLOURS[name], label=MEANINGS[name],
+            edgecolor="white", linewidth=0.5, height=0.82,
+        )  # fmt: skip
+        left += widths
+    for line, result in enumerate(results):
+        share = result.shares()["live"]
+        inside = share > 8
+        axes.text(
+            share / 2 if inside else share + 1.2, line, f"{share:.1f} %",
+            ha="center" if inside else "left", va="center",
+            color="white" if inside else "black", fontsize=9,
+            bbox=None if inside else {"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+        )  # fmt: skip
+        text = f"{result.throughput:,.0f} tokens/s, batch {result.mean_batch:.1f}"
+        axes.text(101, line, text, va="center", fontsize=9)
+    axes.set_yticks(lines, [result.label for result in results])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the KV cache, averaged over the time in which requests wait (%)")
+    axes.set_title(title, loc="left", fontsize=11, pad=30)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(SHARES), frameon=False, fontsize=9,
+        borderaxespad=0.2, handlelength=1.2, columnspacing=1.2,
+    )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_cells(axes: Any, drawn: BlockMap, slots: int, is_first: bool) -> None:
+    """Addresses upwards, time to the right, in the colours of the bars."""
+    from matplotlib.colors import ListedColormap
+
+    axes.imshow(
+        drawn.cells, cmap=ListedColormap([COLOURS[name] for name in SHARES]),
+        vmin=-0.5, vmax=len(SHARES) - 0.5, origin="lower", aspect="auto",
+        interpolation="nearest", extent=(0, drawn.seconds, 0, slots / 1000),
+    )  # fmt: skip
+    axes.set_title(drawn.case.label, fontsize=10)
+    axes.set_xlabel("time since the start (s)")
+    if is_first:
+        axes.set_ylabel("token slot (thousands)")

@@ -1,0 +1,199 @@
+"""`python -m pykvcache replay`: what a trace does to memory and throughput, policy by policy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_module
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pykvcache.bench import tables
+from pykvcache.bench.progress import task_progress
+from pykvcache.bench.replay.cost import StepCost
+from pykvcache.bench.replay.loop import Rules
+from pykvcache.bench.replay.paper import (
+    MAX_LEN,
+    MEMORY,
+    MODEL,
+    PUBLISHED,
+    SIGMAS,
+    paper_table,
+    replay_regimes,
+)
+from pykvcache.bench.replay.plan import Budget, Plan
+from pykvcache.bench.replay.report import notes, regime, replay_table
+from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
+from pykvcache.bench.replay.totals import Result
+from pykvcache.bench.replay.workload import Workload
+
+ARRIVALS = ("saturated", "trace")
+
+
+def replay(
+    trace: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A packaged or synthetic trace, CSV or JSONL.")
+    ] = "azure-conv",
+    memory: Annotated[str | None, typer.Option(help="Of the KV cache, such as 8GiB.")] = None,
+    model_config: Annotated[
+        str | None, typer.Option(help="A known model or a config.json; bytes a token.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Token slots, instead of memory and model.")
+    ] = None,
+    max_len: Annotated[
+        int | None, typer.Option(help="Longest prompt + output; the longest of the trace.")
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Names, with commas; all.")] = None,
+    block_size: Annotated[
+        list[str] | None, typer.Option(help="Of the paged policy, with commas; 1 to 256.")
+    ] = None,
+    head_room: Annotated[
+        float, typer.Option(help="Share of blocks kept free at admission.")
+    ] = 0.05,
+    victim: Annotated[str, typer.Option(help="Whom to preempt: newest or cheapest.")] = "newest",
+    scheduler: Annotated[
+        str, typer.Option(help="prefill-first; or engine, for paged: the engine's own.")
+    ] = "prefill-first",
+    token_budget: Annotated[int, typer.Option(help="Tokens a step of the engine.")] = 2048,
+    max_running: Annotated[int, typer.Option(help="Rows of the engine.")] = 256,
+    prefix_cache: Annotated[
+        bool, typer.Option("--prefix-cache", help="Share prefixes; by the engine's scheduler.")
+    ] = False,
+    requests: Annotated[int | None, typer.Option(help="At most so many; all.")] = None,
+    arrivals: Annotated[
+        str, typer.Option(help="saturated: all wait from the start; trace: as they came.")
+    ] = "saturated",
+    step_ms: Annotated[float, typer.Option(help="Fixed cost of a step, ms.")] = 6.0,
+    kv_ns: Annotated[float, typer.Option(help="Cost of a cached token a step, ns.")] = 45.0,
+    prefill_us: Annotated[float, typer.Option(help="Cost of a prefill token, us.")] = 45.0,
+    seed: Annotated[int, typer.Option(help="Of synthetic traces.")] = 0,
+    sigma: Annotated[float, typer.Option(help="Of synthetic traces.")] = 1.0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the shares and a block map.")
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the rows; - = standard output.")
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The published figure on PagedAttention, replayed.")
+    ] = False,
+) -> None:
+    """Replay a trace of requests under every way to give them memory; no model is run."""
+    if paper:
+        trace, memory, model_config, tokens = "sharegpt-like", MEMORY, MODEL, None
+        max_len, policy = MAX_LEN, [case.policy for case in PUBLISHED]
+        block_size, requests = ["16"], requests or DEFAULT_COUNT
+    try:
+        if arrivals not in ARRIVALS:
+            raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, got {arrivals!r}")
+        check_files(plot, json)
+        cost = StepCost(step_ms / 1e3, kv_ns / 1e9, prefill_us / 1e6)
+        rules = Rules(
+            cost,
+            arrivals == "saturated",
+            head_room,
+            victim,
+            "engine" if prefix_cache else scheduler,
+            token_budget,
+            max_running,
+            prefix_cache,
+        )
+        workload = Workload(trace, max_len, requests, seed, sigma)
+        budget = Budget.of(memory, model_config, tokens)
+        plan = Plan.of(workload, budget, rules, split(policy), split_numbers(block_size))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(one_line(error)) from error
+    console = tables.open_console(stderr=json == "-")
+    for line in plan.describe():
+        console.print(line, style="dim")
+    results, finished = run(plan)
+    show(console, results)
+    if paper and finished and requests:
+        finished = compare_with_paper(console, plan.rules, requests, seed)
+    if json is not None:
+        save_rows(json, results)
+    if plot is not None and results:
+        from pykvcache.bench.replay.plots import plot_replay
+
+        plot_replay(plan, results, plot)
+        console.print(f"plot: {plot}")
+    if not finished:
+        raise typer.Abort
+
+
+def run(plan: Plan) -> tuple[list[Result], bool]:
+    """The results, and whether all cases ran; Ctrl-C keeps those that did."""
+    results: list[Result] = []
+    try:
+        with task_progress("replaying", plan.survey.count * len(plan.cases)) as advance:
+            for result in plan.run(advance):
+                results.append(result)
+    except KeyboardInterrupt:
+        return results, False
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(one_line(error)) from error
+    return results, True
+
+
+def show(console: Console, results: list[Result]) -> None:
+    """The table, and what there is to say about it."""
+    if not results:
+        return
+    console.print(replay_table(results))
+    for note in notes(results):
+        console.print(f"note: {note}")
+    sentence = regime(results)
+    if sentence is not None:
+        console.print(sentence)
+
+
+def compare_with_paper(console: Console, rules: Rules, requests: int, seed: int) -> bool:
+    """Print published figures beside replayed ones; False after Ctrl-C."""
+    total = requests * len(PUBLISHED) * (len(SIGMAS) + 1)
+    try:
+        with task_progress("the published figure", total) as advance:
+            regimes = replay_regimes(requests, seed, rules, advance)
+    except KeyboardInterrupt:
+        return False
+    console.print()
+    console.print(paper_table(regimes))
+    return True
+
+
+def save_rows(path: str, results: list[Result]) -> None:
+    """Write a list of rows, to standard output when path is "-"."""
+    text = json_module.dumps([result.to_json() for result in results], indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+    else:
+        Path(path).write_text(text)
+
+
+def check_files(plot: Path | None, json: str | None) -> None:
+    """Raise ValueError when a result could not be written after all the work."""
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'pykvcache[plot]'")
+    for option, file in (("--plot", plot), ("--json", json)):
+        if file is not None and str(file) != "-" and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
+
+
+def split(values: list[str] | None) -> list[str]:
+    """Options that may be repeated and may hold commas, as one list."""
+    return [part.strip() for value in values or () for part in value.split(",")]
+
+
+def split_numbers(values: list[str] | None) -> list[int]:
+    try:
+        return [int(part) for part in split(values)]
+    except ValueError:
+        raise ValueError(f"block_size must be integers, got {','.join(values or ())!r}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

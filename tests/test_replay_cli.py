@@ -1,0 +1,312 @@
+"""`python -m pykvcache replay`: rows, sentences, pictures, wrong arguments, Ctrl-C."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pykvcache import cli
+from pykvcache.bench.replay import blockmap, paper
+from pykvcache.bench.replay import plan as plan_module
+from pykvcache.bench.replay.cases import BLOCK_SIZES, CONTIGUOUS, POLICIES, Case
+from pykvcache.bench.replay.configs import known_configs, load_config
+from pykvcache.bench.replay.plan import Budget, Plan
+from pykvcache.bench.replay.report import regime
+from pykvcache.bench.replay.totals import KEYS, SHARES
+from pykvcache.bench.replay.workload import Workload
+
+SMALL = ("--requests", "120")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `replay` in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pykvcache", "replay", *arguments])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_all_policies_as_json(run) -> None:
+    code, out, err = run(
+        *SMALL, "--memory", "8GiB", "--model-config", "llama-3.1-8b", "--json", "-"
+    )
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["policy"] for row in rows] == [*CONTIGUOUS, "padded", *["paged"] * len(BLOCK_SIZES)]
+    assert [row["block_size"] for row in rows if row["policy"] == "paged"] == list(BLOCK_SIZES)
+    for row in rows:
+        assert tuple(row) == KEYS
+        assert sum(row[name] for name in SHARES) == 100
+        assert row["throughput"] > 0
+    assert "65,536 token slots (8 GiB of llama-3.1-8b, 128 KiB a token)" in err
+    assert "oracle-first-fit" in err and "Better packing" in err
+
+
+def test_table_and_file(run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    code, out, err = run(
+        *(*SMALL, "--trace", "azure-code", "--tokens", "20000", "--policy", "max,paged"),
+        *("--block-size", "16", "--block-size", "64,1", "--json", str(rows)),
+    )
+    assert code == 0 and err == ""
+    assert "paged 64" in out and "20,000 token slots" in out and "padded" not in out
+    assert [row["block_size"] for row in json.loads(rows.read_text())] == [None, 16, 64, 1]
+
+
+def test_head_room_changes_what_stays_free(run) -> None:
+    external = []
+    for share in ("0", "0.3"):
+        arguments = ("--policy", "paged", "--block-size", "16", "--tokens", "30000", "--json", "-")
+        _, out, _ = run(*SMALL, *arguments, "--head-room", share)
+        external.append(json.loads(out)[0]["external"])
+    assert external[1] > external[0] + 15
+
+
+def test_cost_of_a_step_changes_time_and_not_order(run) -> None:
+    rows = []
+    for step in ("6", "12"):
+        arguments = ("--policy", "max", "--tokens", "30000", "--kv-ns", "0", "--prefill-us", "0")
+        _, out, _ = run(*SMALL, *arguments, "--step-ms", step, "--json", "-")
+        rows.append(json.loads(out)[0])
+    assert rows[0]["throughput"] == pytest.approx(2 * rows[1]["throughput"])
+    assert rows[0]["live"] == pytest.approx(rows[1]["live"])
+
+
+@pytest.mark.parametrize(("share", "words"), [("1", "hardly raises"), ("0", "greatly raises")])
+def test_the_regime_is_computed(run, share: str, words: str) -> None:
+    """Packing pays where the fixed cost of a step dominates, and not where prefill does."""
+    prefill = "1000" if share == "1" else "0"
+    _, out, _ = run(*SMALL, "--policy", "max,paged", "--block-size", "16", "--prefill-us", prefill)
+    assert words in out
+    named = "computing prompts" if share == "1" else "the fixed cost of a step"
+    assert f"goes to {named}" in out
+
+
+def test_no_sentence_without_both_sides(run) -> None:
+    plan = Plan.of(Workload("azure-conv", limit=30), Budget(20_000), paper.Rules(), ["paged"], [16])
+    assert regime(list(plan.run())) is None
+
+
+def test_pictures(run, tmp_path: Path) -> None:
+    picture = tmp_path / "replay.png"
+    code, out, _ = run(*SMALL, "--tokens", "20000", "--plot", str(picture))
+    assert code == 0 and f"plot: {picture}" in out.replace("\n", "")
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert int.from_bytes(data[16:20], "big") == 1200
+
+
+def test_padded_alone_has_no_map(run, tmp_path: Path) -> None:
+    picture = tmp_path / "padded.png"
+    assert run(*SMALL, "--policy", "padded", "--plot", str(picture))[0] == 0
+    assert picture.exists()
+
+
+@pytest.mark.parametrize("case", [*map(Case, CONTIGUOUS), Case("paged", 16)])
+def test_maps_show_the_shares(case: Case) -> None:
+    workload = Workload("sharegpt-like", max_len=2048, limit=1500)
+    plan = Plan.of(workload, Budget(15_728), paper.Rules(), [case.policy], [16])
+    drawn = blockmap.draw_map(plan, case, 60.0)
+    shares = next(plan.run()).shares()
+    for kind, name in enumerate(SHARES):
+        assert 100 * np.mean(drawn.cells == kind) == pytest.approx(shares[name], abs=8), name
+
+
+def test_trace_of_the_user(run, tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv.gz"
+    with gzip.open(path, "wt") as file:
+        file.write("arrival,input_length,output_length\n" + "0.5,30,20\n" * 50)
+    code, out, _ = run("--trace", str(path), "--tokens", "1000", "--arrivals", "trace")
+    assert code == 0
+    assert "50 requests, mean 30 tokens in and 20 out, longest 50" in out
+
+
+def test_arrivals_of_packaged_traces(run) -> None:
+    for trace in ("azure-conv", "azure-code", "mooncake-conv"):
+        code, out, _ = run(
+            *(*SMALL, "--trace", trace, "--policy", "paged", "--block-size", "16"),
+            *("--arrivals", "trace", "--memory", "40GiB", "--json", "-"),
+        )
+        assert code == 0
+        assert json.loads(out)[0]["peak_batch"] < 120
+
+
+def test_enough_memory_is_no_waste(run) -> None:
+    _, out, _ = run(
+        *("--trace", "azure-conv", "--requests", "20", "--arrivals", "trace"),
+        *("--policy", "paged", "--block-size", "16", "--memory", "80GiB"),
+    )
+    assert "no request ever waited" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trace", "azure"], ["trace", "azure-conv", "sharegpt-like", "'azure'"]),
+        (["--model-config", "llama-9"], ["llama-3.1-8b", "qwen3-8b", "'llama-9'"]),
+        (["--policy", "best"], ["policy", "max-length", "paged", "'best'"]),
+        (["--tokens", "0"], ["tokens", "1", "0"]),
+        (["--memory", "0"], ["memory", "0 bytes"]),
+        (["--memory", "lots"], ["memory", "'lots'"]),
+        (["--memory", "1KiB"], ["1024 bytes", "131072 bytes"]),
+        (["--memory", "1GiB", "--tokens", "5"], ["not both"]),
+        (["--max-len", "1"], ["max_len", "1"]),
+        (["--max-len", "100000"], ["max_len", "65536", "100000"]),
+        (["--block-size", "0"], ["block_size", "0"]),
+        (["--block-size", "big"], ["block_size", "'big'"]),
+        (["--tokens", "10", "--block-size", "16"], ["block_size 16", "10"]),
+        (["--head-room", "1"], ["head_room", "1"]),
+        (["--victim", "oldest"], ["victim", "newest", "'oldest'"]),
+        (["--scheduler", "best"], ["scheduler", "engine", "'best'"]),
+        (["--requests", "0"], ["requests", "0"]),
+        (["--arrivals", "poisson"], ["arrivals", "saturated", "'poisson'"]),
+        (["--trace", "sharegpt", "--arrivals", "trace"], ["sharegpt", "arrive"]),
+        (["--prefix-cache"], ["azure-conv", "prefixes"]),
+        (["--step-ms", "-1"], ["base", "-0.001"]),
+        (["--step-ms", "0"], ["base", "0"]),
+        (["--trace", "alpaca-like", "--sigma", "-1"], ["sigma", "-1"]),
+        (["--plot", "/no/such/folder/a.png"], ["--plot", "/no/such/folder"]),
+        (["--json", "/no/such/folder/a.json"], ["--json", "/no/such/folder"]),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("pykvcache: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "input_length,other\n1,2\n", ["a.csv", "columns", "other"]),
+        ("a.csv", "input_length,output_length\n1,2\n3,-4\n", ["a.csv, line 3", "'-4'"]),
+        ("a.csv", "", ["a.csv", "columns"]),
+        ("a.csv", "input_length,output_length\n", ["no requests"]),
+        ("a.jsonl", '{"input_length": 5}\n', ["a.jsonl, line 1", "output_length"]),
+        ("a.csv", "arrival,input_length,output_length\nsoon,1,1\n", ["line 2", "'soon'"]),
+        ("a.csv.gz", "this is no gzip", ["a.csv.gz"]),
+    ],
+)
+def test_bad_traces_are_one_line(
+    run, tmp_path: Path, name: str, text: str, words: list[str]
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    code, out, err = run("--trace", str(path))
+    assert (code, out) == (2, "")
+    assert err.startswith("pykvcache: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_arrivals_that_go_back_are_an_error(run, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("arrival,input_length,output_length\n5,9,9\n4,9,9\n")
+    code, _, err = run("--trace", str(path), "--arrivals", "trace")
+    assert code == 2 and err.count("\n") == 1
+    assert "request 2 arrives before" in err
+
+
+def test_ctrl_c_keeps_what_is_done(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run_case = plan_module.run_case
+
+    def interrupted(case: Case, *arguments):
+        if case.policy == "oracle-buddy":
+            raise KeyboardInterrupt
+        return run_case(case, *arguments)
+
+    monkeypatch.setattr(plan_module, "run_case", interrupted)
+    rows = tmp_path / "rows.json"
+    code, out, err = run(*SMALL, "--json", str(rows))
+    assert code == 130 and err == "pykvcache: interrupted\n"
+    assert "oracle-first-fit" in out and "oracle-buddy" not in out
+    assert len(json.loads(rows.read_text())) == 3
+
+
+def test_paper_prints_published_figures_beside(run) -> None:
+    code, out, _ = run("--paper", "--requests", "300")
+    assert code == 0
+    assert "15,728 token slots (12 GiB of opt-13b, 800 KiB a token); max-len 2,048" in out
+    for published in paper.PUBLISHED.values():
+        assert str(published) in out
+    assert "sigma 1.4" in out and "Alpaca" in out and "waste of allocated" in out
+
+
+def test_help_has_an_example_and_every_option(run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0 and "Example: python -m pykvcache replay" in out
+    for option in ("trace", "memory", "model-config", "tokens", "max-len", "policy", "block-size"):
+        assert f"--{option}" in out
+    for option in ("head-room", "requests", "arrivals", "plot", "json", "step-ms", "paper"):
+        assert f"--{option}" in out
+
+
+def test_configs_are_whole_and_known_sizes_come_out() -> None:
+    for name in known_configs():
+        assert load_config(name).token_bytes > 0
+    assert load_config("llama-3.1-8b").token_bytes == 128 * 1024
+    assert load_config("opt-13b").token_bytes == 800 * 1024
+    assert load_config("deepseek-v3").token_bytes == 61 * 576 * 2
+    assert POLICIES[-1] == "paged"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {
+                "num_hidden_layers": 2,
+                "num_attention_heads": 8,
+                "hidden_size": 64,
+                "num_key_value_heads": 2,
+            },
+            2 * 2 * 2 * 8 * 2,
+        ),
+        ({"n_layer": 3, "n_head": 4, "n_embd": 32, "torch_dtype": "float32"}, 3 * 2 * 32 * 4),
+        (
+            {
+                "text_config": {
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 4,
+                    "head_dim": 16,
+                    "num_key_value_heads": 1,
+                }
+            },
+            2 * 16 * 2,
+        ),
+        ({"num_hidden_layers": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 4 * 576 * 2),
+    ],
+)
+def test_config_files(tmp_path: Path, fields: dict, expected: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert load_config(str(tmp_path)).token_bytes == expected
+    assert load_config(str(tmp_path / "config.json")).token_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "no JSON"),
+        ("[]", "must be a JSON object"),
+        ('{"num_hidden_layers": 2}', "num_attention_heads"),
+        ('{"num_hidden_layers": "two"}', "positive integer"),
+        ('{"num_hidden_layers": 1, "kv_lora_rank": 8, "dtype": "int3"}', "dtype"),
+    ],
+)
+def test_bad_config_files(run, tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    code, _, err = run("--model-config", str(path))
+    assert code == 2 and words in err and err.count("\n") == 1
