@@ -23,6 +23,7 @@ class PrefixRow(Row):
     ids: list[int] = field(default_factory=list)
     recorded: int = 0
     lost: bool = False  # what it records cannot be found
+    restored: bool = False  # lost for ever, since its salt is not known
     planned: list[int] = field(default_factory=list)  # ids that it takes next
 
     def copy(self) -> PrefixRow:
@@ -33,7 +34,7 @@ class PrefixRow(Row):
             super().cut(length),
             ids=self.ids[:length],
             recorded=min(self.recorded, length),
-            lost=self.lost and length > 0,
+            lost=self.restored or (self.lost and length > 0),
             planned=list(self.planned),
         )
 
@@ -52,7 +53,7 @@ class PrefixModel(Model):
         other = super().saved()
         other.known = set()
         for row in other.rows.values():
-            row.lost = True
+            row.lost = row.restored = True
         return other
 
     def new_row(self) -> PrefixRow:

@@ -470,6 +470,12 @@ def test_restoring_a_snapshot_forgets_prefixes() -> None:
     assert hit(allocator, count(0, 8)) == 0
     serve(allocator, count(0, 8))
     assert hit(allocator, count(0, 8)) == 8
+    tenant = serve(allocator, count(60, 4), salt=7)
+    allocator.restore(allocator.snapshot())
+    allocator.truncate(tenant, 0)
+    allocator.append(tenant, 4)
+    allocator.record(tenant, count(60, 4), 4)
+    assert allocator.lookup([count(60, 4)] * 2, [0, 7]).tolist() == [0, 0], "its salt is not known"
     plain = BlockAllocator(20, 4)
     plain.restore(snapshot)
     assert (plain.num_free, plain.num_cached) == (18, 0)

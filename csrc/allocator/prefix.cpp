@@ -115,7 +115,7 @@ void Allocator::add_block(uint32_t slot, uint64_t hash) {
 
 void Allocator::record_row(uint32_t slot, Ints tokens) {
   Trace& trace = traces_[slot];
-  while (!tokens.empty() && trace.epoch != Trace::kLost) {
+  while (!tokens.empty() && trace.epoch == prefixes_->epoch()) {
     const size_t missing = block_size_ - trace.tail.size();
     const Ints part = tokens.first(std::min(missing, tokens.size()));
     trace.tail.insert(trace.tail.end(), part.begin(), part.end());

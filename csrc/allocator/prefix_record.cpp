@@ -28,7 +28,7 @@ void PrefixCache::start(Trace& trace, std::span<const int64_t> prompt,
 
 // Back to fewer tokens; those of the block that is then the last one are read from its node.
 void PrefixCache::roll_back(Trace& trace, int32_t length) const {
-  if (length == 0) {
+  if (length == 0 && trace.epoch != Trace::kUnknown) {
     const int32_t priority = trace.priority;
     trace.begin(trace.salt, epoch_);
     trace.priority = priority;

@@ -6,7 +6,7 @@ transformers then computes the rest, as it does for a cache that is continued. O
 the tokens alone is kept: a forward with images, embeddings, a mask that is not left padding or
 unusual positions is not. When the weights change, everything is forgotten.
 
-Read first: pykvcache/hf/notes.py. Read next: pykvcache/hf/patching.py.
+Read first: pykvcache/hf/notes.py. Read next: pykvcache/hf/state.py.
 """
 
 from __future__ import annotations

@@ -145,7 +145,10 @@ class Rows:
         while True:
             total = self.pool.num_blocks
             try:
-                copies = step.step(counts, tokens, not self.recording)
+                with self.pool.lock:  # a source may be given out by the next step of another cache
+                    for group, pairs in enumerate(step.step(counts, tokens, not self.recording)):
+                        if len(pairs):
+                            self.pool.copy_blocks(group, torch.from_numpy(pairs))
                 break
             except OutOfBlocks as error:
                 if not self.pool.growable:
@@ -153,10 +156,6 @@ class Rows:
                         self.reset()
                     raise
                 self.pool.grow(error.needed, total)
-        for group, pairs in enumerate(copies):
-            if len(pairs):
-                with self.pool.lock:
-                    self.pool.copy_blocks(group, torch.from_numpy(pairs))
         self.seen = end
         if step.revision != self._revision or self.pool.device.type != "cpu":
             self._refresh(step)

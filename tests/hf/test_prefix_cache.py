@@ -63,12 +63,12 @@ def prompt(seed: int, tokens: int, rows: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_way_of_generating_stays_the_same(family: str) -> None:
-    """Three times over one pool, so that everything begins with what another way has left."""
+    """Twice over one pool, so that everything begins with what another way has left."""
     plain = make_model(family)
     ways = [way for way in WAYS if can(family, way)]
     expected = {way: unpatched(copy.deepcopy(plain), way) for way in ways}
     model = pykvcache.patch(copy.deepcopy(plain), block_size=4, prefix_cache=True)
-    for way in ways * 3:
+    for way in ways * 2:
         assert_same(WAYS[way](model), expected[way])
     allocator = model.__dict__[STATE].prefixes.pool.allocator
     allocator.check_integrity()
