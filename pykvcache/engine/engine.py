@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
-from pykvcache.engine.handle import Handle, Sample, ScoreJob
+from pykvcache.engine.handle import Call, Handle, Sample, ScoreJob
 from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
@@ -148,15 +148,13 @@ class Engine:
                 the pool; nothing was started.
         """
         settings = self._settings(prompts, sampling, max_new_tokens)
-        handles = self._submit_all(prompts, settings, priority, salt)
-        samples = sum(setting.n for setting in settings)
-        with self._cancelling(handles), progress_bar(samples, progress) as advance:
-            done = 0
-            while not all(handle.done for handle in handles):
+        total, call = sum(setting.n for setting in settings), Call()
+        handles = self._submit_all(prompts, settings, priority, salt, call)
+        with self._cancelling(handles), progress_bar(total, progress) as advance:
+            while call.ended < total:
+                before = call.ended
                 self.step()
-                finished = sum(handle.num_done for handle in handles)
-                advance(finished - done, self._loop.meter.rate)
-                done = finished
+                advance(call.ended - before, self._loop.meter.rate)
         return [output for handle in handles for output in handle.outputs]
 
     def stream(
@@ -170,8 +168,9 @@ class Engine:
     ) -> Iterator[Event]:
         """Complete all prompts and yield every token as it comes; arguments as `generate`."""
         settings = self._settings(prompts, sampling, max_new_tokens)
-        handles = self._submit_all(prompts, settings, priority, salt, watched=True)
-        return self._events(handles)
+        call = Call(streams=True)
+        handles = self._submit_all(prompts, settings, priority, salt, call)
+        return self._events(handles, call)
 
     def submit(
         self,
@@ -191,7 +190,7 @@ class Engine:
                 `step` that was running; that step counts as done.
         """
         settings = self._settings([prompt], sampling, max_new_tokens)
-        return self._submit_all([prompt], settings, priority, salt, on_token=on_token)[0]
+        return self._submit_all([prompt], settings, priority, salt, Call(), on_token)[0]
 
     def score(
         self,
@@ -300,18 +299,20 @@ class Engine:
         settings: Sequence[Sampling],
         priority: int,
         salt: int,
-        watched: bool = False,
+        call: Call,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[Handle]:
         """Check everything, then put everything into the queue."""
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._prompt(prompt, f"prompts[{index}]")
-            handle = Handle(self, streams=watched)
+            handle = Handle(self, call)
             for sample_index in range(setting.n):
                 request = self._request(array, setting.max_new_tokens, priority, salt)
                 self._scheduler.check(request)
-                sample = Sample(handle, request, setting, index, sample_index, on_token, watched)
+                sample = Sample(
+                    handle, request, setting, index, sample_index, on_token, call.streams
+                )
                 request.owner, request.ends_at_eos = sample, not setting.ignore_eos
                 handle.samples.append(sample)
             handles.append(handle)
@@ -335,12 +336,12 @@ class Engine:
             for handle in handles:
                 handle.cancel()
 
-    def _events(self, handles: list[Handle]) -> Iterator[Event]:
+    def _events(self, handles: list[Handle], call: Call) -> Iterator[Event]:
+        total = sum(len(handle.samples) for handle in handles)
         with self._cancelling(handles):
-            while not all(handle.done for handle in handles):
+            while call.ended < total:
                 self.step()
-                for handle in handles:
-                    yield from handle.take_events()
+                yield from call.take_events()
 
     def _cancel(self, sample: Sample) -> None:
         """End a sample now; used by its handle."""

@@ -77,6 +77,7 @@ class Loop:
         tokens = self._text(request)
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
+        sample.handle.sample_ended()
         self.meter.finished(output)
         if not sample.watched or reason != "cancelled":
             return None

@@ -190,6 +190,11 @@ class Scheduler:
             lanes, counts = self._with_less(lanes, counts)
             if not len(lanes):  # all its rows were preempted: others have room now
                 lanes, counts = self._choose(admit=False)
+        if self.num_running or self._num_waiting:
+            raise RuntimeError(
+                f"no step for {self.num_running} running and {self._num_waiting} waiting requests: "
+                "the scheduler has a defect"
+            )
         return None
 
     def undo(self, step: Step) -> None:
