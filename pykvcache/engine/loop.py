@@ -21,8 +21,9 @@ from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
-from pykvcache.engine.scheduler import Scheduler, Step
+from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.stats import Meter
+from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
 
 Heard = list[tuple[Event, Listener | None]]
