@@ -12,17 +12,21 @@ class Fingerprint:
     """Tells whether the weights of a model are still the same.
 
     Version counters and addresses show every ordinary change. Writing through `.data` changes
-    neither, so some elements of each tensor are compared, too.
+    neither, so some elements of each tensor are compared, too. A model with tensors that have no
+    plain memory (sparse ones) counts as changed every time.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
-        self.marks = [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]
+        self.marks: list[object] = []
         samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
-                some = tensor.detach().view(-1)[:: -(-tensor.numel() // SAMPLED)]
-                samples.setdefault((tensor.dtype, tensor.device), []).append(some)
+        for tensor in (*model.parameters(), *model.buffers()):
+            try:
+                self.marks.append((tensor.data_ptr(), _version(tensor)))
+                if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
+                    some = tensor.detach().view(-1)[:: -(-tensor.numel() // SAMPLED)]
+                    samples.setdefault((tensor.dtype, tensor.device), []).append(some)
+            except (RuntimeError, NotImplementedError):
+                self.marks.append(object())  # a tensor without plain memory: never the same
         self.samples = [torch.cat(group).view(torch.uint8) for group in samples.values()]
 
     def same(self, other: Fingerprint) -> bool:
