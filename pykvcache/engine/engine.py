@@ -32,8 +32,8 @@ from pykvcache.engine.scoring import Scorer
 from pykvcache.engine.stats import EngineStats, Meter
 from pykvcache.engine.step import Options
 from pykvcache.engine.swap import SwapSpace
-from pykvcache.engine.weights import WeightsWatch
 from pykvcache.hf.arguments import parse_dtype, parse_memory
+from pykvcache.weights import Fingerprint
 
 Prompt = Sequence[int] | Int64Array | Tensor
 
@@ -116,7 +116,7 @@ class Engine:
             self._swap.compute_seconds,
         )
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
-        self._weights = WeightsWatch(model)
+        self._model, self._weights = model, Fingerprint(model)
         self._max_length = max_length(model)
         self._lock = threading.RLock()
 
@@ -330,8 +330,11 @@ class Engine:
         return handles
 
     def _check_weights(self) -> None:
-        if self._blocks.prefix_cache and self._weights.changed():
-            self._allocator.forget_prefixes()
+        if self._blocks.prefix_cache:
+            now = Fingerprint(self._model)
+            if not now.same(self._weights):
+                self._allocator.forget_prefixes()
+                self._weights = now
 
     @contextlib.contextmanager
     def _cancelling(self, handles: Sequence[Handle]) -> Iterator[None]:
