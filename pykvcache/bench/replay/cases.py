@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pykvcache.bench.replay import contiguous
-from pykvcache.bench.replay.loop import Observer, Replay, Rules
+from pykvcache.bench.replay.loop import Observer, Replay
 from pykvcache.bench.replay.padded import PaddedReplay
 from pykvcache.bench.replay.paged import Paged
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.scheduled import ScheduledReplay
 from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result

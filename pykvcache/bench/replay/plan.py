@@ -9,11 +9,12 @@ from pathlib import Path
 from pykvcache.bench.replay.cases import Case, choose_cases, run_case
 from pykvcache.bench.replay.configs import ModelConfig, load_config
 from pykvcache.bench.replay.cost import StepCost
-from pykvcache.bench.replay.loop import Rules
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Survey, Workload
 from pykvcache.hf.arguments import parse_memory
 
+ORDER_WORDS = {"fcfs": "first come", "shortest": "shortest prompt"}
 MEMORY, MODEL = "8GiB", "llama-3.1-8b"
 
 
@@ -128,8 +129,9 @@ class Plan:
             f"{name}: {survey.count:,} requests, mean {survey.prompt:,.0f} tokens in and "
             f"{survey.output:,.0f} out, longest {survey.longest:,}; {arrivals}",
             f"{self.budget.describe()}; max-len {self.max_len:,}{cut}",
-            f"{describe_cost(cost)}; first come first served, prefill first, "
-            f"{rules.victim} preempted, head-room {100 * rules.head_room:.3g} %",
+            f"{describe_cost(cost)}; {ORDER_WORDS[rules.order]} first, prefill first, "
+            f"{rules.victim} preempted ({rules.preemption}), "
+            f"head-room {100 * rules.head_room:.3g} %",
             *self._describe_engine(),
         ]
 

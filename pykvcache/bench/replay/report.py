@@ -14,6 +14,7 @@ PARTS = {
     "base": "the fixed cost of a step, which more rows share",
     "kv": "reading cached tokens, which costs every row the same however many there are",
     "prefill": "computing prompts, which costs the same however many rows there are",
+    "swap": "moving preempted rows to host memory and back",
     "idle": "waiting for requests to arrive",
 }
 
