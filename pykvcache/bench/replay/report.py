@@ -23,7 +23,7 @@ def replay_table(results: Sequence[Result]) -> Table:
     """A line a policy; shares in percent of the budget."""
     table = Table(box=None, pad_edge=False)
     table.add_column("% of the budget", no_wrap=True)
-    columns = ("batch", "peak", "preempted", "recomputed", "hits %", "tokens/s", "x")
+    columns = ("batch", "peak", "preempt", "recomp.", "hits %", "tokens/s", "x")
     for column in (*SHARES, *columns):
         table.add_column(column, justify="right")
     first = results[0].throughput if results else 0.0
