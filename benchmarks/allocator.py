@@ -1,6 +1,7 @@
 """`python -m benchmarks.allocator`: what the block allocator costs, goal beside measured.
 
-"in C++" is a loop with a clock inside the extension (csrc/allocator/timing.cpp), over a worn pool;
+"in C++" is a loop with a clock inside the extension (csrc/allocator/timing.cpp), over a worn pool,
+or for the prefix cache over a pool that is all cached (timing_prefix.cpp);
 "call" is one call from Python on that many blocks. `pytest benchmarks/allocator.py` runs the same
 operations under pytest-benchmark.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import typer
 from rich.table import Table
@@ -29,6 +31,9 @@ GOALS = {
     "append to 256 sequences": 5e-6,
     "step of 256 sequences": 5e-6,
     "fork of 1,000 tokens": 0.5e-6,
+    "prefix hit, a block": 100e-9,
+    "record 1 token of 256 sequences": 5e-6,
+    "evict + allocate, a block": 250e-9,
     "batch.step(), 1 row": 3e-6,
     "batch.step(), 256 rows": 8e-6,
     "the extension's append alone": 0.3e-6,
@@ -59,6 +64,11 @@ class Pool:
             seqs.size: self.allocator.batch(seqs, columns=columns) for seqs in (self.one, self.many)
         }
         self.core = self.allocator._core
+        self.prompt = np.arange(LENGTH)
+        self.cached = BlockAllocator(num_blocks, BLOCK_SIZE, prefix_cache=True)
+        seqs = self.cached.allocate([LENGTH])
+        self.cached.record(seqs, self.prompt, LENGTH)
+        self.cached.free(seqs)
         self.lengths = dict.fromkeys(self.batches, LENGTH)
 
     def step(self, rows: int) -> None:
@@ -81,6 +91,9 @@ CALLS: dict[str, Callable[[Pool], Any]] = {
     "allocate() + free(), 1,000 tokens": lambda pool: pool.allocator.free(
         pool.allocator.allocate([LENGTH])
     ),
+    "allocate_cached() + free(), 1,000 tokens": lambda pool: pool.cached.free(
+        pool.cached.allocate_cached([pool.prompt])[0]
+    ),
     "lengths(), 256 rows": lambda pool: pool.allocator.lengths(pool.many),
     "block_table(), 256 rows": lambda pool: pool.allocator.block_table(pool.many),
     "the extension's append alone": lambda pool: pool.core.append(pool.handle, 0),
@@ -93,7 +106,8 @@ def time_inside(num_blocks: int, repeats: int) -> list[Row]:
     from pykvcache import _C
 
     rows = []
-    for operation, nanoseconds in _C.time_allocator(num_blocks, repeats).items():
+    inside = _C.time_allocator(num_blocks, repeats) | _C.time_prefixes(num_blocks, repeats)
+    for operation, nanoseconds in inside.items():
         timing = Timing.of([ns * 1e-9 for ns in nanoseconds])
         rows.append(Row("in C++", operation, timing, GOALS.get(operation)))
     return rows

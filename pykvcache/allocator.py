@@ -208,7 +208,7 @@ class BlockAllocator:
 
         Returns:
             Per group int64 [N, 2]: (src, dst) blocks that `ops.copy_blocks` must copy before the
-            new tokens are written, because src is shared.
+            new tokens are written and before the next call, because src is shared or cached.
 
         Raises:
             OutOfBlocks: the pool has not enough blocks for all rows; nothing has changed.

@@ -37,6 +37,8 @@ class KVPool:
         kv_dtype: dtype of the caches; None = that of the first keys.
         backend: "auto" or a name from `ops.backends()`.
         deterministic: passed on to attention over this pool.
+        prefix_cache: the allocator keeps an index of prefixes.
+        windows: of each layer group, 0 = all positions, for that index.
 
     Without num_blocks and memory the pool grows. Nothing is allocated before `open`.
 
@@ -73,6 +75,7 @@ class KVPool:
             raise ValueError(f"kv_dtype must be one of {_names(KV_DTYPES)}, got {kv_dtype}")
         self.block_size, self.kv_dtype, self.backend = block_size, kv_dtype, backend
         self.fixed_blocks, self.memory, self.deterministic = num_blocks, memory, deterministic
+        self.prefix_cache, self.windows = prefix_cache, tuple(windows)
         self.group_of = list(group_of)
         layers = Counter(self.group_of)
         self.layers_of_group = [layers[group] for group in range(len(layers))]
@@ -130,7 +133,13 @@ class KVPool:
                     f"memory must hold at most {MAX_BLOCKS} blocks of {price} bytes, "
                     f"got {self.memory}"
                 )
-        self.allocator = BlockAllocator(max(size, 1), self.block_size, layers=self.layers_of_group)
+        self.allocator = BlockAllocator(
+            max(size, 1),
+            self.block_size,
+            layers=self.layers_of_group,
+            prefix_cache=self.prefix_cache,
+            windows=self.windows if self.prefix_cache else (),
+        )
         self.device = k.device
         self.ops = ops.table(self.backend, k.device.type)
         return self.allocator

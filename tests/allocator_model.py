@@ -7,10 +7,11 @@ as a wrong token.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,7 +27,12 @@ class Row:
     reserved: int = 0
 
     def copy(self) -> Row:
-        return Row(list(self.tokens), list(self.dead))
+        return replace(self, tokens=list(self.tokens), dead=list(self.dead), reserved=0)
+
+    def cut(self, length: int) -> Row:
+        return replace(
+            self, tokens=self.tokens[:length], dead=[min(d, length) for d in self.dead], reserved=0
+        )
 
 
 @dataclass
@@ -51,6 +57,20 @@ class Model:
     pins: Counter[int] = field(default_factory=Counter)
     memory: dict[int, int] = field(default_factory=dict)
     fresh: itertools.count[int] = field(default_factory=itertools.count)
+
+    def saved(self) -> Model:
+        """A copy to go back to; tokens are not used twice."""
+        other = copy.copy(self)
+        other.rows, other.pins = copy.deepcopy((self.rows, self.pins))
+        other.memory = dict(self.memory)
+        return other
+
+    def end(self, seq: int) -> Row:
+        """The sequence is gone."""
+        return self.rows.pop(seq)
+
+    def next_token(self, row: Row) -> int:
+        return next(self.fresh)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.allocator.block_size)
@@ -88,9 +108,12 @@ class Model:
             needed += max(0, end - len(table))
         return needed, free
 
+    def new_row(self) -> Row:
+        return Row([], [0] * self.allocator.groups)
+
     def allocate(self, seqs: Sequence[int], lengths: Sequence[int]) -> None:
         for seq, length in zip(seqs, lengths, strict=True):
-            self.rows[seq] = Row([], [0] * self.allocator.groups)
+            self.rows[seq] = self.new_row()
             self.write([seq], [length])
 
     def copy_blocks(self, copies: Sequence[np.ndarray]) -> None:
@@ -111,7 +134,7 @@ class Model:
         at = 0
         for seq, count in zip(seqs, counts, strict=True):
             for _ in range(count):
-                token = next(self.fresh)
+                token = self.next_token(self.rows[seq])
                 self.rows[seq].tokens.append(token)
                 for slots in mappings:
                     self.memory[slots[at]] = token

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
-from allocator_model import Model, Reach, Row
+from allocator_model import Model, Reach
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -93,14 +92,16 @@ class AllocatorMachine(RuleBasedStateMachine):
         index = data.draw(
             st.lists(st.integers(0, len(rows) - 1), max_size=5) if rows else st.just([])
         )
+        kept = {rows[i]: self.model.rows[rows[i]] for i in index}
+        for row in rows:
+            self.model.rows.pop(row) if row in kept else self.model.end(row)
         selected = self.allocator.select(rows, index).tolist()
-        old = {row: self.model.rows.pop(row) for row in rows}
         self.gone += rows
         first: set[int] = set()
         for seq, i in zip(selected, index, strict=True):
-            self.model.rows[seq] = old[rows[i]].copy()
+            self.model.rows[seq] = kept[rows[i]].copy()
             if i not in first:
-                self.model.rows[seq].reserved = old[rows[i]].reserved
+                self.model.rows[seq].reserved = kept[rows[i]].reserved
             first.add(i)
 
     @precondition(has_rows)
@@ -120,8 +121,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             return
         self.allocator.truncate(rows, lengths)
         for seq, length in zip(rows, lengths, strict=True):
-            row = self.model.rows[seq]
-            self.model.rows[seq] = Row(row.tokens[:length], [min(d, length) for d in row.dead])
+            self.model.rows[seq] = self.model.rows[seq].cut(length)
 
     @precondition(has_rows)
     @rule(data=st.data())
@@ -154,10 +154,12 @@ class AllocatorMachine(RuleBasedStateMachine):
     @precondition(has_rows)
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
-        rows = self.draw_rows(data)
-        self.allocator.free(rows)
+        self.free_rows(self.draw_rows(data))
+
+    def free_rows(self, rows: list[int]) -> None:
         for row in rows:
-            del self.model.rows[row]
+            self.model.end(row)
+        self.allocator.free(rows)
         self.gone += rows
 
     @precondition(has_rows)
@@ -246,9 +248,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        state = Model(self.allocator, *copy.deepcopy((self.model.rows, self.model.pins)))
-        state.memory, state.fresh = dict(self.model.memory), self.model.fresh
-        self.saved = (self.allocator.snapshot(), state)
+        self.saved = (self.allocator.snapshot(), self.model.saved())
 
     @precondition(lambda machine: machine.saved)
     @rule()

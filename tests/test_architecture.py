@@ -14,13 +14,13 @@ LAYERS = (
     {"allocator", "batch", "layer_step", "metadata", "ops"},
     {"cache", "plot"},
     {"attention"},
-    {"hf", "engine"},
+    {"hf"},
+    {"engine"},
     {""},  # pykvcache/__init__.py: the names that users import
     {"bench"},
     {"cli", "__main__"},
 )
 SEPARATE = (
-    {"hf", "engine"},
     {"allocator", "ops"},
     {"batch", "ops"},
     {"layer_step", "ops"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pykvcache
 from pykvcache import ops
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -20,6 +21,11 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(example.strip().splitlines()) <= 18
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "blocks.png").stat().st_size > 0
+
+
+def test_prefix_example_runs() -> None:
+    example = next(block for block in BLOCKS if "prefix_cache=True" in block)
+    exec(compile(example, "README.md", "exec"), {"pykvcache": pykvcache, "prompt": [*range(50)]})
 
 
 def test_short_paged_attention_is_the_operator() -> None:

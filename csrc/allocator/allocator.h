@@ -151,6 +151,8 @@ class Allocator {
   void check_prompts(const char* op, Ints tokens, Ints counts, Ints salts) const;
   void share_match(uint32_t slot, std::span<const int32_t> nodes, int32_t length);
   void record_row(uint32_t slot, Ints tokens);
+  void record_step(Ints tokens);
+  void add_block(uint32_t slot, uint64_t hash);
   void end_trace(uint32_t slot);
   void drop_nodes(uint32_t slot);
   std::span<int32_t> entries_at(uint32_t slot, int32_t index);
@@ -179,6 +181,11 @@ class Allocator {
   int64_t refused_ = 0;  // size of the largest request that waits for blocks, 0: none
   int64_t restores_ = 0;
   Plan plan_;
+  struct Filled {
+    uint32_t slot;
+    uint64_t hash;
+  };
+  std::vector<Filled> filled_;    // scratch
   std::vector<uint32_t> slots_;   // scratch
   std::vector<int32_t> nodes_;    // scratch
   std::vector<int32_t> entries_;  // scratch, [group]

@@ -125,47 +125,6 @@ PyObject* pin_sequences(AllocatorObject& self, Args args) {
   return ArrayResult<int64_t>(blocks).release();
 }
 
-// (tokens, counts, salts) -> (seqs, hits)
-PyObject* allocate_cached(AllocatorObject& self, Args args) {
-  const IntArgument tokens("prompts", args[0]), counts("counts", args[1]);
-  const IntArgument salts("salts", args[2], counts.size());
-  ArrayResult<int64_t> seqs(counts.size()), hits(counts.size());
-  locked(*self.shared,
-         [&](Allocator& a) { a.allocate_cached(tokens, counts, salts, seqs.data(), hits.data()); });
-  return Py_BuildValue("NN", seqs.release(), hits.release());
-}
-
-PyObject* lookup(AllocatorObject& self, Args args) {
-  const IntArgument tokens("prompts", args[0]), counts("counts", args[1]);
-  const IntArgument salts("salts", args[2], counts.size());
-  ArrayResult<int64_t> hits(counts.size());
-  locked(*self.shared, [&](Allocator& a) { a.lookup(tokens, counts, salts, hits.data()); });
-  return hits.release();
-}
-
-PyObject* record(AllocatorObject& self, Args args) {
-  const IntArgument seqs("seqs", args[0]), tokens("tokens", args[1]);
-  const IntArgument counts("counts", args[2], seqs.size());
-  locked(*self.shared, [&](Allocator& a) { a.record(seqs, tokens, counts); });
-  return none();
-}
-
-PyObject* set_priority(AllocatorObject& self, Args args) {
-  const IntArgument seqs("seqs", args[0]), priorities("priorities", args[1], seqs.size());
-  locked(*self.shared, [&](Allocator& a) { a.set_priority(seqs, priorities); });
-  return none();
-}
-
-PyObject* forget_prefixes(AllocatorObject& self, Args) {
-  locked_without_gil(*self.shared, [](Allocator& a) { a.forget_prefixes(); });
-  return none();
-}
-
-PyObject* collide_hashes(AllocatorObject& self, Args) {
-  locked(*self.shared, [](Allocator& a) { a.collide_hashes(); });
-  return none();
-}
-
 PyObject* grow(AllocatorObject& self, Args args) {
   const int64_t num_blocks = to_int("num_blocks", args[0]);
   locked_without_gil(*self.shared, [&](Allocator& a) { a.grow(num_blocks); });
@@ -309,13 +268,14 @@ PyMethodDef allocator_methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 // (num_blocks, repeats) -> {operation: [nanoseconds]}
+template <auto Measure>
 PyObject* time_operations(PyObject*, PyObject* args) {
   return guarded([&] {
     long long num_blocks, repeats;
     if (!PyArg_ParseTuple(args, "LL", &num_blocks, &repeats)) throw ErrorIsSet{};
-    const auto timings = [&] {
+    const Timings timings = [&] {
       const WithoutGil released;
-      return time_allocator(num_blocks, repeats);
+      return Measure(num_blocks, repeats);
     }();
     Owned result(PyDict_New());
     for (const auto& [operation, samples] : timings) {
@@ -330,8 +290,10 @@ PyObject* time_operations(PyObject*, PyObject* args) {
   });
 }
 
-PyMethodDef functions[] = {{"time_allocator", time_operations, METH_VARARGS,
+PyMethodDef functions[] = {{"time_allocator", time_operations<time_allocator>, METH_VARARGS,
                             "Nanoseconds of the allocator's operations inside C++."},
+                           {"time_prefixes", time_operations<time_prefixes>, METH_VARARGS,
+                            "Nanoseconds of the prefix cache's operations inside C++."},
                            {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

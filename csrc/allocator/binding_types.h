@@ -43,6 +43,14 @@ decltype(auto) locked_without_gil(Shared& shared, F&& use) {
 // A list of one bytearray of int64 pairs for each group.
 PyObject* copies_list(const Copies& copies);
 
+// binding_prefix.cpp
+PyObject* allocate_cached(AllocatorObject& self, Args args);
+PyObject* lookup(AllocatorObject& self, Args args);
+PyObject* record(AllocatorObject& self, Args args);
+PyObject* set_priority(AllocatorObject& self, Args args);
+PyObject* forget_prefixes(AllocatorObject& self, Args args);
+PyObject* collide_hashes(AllocatorObject& self, Args args);
+
 int add_batch_type(PyObject* module);  // 0, or -1 with a Python error set
 
 }  // namespace pykvcache::python

@@ -99,34 +99,48 @@ std::span<int32_t> Allocator::entries_at(uint32_t slot, int32_t index) {
   return entries_;
 }
 
+// The last block of a sequence has been filled.
+void Allocator::add_block(uint32_t slot, uint64_t hash) {
+  Trace& trace = traces_[slot];
+  const int32_t index = block_size_.index(trace.recorded - 1);
+  const std::span<int32_t> entries = entries_at(slot, index);
+  if (!prefixes_->add_block(trace, hash, entries, pool_)) return;
+  for (int32_t group = 0; group < groups(); ++group) {
+    Table& table = store_.table(slot, group);
+    if (table.blocks[index] == entries[group]) continue;
+    table.blocks[index] = entries[group];
+    ++table.edits;
+  }
+}
+
 void Allocator::record_row(uint32_t slot, Ints tokens) {
   Trace& trace = traces_[slot];
-  if (trace.epoch != prefixes_->epoch()) {
-    trace.recorded += static_cast<int32_t>(tokens.size());
-    return;
-  }
-  while (!tokens.empty()) {
+  while (!tokens.empty() && trace.epoch == prefixes_->epoch()) {
     const size_t missing = block_size_ - trace.tail.size();
     const Ints part = tokens.first(std::min(missing, tokens.size()));
     trace.tail.insert(trace.tail.end(), part.begin(), part.end());
     trace.recorded += static_cast<int32_t>(part.size());
     tokens = tokens.subspan(part.size());
-    if (part.size() < missing) return;
-    const int32_t index = block_size_.index(trace.recorded - 1);
-    const std::span<int32_t> entries = entries_at(slot, index);
-    if (prefixes_->add_block(trace, entries, pool_)) {
-      for (int32_t group = 0; group < groups(); ++group) {
-        Table& table = store_.table(slot, group);
-        if (table.blocks[index] == entries[group]) continue;
-        table.blocks[index] = entries[group];
-        ++table.edits;
-      }
-    }
-    if (trace.epoch == Trace::kLost) {
-      trace.recorded += static_cast<int32_t>(tokens.size());
-      return;
+    if (part.size() == missing) add_block(slot, prefixes_->hash_of(trace));
+  }
+  trace.recorded += static_cast<int32_t>(tokens.size());
+}
+
+// One token for each row, as every decode step has it. Blocks that this fills are added together,
+// so that their memory is on its way before the first is.
+void Allocator::record_step(Ints tokens) {
+  filled_.clear();
+  for (size_t row = 0; row < slots_.size(); ++row) {
+    Trace& trace = traces_[slots_[row]];
+    ++trace.recorded;
+    if (trace.epoch != prefixes_->epoch()) continue;
+    trace.tail.push_back(tokens[row]);
+    if (trace.tail.size() == static_cast<size_t>(block_size_)) {
+      filled_.push_back({slots_[row], prefixes_->hash_of(trace)});
+      prefixes_->prefetch(filled_.back().hash);
     }
   }
+  for (const auto& [slot, hash] : filled_) add_block(slot, hash);
 }
 
 void Allocator::record(Ints handles, Ints tokens, Ints counts) {
@@ -144,6 +158,10 @@ void Allocator::record(Ints handles, Ints tokens, Ints counts) {
       bad_argument("record: counts[", row, "] is ", counts[row], ", but the sequence has ", length,
                    " tokens, of which ", recorded, " were recorded");
     }
+  }
+  if (std::ranges::all_of(counts, [](int64_t count) { return count == 1; })) {
+    record_step(tokens);
+    return;
   }
   for (size_t row = 0; row < slots_.size(); ++row) {
     record_row(slots_[row], tokens.first(counts[row]));

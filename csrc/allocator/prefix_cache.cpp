@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <random>
 
 namespace pykvcache {
@@ -30,7 +31,8 @@ PrefixCache::PrefixCache(int64_t num_blocks, BlockSize block_size, std::vector<i
 // windows: a long sequence then leaves more nodes than blocks.
 int64_t PrefixCache::max_nodes(int64_t num_blocks, const std::vector<int32_t>& windows) {
   const bool has_full = std::ranges::find(windows, 0) != windows.end();
-  return has_full ? num_blocks : 4 * num_blocks;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  return std::min(has_full ? num_blocks : 4 * num_blocks, kMost);
 }
 
 void PrefixCache::grow(int64_t num_blocks) {

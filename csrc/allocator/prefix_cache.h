@@ -57,7 +57,10 @@ class PrefixCache {
 
   // Recording. `entries` are the sequence's blocks of one index, [group]; those that the index has
   // already take the place of the sequence's own, which are dropped. Returns whether any did.
-  bool add_block(Trace& trace, std::span<int32_t> entries, BlockPool& pool);
+  bool add_block(Trace& trace, uint64_t hash, std::span<int32_t> entries, BlockPool& pool);
+  // Hash of a full tail, and memory that add_block() will read for it.
+  uint64_t hash_of(const Trace& trace) const;
+  void prefetch(uint64_t hash) const { tree_.prefetch_bucket(hash); }
   // The end of a sequence: its last, partly filled block becomes known unless all of it is.
   void add_tail(Trace& trace, std::span<const int32_t> entries, BlockPool& pool);
   // Whether the trace still leads to a node, or to the beginning.

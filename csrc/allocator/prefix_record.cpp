@@ -28,7 +28,7 @@ void PrefixCache::start(Trace& trace, std::span<const int64_t> prompt,
 
 // Back to fewer tokens; those of the block that is then the last one are read from its node.
 void PrefixCache::roll_back(Trace& trace, int32_t length) const {
-  if (length == 0) {
+  if (length == 0 && trace.epoch != Trace::kUnknown) {
     const int32_t priority = trace.priority;
     trace.begin(trace.salt, epoch_);
     trace.priority = priority;
@@ -104,15 +104,20 @@ int32_t PrefixCache::add_node(PrefixTree::Parent parent, uint64_t hash,
   return node;
 }
 
-bool PrefixCache::add_block(Trace& trace, std::span<int32_t> entries, BlockPool& pool) {
+uint64_t PrefixCache::hash_of(const Trace& trace) const {
+  if (!follows(trace)) return 0;
+  const uint64_t before =
+      trace.tip == kNone ? tree_.start_hash(trace.salt) : tree_.node(trace.tip).hash;
+  return tree_.extend_hash(before, trace.tail.data());
+}
+
+bool PrefixCache::add_block(Trace& trace, uint64_t hash, std::span<int32_t> entries,
+                            BlockPool& pool) {
   if (!follows(trace)) {
     trace.lose();
     return false;
   }
   const PrefixTree::Parent parent = parent_of(trace);
-  const uint64_t hash = tree_.extend_hash(
-      trace.tip == kNone ? tree_.start_hash(trace.salt) : tree_.node(trace.tip).hash,
-      trace.tail.data());
   int32_t node = tree_.find(parent, hash, trace.tail.data());
   bool replaced = false;
   if (node == kNone) {

@@ -1,6 +1,5 @@
 #include "allocator/timing.h"
 
-#include <chrono>
 #include <random>
 
 #include "allocator/batch.h"
@@ -12,15 +11,6 @@ namespace {
 constexpr int64_t kBlockSize = 16, kLength = 1000, kRows = 256, kSteps = 64;
 constexpr int64_t kMostBlocks = 512;  // of a sequence that wears the pool
 constexpr int64_t kLayers[] = {1};
-
-// Nanoseconds of one call, divided by the units of work in it.
-template <class F>
-double time_per(int64_t units, F&& body) {
-  const auto start = std::chrono::steady_clock::now();
-  body();
-  const std::chrono::duration<double, std::nano> elapsed = std::chrono::steady_clock::now() - start;
-  return elapsed.count() / static_cast<double>(units);
-}
 
 Allocator worn_allocator(int64_t num_blocks) {
   Allocator allocator(num_blocks, kBlockSize, kLayers, 1);
@@ -54,8 +44,7 @@ struct Arrays {
 
 }  // namespace
 
-std::vector<std::pair<std::string, std::vector<double>>> time_allocator(int64_t num_blocks,
-                                                                        int64_t repeats) {
+Timings time_allocator(int64_t num_blocks, int64_t repeats) {
   std::vector<double> init, allocate, free, append, step, fork, drop, select;
   const std::vector<int64_t> lengths(kRows, kLength), ones(kRows, 1);
   const int64_t blocks = kRows * ((kLength + kBlockSize - 1) / kBlockSize);

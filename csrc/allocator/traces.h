@@ -7,13 +7,15 @@
 namespace pykvcache {
 
 struct Trace {
-  static constexpr uint32_t kLost = 0;
+  // Instead of an epoch. Lost: tokens are counted but not indexed, until the sequence is empty
+  // again. Unknown: for ever, since its salt is not known.
+  static constexpr uint32_t kLost = 0, kUnknown = ~0u;
 
   int64_t salt = 0;
   uint64_t tip_serial = 0;    // of `tip`, to notice when the node is another one by now
   int32_t tip = -1;           // node of the last full block; -1: there is none yet
   int32_t recorded = 0;       // tokens
-  uint32_t epoch = kLost;     // kLost, or not the index's: tokens are counted but not indexed
+  uint32_t epoch = kUnknown;  // if it is not the index's, the sequence is lost
   int32_t priority = 0;       // of the blocks that it adds
   std::vector<int64_t> tail;  // tokens after the last full block
 
@@ -26,7 +28,7 @@ struct Trace {
     tail.clear();
   }
   void lose() {
-    epoch = kLost;
+    if (epoch != kUnknown) epoch = kLost;
     tail.clear();
   }
 };

@@ -81,10 +81,7 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
         ValueError: the name is unknown, a column is missing, or a row is no pair of counts; the
             message has the file and the line number.
     """
-    path = FOLDER / TRACES[trace] if trace in TRACES else Path(trace)
-    if not path.is_file():
-        names = ", ".join(TRACES)
-        raise ValueError(f"trace must be a file or one of {names}, got {str(trace)!r}")
+    path = _find(trace)
     try:
         yield from _read_file(path)
     except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
@@ -101,6 +98,37 @@ def _read_file(path: Path) -> Iterator[Request]:
                 _arrival(row, where),
                 _prefix(row, where),
             )
+
+
+def read_prefix_blocks(trace: str | Path) -> Iterator[list[int]]:
+    """Stream the `hash_ids` of a JSON-lines trace: an id for each block of every prompt.
+
+    An equal id is the same block after the same prefix.
+
+    Raises:
+        ValueError: there is no such trace, or a row has no such ids.
+    """
+    path = _find(trace)
+    with _open_text(path) as lines:
+        for line_number, line in enumerate(lines, start=1):
+            try:
+                ids = json.loads(line)["hash_ids"]
+                if not all(type(block) is int for block in ids):
+                    raise TypeError(f"got {ids}")
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path.name}, line {line_number}: must be a JSON object with hash_ids, a list "
+                    f"of integers ({type(error).__name__}: {error})"
+                ) from None
+            yield ids
+
+
+def _find(trace: str | Path) -> Path:
+    path = FOLDER / TRACES[trace] if trace in TRACES else Path(trace)
+    if not path.is_file():
+        names = ", ".join(TRACES)
+        raise ValueError(f"trace must be a file or one of {names}, got {str(trace)!r}")
+    return path
 
 
 @contextmanager

@@ -44,6 +44,7 @@ class RequestBlocks:
         self.allocator, self.prefix_cache = allocator, prefix_cache
         self.windows, self.chunks = list(windows), list(chunks)
         self._reaches = [window or chunk for window, chunk in zip(windows, chunks, strict=True)]
+        self.holders: dict[int, Request] = {}  # waiting with blocks of a shared prompt, by order
         self._twins: dict[tuple[int, bytes], Twins] = {}
 
     @property
@@ -75,6 +76,7 @@ class RequestBlocks:
 
     def open(self, request: Request) -> None:
         """Give the request a sequence and set what of it is computed; takes no new blocks."""
+        self.holders.pop(request.order, None)
         if request.seq is None:
             tokens = request.tokens
             if self.prefix_cache and request.logits_from != 0:
@@ -82,12 +84,12 @@ class RequestBlocks:
                 seqs, hits = self.allocator.allocate_cached([tokens[:end]], request.salt)
                 request.seq, request.computed = int(seqs[0]), int(hits[0])
                 if request.priority:
-                    self.allocator.set_priority(seqs, request.priority)
+                    self.allocator.set_priority(seqs, max(-128, min(request.priority, 127)))
             else:
                 request.seq, request.computed = int(self.allocator.allocate([0])[0]), 0
         twins = self._twins_of(request)
         twins.waiting.pop(request.order, None)
-        if request.computed < len(request.prompt) and twins.leader is None:
+        if request.computed < len(request.tokens) == len(request.prompt) and twins.leader is None:
             twins.leader = request
 
     def prompt_computed(self, request: Request) -> list[Request]:
@@ -101,7 +103,8 @@ class RequestBlocks:
             assert request.seq is not None
             forks = self.allocator.fork([request.seq], len(heirs))
             for heir, seq in zip(heirs, forks.tolist(), strict=True):
-                heir.seq, heir.computed = seq, len(request.prompt)
+                heir.seq, heir.computed, heir.heir_of = seq, len(request.prompt), request
+                self.holders[heir.order] = heir
         twins.waiting.clear()
         self._forget_empty(request)
         return heirs
@@ -113,6 +116,7 @@ class RequestBlocks:
 
     def close(self, request: Request) -> None:
         """Give the blocks back; the request may be opened again."""
+        self.holders.pop(request.order, None)
         twins = self._twins_of(request)
         if twins.leader is request:
             twins.leader = None
@@ -123,6 +127,12 @@ class RequestBlocks:
         if len(request.tokens) == len(request.prompt) and not request.done:
             twins.waiting[request.order] = request
         self._forget_empty(request)
+
+    def discard(self, request: Request) -> None:
+        """As `close`, after a step that failed: its last block may not hold what was recorded."""
+        if request.seq is not None:
+            self.allocator.truncate([request.seq], [0])
+        self.close(request)
 
     def leave(self, request: Request) -> None:
         """The request ends: give everything back."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.handle import Handle, Sample, ScoreJob
-from pykvcache.engine.loop import Loop
+from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
 from pykvcache.engine.runner import ModelRunner, longest_position
@@ -55,6 +55,7 @@ class Engine:
         head_room: share of the pool kept free for running requests when one is admitted.
         swap_memory: host memory for blocks of preempted requests, in bytes or as "4GiB"; used where
             moving them is cheaper than computing them again. Default: 4 GiB with a GPU, else 0.
+        cuda_graphs: on a GPU, replay decode steps as CUDA graphs where the model allows it.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the model cannot be packed.
@@ -76,6 +77,7 @@ class Engine:
         max_running: int = 256,
         head_room: float = 0.05,
         swap_memory: int | str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         options = Options(token_budget, max_running, head_room)
         options.check()
@@ -84,6 +86,8 @@ class Engine:
             size = default_memory(getattr(model, "device", torch.device("cpu")))
         self._runner = ModelRunner(
             model,
+            max_running,
+            cuda_graphs,
             block_size=block_size,
             num_blocks=num_blocks,
             memory=size,
@@ -217,9 +221,7 @@ class Engine:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
         with self._lock:
             events = self._loop.step()
-        for event, listener in events:
-            if listener is not None:
-                listener(event)
+        _notify(events)
         return [event for event, _ in events]
 
     def weights_changed(self) -> None:
@@ -305,7 +307,7 @@ class Engine:
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._prompt(prompt, f"prompts[{index}]")
-            handle = Handle(self)
+            handle = Handle(self, streams=watched)
             for sample_index in range(setting.n):
                 request = self._request(array, setting.max_new_tokens, priority, salt)
                 self._scheduler.check(request)
@@ -343,8 +345,11 @@ class Engine:
     def _cancel(self, sample: Sample) -> None:
         """End a sample now; used by its handle."""
         with self._lock:
-            if not sample.request.done:
-                self._loop.end(sample, "cancelled")
+            if sample.request.done:
+                return
+            event = self._loop.end(sample, "cancelled")
+        if event is not None:
+            _notify([(event, sample.listener)])
 
     def _score(
         self, prompt: Int64Array, endings: Sequence[Int64Array], top_k: int, salt: int
@@ -396,6 +401,19 @@ class Engine:
                 self._scheduler.finish(request)
             raise
         return request
+
+
+def _notify(heard: Heard) -> None:
+    """Call every listener, also after one has raised; what was raised first comes out."""
+    error: BaseException | None = None
+    for event, listener in heard:
+        try:
+            if listener is not None:
+                listener(event)
+        except BaseException as raised:
+            error = error or raised
+    if error is not None:
+        raise error
 
 
 def default_memory(device: torch.device) -> int:

@@ -35,7 +35,7 @@ class Sample:
         prompt_index: int,
         sample_index: int,
         listener: Listener | None,
-        watched: bool,
+        watched: bool = False,
     ) -> None:
         self.handle, self.request, self.setting = handle, request, setting
         self.prompt_index, self.sample_index = prompt_index, sample_index
@@ -53,7 +53,7 @@ class Sample:
         return (
             setting.greedy
             and not self.watched
-            and not setting.stop
+            and not setting.stop_sequences
             and not setting.processors
             and setting.logprobs is None
             and setting.repetition_penalty == 1.0
@@ -63,8 +63,8 @@ class Sample:
     def stops(self, tokens: Int64Array) -> bool:
         """Whether the output so far ends with one of the stop sequences."""
         return any(
-            len(tokens) >= len(stop) and tuple(tokens[-len(stop) :].tolist()) == stop
-            for stop in self.setting.stop
+            len(tokens) >= len(stop) and tokens[-len(stop) :].tolist() == list(stop)
+            for stop in self.setting.stop_sequences
         )
 
     def end(self, tokens: Int64Array, reason: str) -> Output:
@@ -111,8 +111,8 @@ class _Canceller(Protocol):
 class Handle:
     """A prompt that was submitted, with all its samples."""
 
-    def __init__(self, engine: _Canceller) -> None:
-        self._engine = engine
+    def __init__(self, engine: _Canceller, streams: bool = False) -> None:
+        self._engine, self._streams = engine, streams
         self._events: list[Event] = []
         self.samples: list[Sample] = []
 
@@ -148,5 +148,6 @@ class Handle:
         yield from events
 
     def put_event(self, event: Event) -> None:
-        """Used by the engine."""
-        self._events.append(event)
+        """Used by the engine: keeps the event if somebody will take it."""
+        if self._streams:
+            self._events.append(event)

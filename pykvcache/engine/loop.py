@@ -49,15 +49,18 @@ class Loop:
 
     def step(self) -> Heard:
         """Run one step; returns the events of watched samples."""
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> Heard:
         started = time.perf_counter()
         step = self.scheduler.plan()
         if step is None:
             return []
         try:
             ids = self.lanes.ids(step.lanes, step.starts, step.counts)
-            with torch.inference_mode():
-                logits = self.runner.run(step, ids)
-                heard = self._settle(step, ids, logits, started)
+            logits = self.runner.run(step, ids)
+            heard = self._settle(step, ids, logits, started)
         except BaseException:
             self.scheduler.undo(step)
             raise
@@ -71,10 +74,7 @@ class Loop:
     def end(self, sample: Sample, reason: str) -> Event | None:
         """The sample ends, wherever it is; its blocks are given back. Returns its last event."""
         request = sample.request
-        tokens = request.tokens
-        if request.lane >= 0:
-            tokens = self.lanes.tokens[request.lane, : self.lanes.known[request.lane]]
-            tokens = tokens.astype(np.int64)
+        tokens = self._text(request)
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
         self.meter.finished(output)
@@ -115,9 +115,8 @@ class Loop:
             self.end(request.owner, "eos" if eos[i] else "length")
 
     def _settle_samples(self, rows: Int64Array, logits: Tensor, started: float) -> Heard:
-        """The same for lanes whose samples need a look, and for those that wait for their prompt."""
-        samples: list[Sample] = []
-        texts: list[Int64Array] = []
+        """The same for lanes whose samples need a look, and for those that share their prompt."""
+        requests: list[Request] = []
         sources: list[int] = []
         for i, lane in enumerate(rows.tolist()):
             request = self.lanes.requests[lane]
@@ -125,21 +124,32 @@ class Loop:
             sharing = [request]
             if not request.owner.begun:
                 sharing += self.blocks.prompt_computed(request)
-            for one in sharing:
-                samples.append(one.owner)
-                sources.append(i)
-                texts.append(self._text(one))
+            requests += sharing
+            sources += [i] * len(sharing)
         if len(sources) > len(rows):
             logits = logits[torch.tensor(sources, device=logits.device)]
+        try:
+            return self._next_tokens(requests, logits, started)
+        except BaseException:
+            for request in requests:  # blocks of a prompt without a first token are of no use
+                if not request.owner.begun and request.lane < 0:
+                    self.blocks.close(request)
+            raise
+
+    def _next_tokens(self, requests: Sequence[Request], logits: Tensor, started: float) -> Heard:
+        """Choose and take the next token of each request, whose logits are [R, V]."""
+        samples: list[Sample] = [request.owner for request in requests]
+        texts = [self._text(request) for request in requests]
         tokens = self._sampler.choose(
             logits,
             [sample.setting for sample in samples],
             [sample.sample_index for sample in samples],
-            [len(text) - len(s.request.prompt) for s, text in zip(samples, texts, strict=True)],
+            [len(text) - len(r.prompt) for r, text in zip(requests, texts, strict=True)],
             texts.__getitem__,
         )
         numbers = self._log_probs(samples, logits, tokens)
-        now, heard = time.perf_counter(), []
+        now = time.perf_counter()
+        heard: Heard = []
         for sample, text, token, logs in zip(samples, texts, tokens.tolist(), numbers, strict=True):
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
@@ -152,7 +162,8 @@ class Loop:
         if request.lane < 0:
             return request.tokens
         known = self.lanes.known[request.lane]
-        return self.lanes.tokens[request.lane, :known].astype(np.int64)
+        text: Int64Array = self.lanes.tokens[request.lane, :known].astype(np.int64)
+        return text
 
     def _log_probs(
         self, samples: Sequence[Sample], logits: Tensor, tokens: Int64Array
@@ -193,7 +204,7 @@ class Loop:
         """Why a sample with this text ends, or None."""
         if sample.request.ends_at_eos and text[-1] in self._eos:
             return "eos"
-        if sample.setting.stop and sample.stops(text[len(sample.request.prompt) :]):
+        if sample.setting.stop_sequences and sample.stops(text[len(sample.request.prompt) :]):
             return "stop"
         return "length" if len(text) >= sample.request.limit else None
 

@@ -59,6 +59,7 @@ class Request:
     plain: bool = False
     ends_at_eos: bool = True
     owner: Any = None
+    heir_of: Request | None = None  # shares the blocks of its prompt, while it waits
     twin_key: tuple[int, bytes] | None = None  # of its prompt, see blocks.py
 
     def __post_init__(self) -> None:
@@ -158,4 +159,5 @@ def ranges(starts: Int64Array, counts: Int64Array) -> Int64Array:
     """starts[0], starts[0] + 1, ... (counts[0] of them), then starts[1], ...: [sum(counts)]."""
     ends = counts.cumsum()
     total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - ends + counts, counts)
+    steps: Int64Array = np.arange(total) + np.repeat(starts - ends + counts, counts)
+    return steps

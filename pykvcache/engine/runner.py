@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from pykvcache.batch import Batch, Int64Array
+from pykvcache.engine.graphs import Bucket, DecodeGraphs
 from pykvcache.engine.request import ranges
 from pykvcache.engine.scheduler import Step
 from pykvcache.hf.packed import PackedCache, packed_attention, register
@@ -32,6 +33,8 @@ class ModelRunner:
 
     Args:
         model: a decoder-only causal LM; its weights are used as they are, nothing is copied.
+        largest: most rows of a step.
+        cuda_graphs: replay decode steps as graphs where the model is on a GPU.
         settings: arguments of `KVPool` but the layers.
 
     Raises:
@@ -39,16 +42,23 @@ class ModelRunner:
         ValueError: the model cannot be packed; the message says why.
     """
 
-    def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, largest: int, cuda_graphs: bool, **settings: Any
+    ) -> None:
         check_packable(model)
         register()
         self.model, self.device = model, model.device
         self.cache = PackedCache(model, **settings)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._revision, self._batch = -1, None
+        self._batch: Batch | None = None
+        self._revision = -1
+        self.graphs: DecodeGraphs | None = None
         self._metadata: list[AttentionMetadata] = []
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode, whose tensors could not be written elsewhere
             self._probe()
+        if cuda_graphs and self.device.type == "cuda":
+            groups = len(self.cache.windows)
+            self.graphs = DecodeGraphs(self._forward_bucket, groups, self.device, largest)
 
     @property
     def vocabulary(self) -> int:
@@ -73,19 +83,32 @@ class ModelRunner:
         if wanted.sum() < len(ids):
             rows = ranges(counts.cumsum() - wanted, wanted)
         self.copy_blocks(step.copies)
+        if self.graphs is not None and is_decode and rows is None:
+            logits = self.graphs.run(step.batch, ids, positions)
+            if logits is not None:
+                return logits
         self._bind(step.batch)
         self.cache.begin(self._metadata, int((starts + counts).sum()))
-        return self._forward(ids, positions, rows)
+        return self._forward(
+            torch.from_numpy(ids)[None].to(self.device),
+            torch.from_numpy(positions)[None].to(self.device),
+            None if rows is None else torch.from_numpy(rows).to(self.device),
+        )
 
-    def _forward(self, ids: Int64Array, positions: Int64Array, rows: Int64Array | None) -> Tensor:
+    def _forward_bucket(self, bucket: Bucket) -> Tensor:
+        """A decode step over the tensors of a bucket, to be captured."""
+        self.cache.begin(bucket.metadata, 0)
+        return self._forward(bucket.ids, bucket.positions, None)
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
+        """Logits [T, V], or of the rows `keep`, for ids and positions [1, T]."""
         kwargs: dict[str, Any] = {}
-        keep = None if rows is None else torch.from_numpy(rows).to(self.device)
         if keep is not None and self._keeps:
             kwargs["logits_to_keep"] = keep
         with packed_attention(self.model) as eager:
             out = self.model(
-                input_ids=torch.from_numpy(ids)[None].to(self.device),
-                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                input_ids=ids,
+                position_ids=positions,
                 attention_mask=self.cache.mask(self.model.dtype, eager),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -96,11 +119,8 @@ class ModelRunner:
 
     def _bind(self, batch: Batch) -> None:
         """Metadata over the arrays of a batch; on a CPU they are shared, not copied."""
-        if (
-            batch is not self._batch
-            or batch.revision != self._revision
-            or self.device.type != "cpu"
-        ):
+        kept = batch is self._batch and batch.revision == self._revision
+        if not kept or self.device.type != "cpu":
             seq_lens = torch.from_numpy(batch.seq_lens).to(self.device)
             cu_seqlens_q = torch.from_numpy(batch.cu_seqlens_q).to(self.device)
             self._metadata = [
@@ -170,6 +190,8 @@ def check_packable(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
     name = type(model).__name__
+    if model.training:
+        raise ValueError(f"{name} is in training mode; call model.eval() first")
     reason = None
     if model.config.is_encoder_decoder:
         reason = "it has an encoder"
@@ -193,4 +215,4 @@ def longest_position(model: PreTrainedModel) -> int | None:
         for module in model.modules()
         if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
     ]
-    return min(scales, default=None)  # type: ignore[arg-type]
+    return min(scales, default=None)

@@ -90,14 +90,15 @@ class Sampler:
             return scores
         warpers = LogitsProcessorList()
         if setting.temperature not in (None, 1.0):
-            warpers.append(TemperatureLogitsWarper(float(setting.temperature)))  # type: ignore[arg-type]
+            warpers.append(TemperatureLogitsWarper(float(setting.temperature)))
         if setting.top_k is not None:
             warpers.append(TopKLogitsWarper(setting.top_k))
         if setting.top_p is not None and setting.top_p < 1.0:
             warpers.append(TopPLogitsWarper(setting.top_p))
         if setting.min_p is not None:
             warpers.append(MinPLogitsWarper(setting.min_p))
-        return warpers(None, scores)  # type: ignore[arg-type, no-any-return]
+        warped: Tensor = warpers(None, scores)
+        return warped
 
 
 def likeliest(logits: Tensor) -> Int64Array:
@@ -105,7 +106,7 @@ def likeliest(logits: Tensor) -> Int64Array:
     if logits.is_cpu:  # torch's argmax takes ten times as long on a CPU, in bfloat16 twenty
         best: Int64Array = logits.float().numpy().argmax(-1)
         return best
-    return logits.argmax(-1).cpu().numpy()  # type: ignore[no-any-return]
+    return logits.argmax(-1).cpu().numpy()
 
 
 def _is_plain(setting: Sampling, generated: int) -> bool:

@@ -5,6 +5,7 @@ Read next: scheduler.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,7 +89,12 @@ class Sampling:
                 raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
         if self.top_p == 0:
             raise ValueError("top_p must be above 0, got 0")
-        object.__setattr__(self, "stop", tuple(_stop_sequence(entry) for entry in self.stop))
+        _ = self.stop_sequences
+
+    @functools.cached_property
+    def stop_sequences(self) -> tuple[tuple[int, ...], ...]:
+        """`stop`, every entry as a sequence."""
+        return tuple(_stop_sequence(entry) for entry in self.stop)
 
     @property
     def greedy(self) -> bool:

@@ -146,8 +146,8 @@ class Scheduler:
         needed = self.blocks.needed(max(stored, 1))
         if needed > self._allocator.num_blocks:
             raise ValueError(
-                f"a request of {len(request.prompt)} prompt tokens, {request.limit} with its output, "
-                f"needs {needed} blocks but the pool has {self._allocator.num_blocks}"
+                f"a request of {len(request.prompt)} prompt tokens, {request.limit} with its "
+                f"output, needs {needed} blocks but the pool has {self._allocator.num_blocks}"
             )
 
     def submit(self, request: Request) -> None:
@@ -164,7 +164,7 @@ class Scheduler:
             return
         if request.lane >= 0:
             self.lanes.remove(request.lane)
-        else:
+        elif request.order:
             self._num_waiting -= 1  # its entry in the queue is dropped when it comes up
         request.done = True
         if request.swapped is not None and self._drop_swapped is not None:
@@ -182,12 +182,14 @@ class Scheduler:
         The rows count as computed from here on: run the step, or `undo` it.
         """
         self.steps += 1
-        lanes, counts = self._choose()
+        lanes, counts = self._choose(admit=True)
         while len(lanes):
             step = self._take_blocks(lanes, counts)
             if step is not None:
                 return step
             lanes, counts = self._with_less(lanes, counts)
+            if not len(lanes):  # all its rows were preempted: others have room now
+                lanes, counts = self._choose(admit=False)
         return None
 
     def undo(self, step: Step) -> None:
@@ -195,27 +197,27 @@ class Scheduler:
         for lane in step.lanes.tolist():
             request = self.lanes.requests[lane]
             if request is not None:
-                self._requeue(request)
+                self.lanes.remove(lane)
+                self.blocks.discard(request)
+                self._push(request)
 
     def preempt(self, request: Request) -> None:
         """Take the blocks of a running request; it waits for its next turn."""
         tokens = int(self.lanes.computed[request.lane])
         seconds = self._cost(tokens)
         self.lanes.remove(request.lane)
-        swapped = self._swap_out is not None and self._swap_out(request)
-        if not swapped:
-            self.recomputed_tokens += tokens
-            self.blocks.close(request)
-        request.preemptions += 1
-        self.num_preemptions += 1
-        method = "swap" if swapped else "recompute"
-        self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
-        self._push(request)
-
-    def _requeue(self, request: Request) -> None:
-        self.lanes.remove(request.lane)
-        self.blocks.close(request)
-        self._push(request)
+        swapped = False
+        try:
+            swapped = self._swap_out is not None and self._swap_out(request)
+        finally:
+            if not swapped:
+                self.recomputed_tokens += tokens
+                self.blocks.close(request)
+            request.preemptions += 1
+            self.num_preemptions += 1
+            method = "swap" if swapped else "recompute"
+            self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
+            self._push(request)
 
     def _push(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.key, request.order, request))
@@ -223,7 +225,7 @@ class Scheduler:
 
     # Choosing rows.
 
-    def _choose(self) -> tuple[Int64Array, Int64Array]:
+    def _choose(self, admit: bool) -> tuple[Int64Array, Int64Array]:
         """Lanes and token counts of a step that fits the budget, and by estimate the pool."""
         lanes, budget = self.lanes, self.options.token_budget
         active = lanes.active
@@ -241,8 +243,9 @@ class Scheduler:
             budget -= count
             if count:
                 chunks.append((lane, count))
-        promised = self._promised(active[left > 1])
-        self._admit(chunks, budget, free, promised - self._growth(chunks))
+        if admit:
+            promised = self._promised(active[left > 1]) - self._growth(chunks)
+            self._admit(chunks, budget, free, promised)
         rows = np.array([lane for lane, _ in chunks], np.int64)
         counts = np.array([count for _, count in chunks], np.int64)
         ones = np.ones(len(decoding), np.int64)
@@ -319,17 +322,20 @@ class Scheduler:
                     return False
                 assert self._drop_swapped is not None
                 self._drop_swapped(request)  # others hold blocks and wait: compute it again
-        self.blocks.open(request)  # cached blocks that it takes are no longer free
+        if not held:
+            self.blocks.open(request)  # cached blocks that it takes are no longer free
         room -= before - self._allocator.num_free
         while self._still_needed(request) > room:
             free = self._allocator.num_free
-            if not alone:
+            if not self._drop_holder(request, alone):
+                if alone:
+                    break
                 if not held:
                     self.blocks.close(request)
                 return False
-            if not self._drop_holder(request):
-                break
             room += self._allocator.num_free - free
+        if held:
+            self.blocks.open(request)
         if request.preemptions == 0:
             request.cached = request.computed
         self._num_waiting -= 1
@@ -376,7 +382,7 @@ class Scheduler:
             keep = lanes != victim.lane
             self.preempt(victim)
             return lanes[keep], counts[keep]
-        if self._drop_holder():
+        if self._drop_holder(None, True):
             return lanes, counts
         if counts[0] > 1:
             return lanes, np.maximum(counts // 2, 1)
@@ -396,17 +402,31 @@ class Scheduler:
         candidates = self.lanes.active[1:]
         if not len(candidates):
             return None
-        requests = [r for r in (self.lanes.requests[i] for i in candidates.tolist()) if r]
-        return min(
-            requests,
-            key=lambda r: (r.priority, self._cost(int(self.lanes.computed[r.lane])), -r.order),
-        )
+        requests: list[Request] = [r for i in candidates if (r := self.lanes.requests[i])]
 
-    def _drop_holder(self, but: Request | None = None) -> bool:
-        """Take the blocks of a waiting request that shares those of a finished prompt."""
-        waiting = [entry[2] for entry in self._waiting if entry[2] is not but]
-        holders = [r for r in waiting if r.seq is not None and not r.done]
+        def loss(request: Request) -> tuple[int, float, int]:
+            tokens = int(self.lanes.computed[request.lane])
+            return request.priority, self._cost(tokens), -request.order
+
+        return min(requests, key=loss)
+
+    def _drop_holder(self, before: Request | None, desperate: bool) -> bool:
+        """Take the blocks of a waiting request that shares those of a finished prompt.
+
+        It has to stand behind `before` in the queue, and nobody who runs may have the same blocks,
+        unless the case is desperate.
+        """
+        holders = [
+            request
+            for request in self.blocks.holders.values()
+            if request is not before and (desperate or self._only_holds(request, before))
+        ]
         if not holders:
             return False
         self.blocks.close(max(holders, key=lambda request: request.key))
         return True
+
+    @staticmethod
+    def _only_holds(request: Request, before: Request | None) -> bool:
+        shares = request.heir_of is not None and request.heir_of.lane >= 0
+        return not shares and (before is None or request.key > before.key)

@@ -105,12 +105,10 @@ class SwapSpace:
         seqs = allocator.allocate([swapped.computed])
         for group, window in enumerate(self.windows):
             present = swapped.positions[group]
-            blocks = torch.from_numpy(
-                allocator.block_table(seqs, group)[0][present].astype(np.int64)
-            )
-            for storage, data in zip(
-                self.pool.group_storages(group), swapped.data[group], strict=True
-            ):
+            table = allocator.block_table(seqs, group)[0]
+            blocks = torch.from_numpy(table[present].astype(np.int64))
+            storages = self.pool.group_storages(group)
+            for storage, data in zip(storages, swapped.data[group], strict=True):
                 storage[blocks.to(storage.device)] = data.to(storage.device)
             if window:
                 allocator.release_before(seqs, swapped.computed - window + 1, group)

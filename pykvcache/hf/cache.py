@@ -40,6 +40,8 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         deterministic: a row's bits do not depend on the other rows of its batch.
         max_length: padded length that no row will exceed, if known: sizes a pool that is not fixed.
         static: make a `StaticPagedCache` of max_length tokens a row, which `generate` can compile.
+        prefix_cache: keep blocks to be found by their tokens; a patched model makes use of it.
+        pool: that of an earlier cache for this model, to share.
 
     Without num_blocks and memory the pool grows as needed.
 
@@ -65,6 +67,8 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         deterministic: bool = False,
         max_length: int | None = None,
         static: bool = False,
+        prefix_cache: bool = False,
+        pool: KVPool | None = None,
     ) -> None:
         layers = DynamicCache(config=config).layers
         windows: list[int] = []
@@ -82,15 +86,24 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             raise ValueError(
                 f"{type(config).__name__} has no attention layer whose keys could be paged"
             )
-        pool = KVPool(
-            group_of,
-            block_size,
-            num_blocks=num_blocks,
-            memory=parse_memory(memory),
-            kv_dtype=parse_dtype(kv_dtype),
-            backend=backend,
-            deterministic=deterministic,
-        )
+        stateful = [layer for layer in layers if type(layer).__name__ != "DummyLayer"]
+        if prefix_cache and len(paged) < len(stateful):
+            raise ValueError(
+                f"prefix_cache needs attention in every layer: {type(config).__name__} has "
+                f"{len(stateful)} layers with a state, of which {len(paged)} can be paged"
+            )
+        if pool is None:
+            pool = KVPool(
+                group_of,
+                block_size,
+                num_blocks=num_blocks,
+                memory=parse_memory(memory),
+                kv_dtype=parse_dtype(kv_dtype),
+                backend=backend,
+                deterministic=deterministic,
+                prefix_cache=prefix_cache,
+                windows=windows,
+            )
         self.rows = Rows(pool, windows, max_length)
         for position, index in enumerate(paged):
             group = group_of[position]
@@ -148,6 +161,11 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         Left padding in it is not stored. A patched model calls this itself.
         """
         self.rows.announce(attention_mask)
+
+    def begin_layers(self, seen: int) -> None:
+        """The rows were given `seen` positions that earlier caches have computed."""
+        for layer in self._paged():
+            layer.seen = seen
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues row beam_idx[i]; blocks are shared until one is written."""

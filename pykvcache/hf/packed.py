@@ -166,19 +166,21 @@ class PackedCache(Cache):  # type: ignore[misc]
                 )
             size = getattr(layer, "sliding_window", None) or 0
             chunked = index < len(kinds) and kinds[index] == "chunked_attention"
-            reach = (0, chunk) if chunked else (size, 0)
-            if reach not in reaches:
-                reaches.append(reach)
-            group_of.append(reaches.index(reach))
+            limits = (0, chunk) if chunked else (size, 0)
+            if limits not in reaches:
+                reaches.append(limits)
+            group_of.append(reaches.index(limits))
             paged.append(index)
         if not group_of:
             raise ValueError(f"{type(model).__name__} cannot be packed: it caches no keys")
         self.windows = [window for window, _ in reaches]
         self.chunks = [size for _, size in reaches]
-        self.pool = KVPool(group_of, **settings)
+        reach = [window or size for window, size in reaches]
+        self.pool = KVPool(group_of, windows=reach, **settings)
         self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
         self.total_kv = 0
         self._masks: dict[tuple[int, int], Tensor] = {}
+        self._plans: dict[tuple[int, ...], Tensor] = {}
         self.paged = paged  # layers of the model that are PackedLayers
         for position, index in enumerate(paged):
             group = group_of[position]
@@ -208,6 +210,26 @@ class PackedCache(Cache):  # type: ignore[misc]
         """The next forward is for these rows, by group; total_kv is the sum of their lengths."""
         self.metadata, self.total_kv = metadata, total_kv
         self._masks.clear()
+        self._plans.clear()
+
+    def plan(self, layer: PackedLayer, q: Tensor) -> Tensor | None:
+        """Work partition for queries [T, HQ, D] of a layer, computed once a forward; CPU: None."""
+        if self.pool.ops.backend in ("cpu", "reference"):
+            return None
+        metadata, k_cache = self.metadata[layer.group], self.pool.caches(layer.index)[0]
+        heads = q.shape[1], k_cache.shape[1], q.shape[2]
+        key = (layer.group, *heads)
+        if key not in self._plans:
+            self._plans[key] = self.pool.ops.plan(
+                metadata.seq_lens,
+                metadata.cu_seqlens_q,
+                metadata.max_seqlen_q,
+                *heads,
+                layer.window,
+                layer.chunk,
+                self.pool.deterministic,
+            )
+        return self._plans[key]
 
     def mask(self, dtype: torch.dtype, eager: bool) -> PackedMask:
         """What to pass to the model as attention_mask, so that it builds none."""
@@ -258,12 +280,13 @@ def _attend(
         sinks = sinks.float()
     step: LayerStep | None = layer.step
     if step is not None and metadata.max_seqlen_q == 1 and step.is_bound(k_cache, metadata):
-        q = query.transpose(0, 2)  # [T, HQ, 1, D]
-        stepped = step.attend(q, scale, softcap, layer.window, layer.chunk, sinks)
+        rows = query.transpose(0, 2)  # [T, HQ, 1, D]
+        stepped = step.attend(rows, scale, softcap, layer.window, layer.chunk, sinks)
         if stepped is not None:
             return stepped.transpose(0, 1)
+    q = _stored(query[0].transpose(0, 1), k_cache)
     out, _ = pool.ops.paged_attention(
-        _stored(query[0].transpose(0, 1), k_cache),
+        q,
         k_cache,
         v_cache,
         metadata.block_table,
@@ -281,7 +304,7 @@ def _attend(
         None,
         None,
         v_cache.shape[3],
-        metadata.plan,
+        cache.plan(layer, q),
         pool.deterministic,
     )
     if out.dtype != query.dtype:

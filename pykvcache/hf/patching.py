@@ -4,16 +4,14 @@ Nothing global changes but two registered names. A patched model differs from be
 attention implementation of its (text) config, an override of `_prepare_cache_for_generation` and of
 `continuous_batching_context_manager` on the instance, and a forward pre-hook.
 
-Read first: pykvcache/hf/attention.py.
+Read first: pykvcache/hf/attention.py, pykvcache/hf/state.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Iterator
-from types import MethodType
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,101 +21,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from pykvcache import ops
 from pykvcache.hf.attention import EAGER_NAME, SDPA_NAME, register
-from pykvcache.hf.cache import PagedCache
+from pykvcache.hf.state import PatchState
 
 STATE = "_pykvcache_patch"
-OVERRIDES = ("_prepare_cache_for_generation", "continuous_batching_context_manager")
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-
-class PatchState:
-    """What `patch` was told, and what `unpatch` has to put back."""
-
-    def __init__(self, model: PreTrainedModel, settings: dict[str, Any]) -> None:
-        self.settings = settings
-        self.parameters = list(inspect.signature(model.forward).parameters)
-        self.mask_name = (
-            "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-        )
-        self.implementations = [
-            (config, config._attn_implementation_internal) for config in _configs(model)
-        ]
-        self.patched_implementations: list[tuple[PreTrainedConfig, str]] = []
-        self.overridden: dict[str, Any] = {}  # instance attributes that we replaced
-        self.hook: Any = None
-
-    def new_cache(self, config: PreTrainedConfig, max_length: int | None = None) -> PagedCache:
-        """An empty cache with the settings of the patch."""
-        return PagedCache(config, max_length=max_length, **self.settings)
-
-    def original(self, model: PreTrainedModel, name: str) -> Any:
-        """The method that our override of this name stands in front of."""
-        return self.overridden.get(name) or MethodType(getattr(type(model), name), model)
-
-    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An argument of the model's forward, wherever it was given."""
-        if name in kwargs:
-            return kwargs[name]
-        position = self.parameters.index(name) if name in self.parameters else len(args)
-        return args[position] if position < len(args) else None
-
-    def before_forward(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook: a bare call gets a cache, and the cache hears of padding."""
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            cache = self.argument("past_key_values", args, kwargs)
-        changed = None
-        if cache is None and self._wants_cache(model, args, kwargs):
-            cache = self.new_cache(model.config)
-            if model.config.is_encoder_decoder:
-                cross = DynamicCache(config=model.config.get_text_config(decoder=True))
-                kwargs["past_key_values"] = EncoderDecoderCache(cache, cross)
-            else:
-                kwargs["past_key_values"] = cache
-            changed = args, kwargs
-        if type(cache) is EncoderDecoderCache:
-            cache = cache.self_attention_cache
-        if isinstance(cache, PagedCache):
-            mask = self.argument(self.mask_name, args, kwargs)
-            if torch.compiler.is_compiling():
-                _announce_outside_graph(cache, mask)
-            else:
-                cache.announce(mask if isinstance(mask, torch.Tensor) else None)
-        return changed
-
-    def _wants_cache(
-        self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
-        if model.training or torch.is_grad_enabled() or "past_key_values" not in self.parameters:
-            return False
-        if self.parameters.index("past_key_values") < len(args):
-            return False
-        use_cache = self.argument("use_cache", args, kwargs)
-        if use_cache is None:
-            config = model.config.get_text_config(decoder=True)
-            use_cache = getattr(config, "use_cache", False)
-        return bool(use_cache)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _announce_outside_graph(cache: PagedCache, mask: Any) -> None:
-    cache.announce(mask if isinstance(mask, torch.Tensor) else None)
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs of a model and of everything in it, each once."""
-    found: dict[int, PreTrainedConfig] = {}
-    pending = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    while pending:
-        config = pending.pop(0)
-        if id(config) in found:
-            continue
-        found[id(config)] = config
-        children = (getattr(config, name, None) for name in config.sub_configs)
-        pending += [child for child in children if isinstance(child, PreTrainedConfig)]
-    return list(found.values())
 
 
 def _set_implementation(model: PreTrainedModel) -> None:
@@ -162,7 +69,7 @@ def _prepare_cache_for_generation(
     inner = cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
     if not _is_fresh(inner) or getattr(cache, "_is_user_defined", False):
         return result
-    paged = state.new_cache(self.config, max_cache_length + 1)
+    paged = state.new_cache(self, max_cache_length + 1)
     if generation_config.is_assistant:
         paged.activate_past_recording()
     if inner is cache:
@@ -170,6 +77,23 @@ def _prepare_cache_for_generation(
     else:
         model_kwargs["past_key_values"] = EncoderDecoderCache(paged, cache.cross_attention_cache)
     return result
+
+
+def _prefill(
+    self: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Before transformers computes the prompts, see which of their tokens have been computed."""
+    state: PatchState = getattr(self, STATE)
+    shows = generation_config.output_hidden_states or generation_config.output_attentions
+    if state.prefixes is not None and not shows and not self.training:
+        state.prefixes.begin(model_kwargs.get("past_key_values"), input_ids, model_kwargs)
+    prefill = state.original(self, "_prefill")
+    return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -187,6 +111,13 @@ def _continuous_batching_context_manager(
         _restore(state.patched_implementations)
 
 
+OVERRIDES: dict[str, Callable[..., Any]] = {
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "continuous_batching_context_manager": _continuous_batching_context_manager,
+    "_prefill": _prefill,
+}
+
+
 def patch(
     model: Model,
     block_size: int = 16,
@@ -195,6 +126,7 @@ def patch(
     kv_dtype: str | torch.dtype = "auto",
     backend: str = "auto",
     deterministic: bool = False,
+    prefix_cache: bool = False,
 ) -> Model:
     """Let `model.generate` and bare forwards cache keys and values in blocks.
 
@@ -207,6 +139,9 @@ def patch(
         kv_dtype: "auto" (the model's), or a float dtype or its name.
         backend: "auto" or a name from `ops.backends()`.
         deterministic: a row's bits do not depend on the other rows of its batch.
+        prefix_cache: keep the blocks of earlier calls, all in one pool, and let `generate` begin
+            with those that its prompts have in common with them. Changed weights are noticed;
+            adapters and hooks that change what the model computes are not.
 
     Returns:
         The model.
@@ -226,6 +161,7 @@ def patch(
         "kv_dtype": kv_dtype,
         "backend": backend,
         "deterministic": deterministic,
+        "prefix_cache": prefix_cache,
     }
     present: PatchState | None = model.__dict__.get(STATE)
     if present is not None:
@@ -246,17 +182,15 @@ def patch(
     state.patched_implementations = [
         (config, config._attn_implementation_internal) for config, _ in state.implementations
     ]
-    for name, override in zip(
-        OVERRIDES,
-        (_prepare_cache_for_generation, _continuous_batching_context_manager),
-        strict=True,
-    ):
-        if hasattr(type(model), name):
+    for name, override in OVERRIDES.items():
+        if hasattr(type(model), name) and (prefix_cache or name != "_prefill"):
             if name in model.__dict__:
                 state.overridden[name] = model.__dict__[name]
             model.__dict__[name] = functools.partial(override, model)  # a bound method of
             # another name could be neither pickled nor copied
-    state.hook = model.register_forward_pre_hook(state.before_forward, with_kwargs=True)
+    state.hooks.append(model.register_forward_pre_hook(state.before_forward, with_kwargs=True))
+    if prefix_cache:
+        state.hooks.append(model.register_forward_hook(state.after_forward, with_kwargs=True))
     model.__dict__[STATE] = state
     return model
 
@@ -265,7 +199,9 @@ def _check_model(model: PreTrainedModel, state: PatchState) -> None:
     attends_causally = any(getattr(module, "is_causal", False) for module in model.modules())
     if not (model.can_generate() or (attends_causally and "past_key_values" in state.parameters)):
         raise ValueError(f"{type(model).__name__} has no attention with a key-value cache to page")
-    state.new_cache(model.config)
+    if state.prefixes is not None and model.config.is_encoder_decoder:
+        raise ValueError(f"prefix_cache needs a decoder, {type(model).__name__} has an encoder too")
+    state.new_cache(model)
 
 
 def unpatch(model: Model) -> Model:
@@ -279,7 +215,8 @@ def unpatch(model: Model) -> Model:
     )
     if state is None:
         raise ValueError(f"{type(model).__name__} is not patched")
-    state.hook.remove()
+    for hook in state.hooks:
+        hook.remove()
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
     model.__dict__.update(state.overridden)

@@ -19,12 +19,14 @@ from torch import Tensor
 from pykvcache.allocator import BlockAllocator, OutOfBlocks
 from pykvcache.batch import Batch, Int64Array
 from pykvcache.cache import KVPool
+from pykvcache.hf.notes import Notes
 from pykvcache.metadata import AttentionMetadata
 
 if TYPE_CHECKING:
     from pykvcache.hf.layer import PagedLayer
 
 FIRST_BLOCKS = 64  # of a pool that grows
+KEPT = 4  # calls whose blocks a pool with a prefix cache holds, if its size is not given
 
 
 class Rows:
@@ -46,9 +48,13 @@ class Rows:
         self._batch: Batch | None = None
         self._revision = -1
         self._announced = -1
+        self.notes = Notes() if pool.prefix_cache else None
 
     def __del__(self) -> None:
-        self._free()
+        try:
+            self.record()
+        finally:
+            self._free()
 
     @property
     def allocator(self) -> BlockAllocator:
@@ -64,7 +70,8 @@ class Rows:
 
     def open(self, k: Tensor, v: Tensor) -> None:
         """Size the pool for a first update with k [B, HKV, T, D] and v [B, HKV, T, Dv]."""
-        self.pool.open(k, v, self._wanted_blocks(k.shape[0], k.shape[2]))
+        wanted = self._wanted_blocks(k.shape[0], k.shape[2])
+        self.pool.open(k, v, wanted if self.notes is None else KEPT * wanted)
 
     def _wanted_blocks(self, batch: int, tokens: int) -> int:
         """Blocks for all rows up to max_length; a windowed group holds the prompt or its window."""
@@ -138,7 +145,10 @@ class Rows:
         while True:
             total = self.pool.num_blocks
             try:
-                copies = step.step(counts, tokens, not self.recording)
+                with self.pool.lock:  # a source may be given out by the next step of another cache
+                    for group, pairs in enumerate(step.step(counts, tokens, not self.recording)):
+                        if len(pairs):
+                            self.pool.copy_blocks(group, torch.from_numpy(pairs))
                 break
             except OutOfBlocks as error:
                 if not self.pool.growable:
@@ -146,16 +156,22 @@ class Rows:
                         self.reset()
                     raise
                 self.pool.grow(error.needed, total)
-        for group, pairs in enumerate(copies):
-            if len(pairs):
-                with self.pool.lock:
-                    self.pool.copy_blocks(group, torch.from_numpy(pairs))
         self.seen = end
         if step.revision != self._revision or self.pool.device.type != "cpu":
             self._refresh(step)
 
+    def begin_with(self, seqs: Int64Array, seen: int, pads: list[int]) -> None:
+        """Start with sequences that hold what is real of the first `seen` padded positions."""
+        self.seen, self.pads = seen, pads if any(pads) else None
+        assert self.notes is not None
+        self.notes.end = seen
+        self._open_batch(seqs)
+
     def _start(self, batch: int) -> Batch:
-        self._seqs = self.allocator.allocate([0] * batch)
+        return self._open_batch(self.allocator.allocate([0] * batch))
+
+    def _open_batch(self, seqs: Int64Array) -> Batch:
+        self._seqs = seqs
         columns = -(-(self.max_length or 0) // self.pool.block_size)
         self._batch = self.allocator.batch(self._seqs, windows=self.windows, columns=columns)
         return self._batch
@@ -212,6 +228,7 @@ class Rows:
         Raises:
             RuntimeError: positions that become visible again were released.
         """
+        self.record()
         remove = min(remove, self.seen)
         window = min((w for w in self.windows if w), default=0)
         if remove and window and self.seen >= window and not self.recording:
@@ -226,6 +243,8 @@ class Rows:
             lengths = [end - pad for pad in self.pads]
         if remove:
             self.allocator.truncate(self.seqs, lengths)
+            if self.notes is not None:
+                self.notes.end = min(self.notes.end, end)
         self.seen, self._announced = end, -1
         for group, size in enumerate(self.windows):
             if size and self.recording:
@@ -236,6 +255,7 @@ class Rows:
         """New row i is row index[i]; blocks are shared and copied when written."""
         if self._seqs is None or self._batch is None:
             return
+        self.record()
         self._seqs = self.allocator.select(self._seqs, index)
         self._batch.bind(self._seqs)
         if self.pads is not None:
@@ -244,7 +264,10 @@ class Rows:
 
     def fork(self) -> Rows:
         """Rows with the same tokens, sharing all blocks."""
+        self.record()
         copy = Rows(self.pool, self.windows, self.max_length)
+        if copy.notes is not None and self.notes is not None:
+            copy.notes.end = self.notes.end
         copy.seen, copy.recording = self.seen, self.recording
         copy.pads = None if self.pads is None else list(self.pads)
         if self._seqs is not None:
@@ -254,9 +277,17 @@ class Rows:
 
     def reset(self) -> None:
         """Forget every row and give its blocks back."""
+        self.record()
         self._free()
         self._seqs = self._batch = self.pads = None
+        if self.notes is not None:
+            self.notes = Notes()
         self.seen, self._announced, self._revision = 0, -1, -1
+
+    def record(self) -> None:
+        """Tell the prefix index which tokens the rows hold."""
+        if self.notes is not None and self._seqs is not None:
+            self.notes.record(self.allocator, self._seqs, self.pads)
 
     def _free(self) -> None:
         if self._seqs is not None and self.pool.allocator is not None:

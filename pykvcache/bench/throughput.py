@@ -1,0 +1,251 @@
+"""Requests of many lengths: the engine against a padded `generate` and transformers' batching.
+
+All contenders complete the same 32 prompts. A padded batch runs every row to the longest output,
+as `generate` does; the others give each request its own. CPU seconds are counted, on few threads.
+Tokens are compared in float32 before anything is timed.
+
+Read first: pykvcache/bench/generate.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import pykvcache
+from pykvcache.bench import models
+from pykvcache.bench.generate import Workload, generate
+from pykvcache.bench.timing import Timing, WrongResult, take_turns
+from pykvcache.bench.traces import read_trace
+
+SHORTEST_OUTPUT = {"mixed": 16, "long": 32}
+CHECKED_ROWS, CHECKED_TOKENS = 6, 8
+POOL = "2GiB"
+
+
+@dataclass(frozen=True)
+class Result:
+    """CPU seconds of each contender on one workload.
+
+    prompt_tokens, output_tokens: of the requests; a padded batch computes more.
+    """
+
+    workload: str
+    threads: int
+    prompt_tokens: int
+    output_tokens: int
+    timings: dict[str, Timing]
+
+    def speedup(self, contender: str) -> float:
+        """Over the padded batch."""
+        return self.timings["padded generate"].median / self.timings[contender].median
+
+    def to_json(self) -> dict[str, Any]:
+        """With the ratios."""
+        return asdict(self) | {"speedup": {name: self.speedup(name) for name in self.timings}}
+
+
+def output_lengths(workload: Workload) -> list[int]:
+    """Log-uniform from the workload's shortest output to its longest."""
+    draw, shortest = random.Random(workload.seed + 1), SHORTEST_OUTPUT[workload.name]
+    ratio = workload.output / shortest
+    return [round(shortest * ratio ** draw.random()) for _ in range(workload.batch)]
+
+
+def measure(
+    workload: Workload,
+    repeats: int,
+    with_generate_batch: bool = False,
+    advance: Callable[[], object] = lambda: None,
+) -> Result:
+    """Time the contenders in turns, `repeats` times; calls `advance` after each run.
+
+    Raises:
+        WrongResult: tokens differ in float32; nothing was timed.
+    """
+    lengths, outputs = workload.prompt_lengths(), output_lengths(workload)
+    model = models.build_llama(512, 1536, 8, 8, 2, 32_000, torch.bfloat16)
+    inputs = models.random_prompts(lengths, model.config.vocab_size)
+    prompts = [row[-n:].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
+    check_tokens(model, prompts)
+    sampling = [pykvcache.Sampling(max_new_tokens=n) for n in outputs]
+    engine = pykvcache.Engine(model, memory=POOL, prefix_cache=False)
+
+    contenders: dict[str, Callable[[int], Any]] = {
+        "padded generate": lambda _: generate(model, inputs, workload.output),
+        "engine": lambda _: engine.generate(prompts, sampling, progress=False),
+    }
+    if with_generate_batch:
+        contenders["generate_batch"] = lambda _: generate_batch(model, prompts, outputs)
+    timings = take_turns(contenders, repeats, time.process_time, advance)
+    return Result(workload.name, torch.get_num_threads(), sum(lengths), sum(outputs), timings)
+
+
+def check_tokens(model: Any, prompts: list[list[int]]) -> None:
+    """Compare the engine's greedy tokens with `generate`, prompt by prompt, in float32."""
+    model.float()
+    some = sorted(prompts, key=len)[:CHECKED_ROWS]
+    engine = pykvcache.Engine(model, num_blocks=500, token_budget=100)
+    outputs = engine.generate(some, max_new_tokens=CHECKED_TOKENS, progress=False)
+    for prompt, output in zip(some, outputs, strict=True):
+        with torch.no_grad():
+            tokens = model.generate(
+                torch.tensor([prompt]), max_new_tokens=CHECKED_TOKENS, do_sample=False
+            )
+        if tokens[0, len(prompt) :].tolist() != output.token_ids:
+            raise WrongResult(f"tokens of a prompt of {len(prompt)} tokens differ from generate's")
+    model.to(torch.bfloat16)
+
+
+def generate_batch(model: Any, prompts: list[list[int]], outputs: list[int]) -> None:
+    """transformers' own continuous batching, every request with its own length."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    batching = ContinuousBatchingConfig(num_blocks=200, page_size=256, max_batch_tokens=2048)
+    with model.continuous_batching_context_manager(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        continuous_batching_config=batching,
+    ) as manager:
+        for prompt, count in zip(prompts, outputs, strict=True):
+            manager.add_request(prompt, max_new_tokens=count)
+        finished = 0
+        while finished < len(prompts):
+            if manager.get_result(timeout=600) is not None:
+                finished += 1
+
+
+# What the engine's own code costs.
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Microseconds of a decode step outside the model's forward, and the whole step."""
+
+    rows: int
+    plan: float
+    settle: float
+    rest: float
+    step: float
+
+    @property
+    def outside(self) -> float:
+        """Everything but the forward."""
+        return self.plan + self.settle + self.rest
+
+
+@contextmanager
+def _stopwatch(owner: Any, name: str, times: list[float]) -> Iterator[None]:
+    """Record how long each call of a method takes."""
+    method = getattr(owner, name)
+
+    def timed(*args: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args)
+        times.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def measure_overhead(rows: int, steps: int = 200) -> Overhead:
+    """Median costs of decode steps with so many rows, on a one-layer model."""
+    model = models.build_llama(64, 96, 1, 2, 1, 1000)
+    engine = pykvcache.Engine(model, num_blocks=rows * (steps // 8 + 4), prefix_cache=False)
+    for row in range(rows):
+        engine.submit([row % 900 + 1, 5, 7], max_new_tokens=steps + 20)
+    for _ in range(4):  # prompts, and rows that are not plain yet
+        engine.step()
+    whole: list[float] = []
+    plan: list[float] = []
+    forward: list[float] = []
+    settle: list[float] = []
+    loop = engine._loop
+    with (
+        _stopwatch(engine, "step", whole),
+        _stopwatch(loop.scheduler, "plan", plan),
+        _stopwatch(loop.runner, "_forward", forward),
+        _stopwatch(loop, "_settle", settle),
+    ):
+        for _ in range(steps):
+            engine.step()
+    parts = np.array([plan, settle, forward, whole])
+    rest = parts[3] - parts[:3].sum(0)
+    numbers = [float(np.median(x)) * 1e6 for x in (parts[0], parts[1], rest, parts[3])]
+    return Overhead(rows, *numbers)
+
+
+# How many requests run at once.
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Requests at once on one budget of KV tokens.
+
+    padded: mean size of padded batches, requests in file order, as many as fit with the longest
+        prompt and output of the batch. engine: mean number running while one waits.
+    """
+
+    requests: int
+    budget_tokens: int
+    padded: float
+    engine: float
+    engine_peak: int
+    preemptions: int
+    peak_bytes: int
+    budget_bytes: int
+
+
+def padded_batches(requests: list[tuple[int, int]], budget: int) -> list[int]:
+    """Sizes of consecutive batches with batch x (longest prompt + longest output) <= budget."""
+    sizes: list[int] = []
+    prompt = output = size = 0
+    for new_prompt, new_output in requests:
+        longest = max(prompt, new_prompt), max(output, new_output)
+        if size and (size + 1) * sum(longest) > budget:
+            sizes.append(size)
+            longest, size = (new_prompt, new_output), 0
+        (prompt, output), size = longest, size + 1
+    return [*sizes, size] if size else sizes
+
+
+def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capacity:
+    """Run ShareGPT lengths through an engine over a tiny model."""
+    trace = [(r.prompt, r.output) for r in itertools.islice(read_trace("sharegpt"), requests)]
+    model = models.build_llama(16, 16, 1, 1, 1, 100)
+    engine = pykvcache.Engine(
+        model, block_size, num_blocks=budget // block_size, max_running=1024, prefix_cache=False
+    )
+    for index, (prompt, output) in enumerate(trace):
+        ids = np.random.default_rng(index).integers(1, 100, prompt)
+        engine.submit(ids, pykvcache.Sampling(max_new_tokens=max(output, 1)))
+    running = []
+    scheduler = engine._scheduler
+    while scheduler.num_waiting:
+        engine.step()
+        running.append(scheduler.num_running)
+    while scheduler.num_running:
+        engine.step()
+    allocator = engine.pool.allocator
+    assert allocator is not None
+    return Capacity(
+        requests,
+        budget,
+        float(np.mean(padded_batches(trace, budget))),
+        float(np.mean(running)),
+        max(running),
+        engine.stats().preemptions,
+        allocator.peak * engine.pool.block_bytes,
+        engine.pool.allocated_bytes,
+    )

@@ -1,0 +1,147 @@
+"""Decode steps as replayed graphs: one launch for the whole model, by batch bucket.
+
+A captured forward reads tensors at fixed addresses, so a step is written into them first: ids,
+positions, block tables, lengths and slots. Rows that pad a bucket have no tokens in the cache and
+slot -1: they write nothing, and their logits are dropped. The work partition of attention is part
+of the graph, so it follows the lengths.
+
+Read first: runner.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pykvcache.batch import Batch, Int64Array
+from pykvcache.metadata import AttentionMetadata
+
+Replay = Callable[[], object]
+Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+MIN_COLUMNS = 64
+WARM_UPS = 2  # lazily created handles and compiled kernels are not captured
+
+
+def buckets(largest: int) -> list[int]:
+    """1, 2, 4, 8, then steps of half a power of two up to at least `largest`."""
+    sizes, power = [1, 2, 4], 8
+    while sizes[-1] < largest:
+        sizes += [power, power * 3 // 2]
+        power *= 2
+    return sizes
+
+
+def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    """Capture what `run` launches on the current CUDA device; its result is written by replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph.replay, result
+
+
+class Bucket:
+    """Tensors that a captured decode step of `rows` rows reads.
+
+    Attributes:
+        ids, positions: int64 [1, rows].
+        metadata: per layer group, block tables [rows, columns] and the rest of a decode step.
+    """
+
+    def __init__(self, rows: int, columns: int, groups: int, device: torch.device) -> None:
+        self.rows, self.columns = rows, columns
+        self.ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.ids)
+        seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.metadata = [
+            AttentionMetadata(
+                torch.full((rows, columns), -1, dtype=torch.int32, device=device),
+                seq_lens,
+                cu_seqlens_q,
+                1,
+                torch.full((rows,), -1, dtype=torch.int64, device=device),
+            )
+            for _ in range(groups)
+        ]
+        self.replay: Replay | None = None
+        self.logits: Tensor | None = None
+
+    def fill(self, batch: Batch, ids: Int64Array, positions: Int64Array) -> None:
+        """Write a step of at most `rows` rows, whose tables have at most `columns` columns."""
+        count = len(ids)
+        _write(self.ids[0], torch.from_numpy(ids), 0)
+        _write(self.positions[0], torch.from_numpy(positions), 0)
+        _write(self.metadata[0].seq_lens, torch.from_numpy(batch.seq_lens), 0)
+        for metadata, table, slots in zip(
+            self.metadata, batch.block_tables, batch.slot_mappings, strict=True
+        ):
+            source = torch.from_numpy(table)
+            metadata.block_table[:count, : source.shape[1]].copy_(source, non_blocking=True)
+            _write(metadata.slot_mapping, torch.from_numpy(slots), -1)
+
+
+def _write(target: Tensor, source: Tensor, padding: int) -> None:
+    """source into the head of target, padding into its tail."""
+    target[: len(source)].copy_(source, non_blocking=True)
+    target[len(source) :].fill_(padding)
+
+
+class DecodeGraphs:
+    """Captures decode steps when they first come up, and replays them.
+
+    Args:
+        forward: computes logits [rows, V] from a bucket; only launches, no look at results.
+        groups: layer groups.
+        device: of the model.
+        largest: most rows of a step.
+        record: how to capture.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Bucket], Tensor],
+        groups: int,
+        device: torch.device,
+        largest: int,
+        record: Recorder = record_cuda_graph,
+    ) -> None:
+        self._forward, self._groups, self._device = forward, groups, device
+        self._record, self._sizes = record, buckets(largest)
+        self._buckets: dict[int, Bucket] = {}
+        self.captures = 0
+        self.failure: str | None = None
+
+    def run(self, batch: Batch, ids: Int64Array, positions: Int64Array) -> Tensor | None:
+        """Logits [len(ids), V] of a decode step; None where the model cannot be captured."""
+        if self.failure is not None:
+            return None
+        rows, columns = len(ids), batch.block_tables[0].shape[1]
+        size = next(size for size in self._sizes if size >= rows)
+        bucket = self._buckets.get(size)
+        if bucket is None or bucket.columns < columns:
+            wide = max(MIN_COLUMNS, 1 << (columns - 1).bit_length())
+            bucket = Bucket(size, wide, self._groups, self._device)
+        bucket.fill(batch, ids, positions)
+        if bucket.replay is None and not self._capture(bucket):
+            return None
+        self._buckets[size] = bucket
+        assert bucket.replay is not None and bucket.logits is not None
+        bucket.replay()
+        return bucket.logits[:rows]
+
+    def _capture(self, bucket: Bucket) -> bool:
+        try:
+            bucket.replay, bucket.logits = self._record(lambda: self._forward(bucket))
+        except RuntimeError as error:  # code that looks at results on the host, as some experts do
+            self.failure = str(error).partition("\n")[0]
+            return False
+        self.captures += 1
+        return True

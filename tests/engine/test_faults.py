@@ -1,0 +1,282 @@
+"""Failures leave the engine usable and lose no block; bad arguments change nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import resource
+from typing import Any
+
+import pytest
+import torch
+from families import make_model
+from workload import (
+    NEW_TOKENS,
+    assert_empty,
+    expected,
+    make_engine,
+    make_prompts,
+    one_by_one,
+    random_prompt,
+)
+
+import pykvcache
+from pykvcache import Sampling
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [0, 1, 3, 8])
+@pytest.mark.parametrize("place", ["model", "sampler", "copy", "record"])
+def test_errors_anywhere_in_a_step(
+    error: type[BaseException], call: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(token_budget=24)
+    owner, name = {
+        "model": (engine._runner, "_forward"),
+        "sampler": (engine._loop._sampler, "choose"),
+        "copy": (engine._runner, "copy_blocks"),
+        "record": (engine._blocks, "record"),
+    }[place]
+    original, calls = getattr(owner, name), [0]
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call + 1:
+            raise error("on purpose")
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, failing)
+    handles = [engine.submit(p, max_new_tokens=NEW_TOKENS) for p in make_prompts()]
+    failed = 0
+    while not all(handle.done for handle in handles):
+        try:
+            engine.step()
+        except error:
+            failed += 1
+    assert failed == (calls[0] > call)
+    assert [handle.outputs[0].token_ids for handle in handles] == expected("llama")
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("call", [0, 2, 5])
+def test_generate_and_score_leave_nothing_behind(
+    call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(token_budget=8)
+    original, calls = engine._runner._forward, [0]
+
+    def failing(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % (call + 1) == 0:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(engine._runner, "_forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+    assert_empty(engine)
+    with pytest.raises(KeyboardInterrupt):
+        engine.score(random_prompt(40, 1), make_prompts())
+    assert_empty(engine)
+    monkeypatch.undo()
+    outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+    assert [output.token_ids for output in outputs] == expected("llama")
+
+
+def test_errors_in_callbacks_come_out_and_harm_nobody() -> None:
+    engine = make_engine()
+    heard: list[int | None] = []
+
+    def complain(event: Any) -> None:
+        raise ValueError("from the callback")
+
+    first = engine.submit(make_prompts()[0], max_new_tokens=3, on_token=complain)
+    second = engine.submit(
+        make_prompts()[1], max_new_tokens=3, on_token=lambda event: heard.append(event.token_id)
+    )
+    errors = 0
+    while not (first.done and second.done):
+        try:
+            engine.step()
+        except ValueError:
+            errors += 1
+    assert errors == 3 and heard == expected("llama")[1][:3]
+    assert first.outputs[0].token_ids == expected("llama")[0][:3]
+    assert_empty(engine)
+
+
+def test_ten_thousand_short_requests_take_no_more_memory() -> None:
+    engine = make_engine(num_blocks=300, max_running=64)
+    generator = torch.Generator().manual_seed(0)
+
+    def some(count: int) -> None:
+        lengths = torch.randint(1, 6, (count,), generator=generator).tolist()
+        prompts = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in lengths]
+        engine.generate(prompts, Sampling(max_new_tokens=1))
+
+    some(2000)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    objects = len(gc.get_objects())
+    for _ in range(8):
+        some(1000)
+    gc.collect()
+    assert len(gc.get_objects()) < objects + 2000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 20_000  # KiB
+    assert not engine._blocks._twins
+    assert_empty(engine)
+
+
+def test_memory_is_a_bound() -> None:
+    for family in ("llama", "gemma3", "llama4"):
+        engine = make_engine(family, num_blocks=None, memory="64KiB")
+        assert 0 < engine.pool.allocated_bytes <= 64 * 1024
+        assert engine.pool.allocated_bytes + engine.pool.block_bytes > 64 * 1024
+        engine.generate(make_prompts()[:3], max_new_tokens=4)
+
+
+def test_nobody_starves() -> None:
+    """A stream of newer and more important requests cannot hold back an old one for ever."""
+    engine = make_engine(num_blocks=12, max_running=2, token_budget=8)
+    object.__setattr__(engine._scheduler.options, "patience", 5)
+    old = engine.submit(make_prompts()[0], max_new_tokens=4, priority=0)
+    for count in range(200):
+        engine.submit(random_prompt(6, count), max_new_tokens=4, priority=3)
+        engine.submit(random_prompt(6, count + 500), max_new_tokens=4, priority=3)
+        engine.step()
+        if old.done:
+            break
+    assert old.done
+    assert old.outputs[0].token_ids == expected("llama")[0][:4]
+
+
+def test_priority_comes_first() -> None:
+    engine = make_engine(max_running=1)
+    low = engine.submit(make_prompts()[0], max_new_tokens=2)
+    high = engine.submit(make_prompts()[1], max_new_tokens=2, priority=1)
+    while not high.done:
+        engine.step()
+    assert not low.done
+    assert low.result()[0].token_ids == expected("llama")[0][:2]
+
+
+def test_changed_weights_are_noticed() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompt = make_prompts()[4]
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    changes: dict[str, Any] = {
+        "in place": lambda: weight.mul_(1.5),
+        "through data": lambda: weight.data.mul_(-1),
+        "replaced": lambda: setattr(weight, "data", weight.data + 1),
+        "loaded": lambda: model.load_state_dict(make_model("llama").state_dict()),
+    }
+    for name, change in changes.items():
+        assert engine.generate([prompt], max_new_tokens=8)[0].token_ids == one_by_one(
+            model, prompt, 8
+        )
+        again = engine.generate([prompt], max_new_tokens=8)[0]
+        assert again.cached_tokens == len(prompt) - 1
+        with torch.no_grad():
+            change()
+        output = engine.generate([prompt], max_new_tokens=8)[0]
+        assert output.token_ids == one_by_one(model, prompt, 8), name
+        assert output.cached_tokens == 0, name
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    engine = make_engine()
+    prompt = make_prompts()[4]
+    cached = [
+        engine.generate([prompt], max_new_tokens=2, salt=salt)[0].cached_tokens
+        for salt in (0, 0, 1, 1, 2, 0)
+    ]
+    most = len(prompt) - 1
+    assert cached == [0, most, 0, most, 0, most]
+
+
+BAD = {
+    "prompts must be a list": lambda e: e.generate("text"),
+    r"prompts\[0\] must be token ids, got a string": lambda e: e.generate(["text"]),
+    r"prompts\[1\] must be a non-empty list": lambda e: e.generate([[1], []]),
+    r"prompts\[0\] must be a non-empty list of token ids, got shape \[1, 2\]": lambda e: e.generate(
+        [[[1, 2]]]
+    ),
+    r"prompts\[0\] must be 0 to 96, got 97": lambda e: e.generate([[97]]),
+    r"prompts\[0\] must be 0 to 96, got -1": lambda e: e.generate([[-1]]),
+    r"prompts\[0\] must be integers, got float": lambda e: e.generate([[1.5]]),
+    "sampling has 1 entries for 2 prompts": lambda e: e.generate([[1], [2]], [Sampling()]),
+    "sampling must be a Sampling": lambda e: e.generate([[1]], [3]),
+    "sampling or max_new_tokens": lambda e: e.generate([[1]], Sampling(), max_new_tokens=3),
+    "max_new_tokens must be at least 1, got 0": lambda e: e.generate([[1]], max_new_tokens=0),
+    "priority must be an int": lambda e: e.generate([[1]], priority="high"),
+    "top_k must be an int of at least 0, got -1": lambda e: e.score([1], [[2]], top_k=-1),
+    r"completions\[0\] must be a non-empty": lambda e: e.score([1], [[]]),
+    "needs 51 blocks but the pool has 50": lambda e: e.generate([[1] * 5], max_new_tokens=197),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_requests_are_refused_before_anything_starts(message: str) -> None:
+    engine = make_engine(num_blocks=50)
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        BAD[message](engine)
+    assert "\n" not in str(error.value)
+    assert_empty(engine)
+    assert engine.generate(make_prompts()[:1], max_new_tokens=2)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"memory": "1GiB", "num_blocks": 3}, "num_blocks or memory, not both"),
+        ({"memory": "lots", "num_blocks": None}, "memory must look like"),
+        ({"memory": 100, "num_blocks": None}, "memory must hold at least one block"),
+        ({"token_budget": 0}, "token_budget must be at least 1"),
+        ({"max_running": 0}, "max_running must be at least 1"),
+        ({"head_room": 1.0}, "head_room must be at least 0 and below 1"),
+        ({"kv_dtype": "int3"}, "kv_dtype must be"),
+        ({"backend": "metal"}, "backend"),
+    ],
+)
+def test_bad_engines_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        make_engine(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 0}, "n must be at least 1, got 0"),
+        ({"temperature": -1}, "temperature must be 0 to 1e\\+06, got -1"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"top_p": 1.5}, "top_p must be 0 to 1, got 1.5"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"logprobs": -1}, "logprobs must be at least 0"),
+        ({"seed": "x"}, "seed must be an int"),
+        ({"stop": "word"}, "stop must hold token ids"),
+        ({"stop": [[]]}, "stop must not hold an empty list"),
+        ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens is 9 but max_new_tokens 3"),
+    ],
+)
+def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Sampling(**arguments)
+
+
+def test_models_in_training_mode_and_other_objects_are_refused() -> None:
+    model = copy.deepcopy(make_model("llama")).train()
+    with pytest.raises(ValueError, match=r"training mode; call model.eval\(\)"):
+        pykvcache.Engine(model, num_blocks=10)
+    with pytest.raises(TypeError, match="model must be a transformers PreTrainedModel, got int"):
+        pykvcache.Engine(3, num_blocks=10)  # type: ignore[arg-type]
+
+
+def test_learned_positions_bound_a_request() -> None:
+    engine = make_engine("gpt2", num_blocks=500)
+    with pytest.raises(ValueError, match="longer than the 256 positions of its learned position"):
+        engine.generate([[1] * 200], max_new_tokens=58)
+    assert len(engine.generate([[1] * 200], max_new_tokens=57)[0].token_ids) == 57

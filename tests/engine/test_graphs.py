@@ -1,0 +1,81 @@
+"""Decode steps over fixed tensors, without a GPU: a replay here runs the same forward again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from workload import NEW_TOKENS, assert_empty, expected, make_engine, make_prompts
+
+from pykvcache import Sampling
+from pykvcache.engine.graphs import DecodeGraphs, buckets
+
+
+class Recorder:
+    """Captures by keeping the function; as with a real graph, results appear in one tensor."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        result = torch.full_like(run(), torch.nan)
+
+        def replay() -> None:
+            self.replays += 1
+            result.copy_(run())
+
+        return replay, result
+
+
+def with_graphs(engine: Any, record: Any, largest: int = 256) -> DecodeGraphs:
+    runner = engine._runner
+    groups = len(runner.cache.windows)
+    runner.graphs = DecodeGraphs(
+        runner._forward_bucket, groups, torch.device("cpu"), largest, record
+    )
+    return runner.graphs
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "llama4", "gpt_oss", "gpt2"])
+@pytest.mark.parametrize("settings", [{}, {"num_blocks": 40}, {"token_budget": 5}])
+def test_same_tokens(family: str, settings: dict[str, Any]) -> None:
+    engine, record = make_engine(family, **settings), Recorder()
+    graphs = with_graphs(engine, record)
+    for _ in range(2):
+        outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+        assert [output.token_ids for output in outputs] == expected(family)
+    assert record.replays > 10 and graphs.failure is None
+    assert graphs.captures <= len(buckets(11))
+    assert_empty(engine)
+
+
+def test_growing_tables_are_captured_again() -> None:
+    engine, record = make_engine(block_size=1, num_blocks=400), Recorder()
+    graphs = with_graphs(engine, record)
+    prompt = make_prompts()[0]
+    output = engine.generate([prompt], Sampling(max_new_tokens=150))[0]
+    again = make_engine(block_size=1, num_blocks=400).generate([prompt], max_new_tokens=150)[0]
+    assert output.token_ids == again.token_ids
+    assert graphs.captures == 3 and record.replays == 149  # 64, 128 and 256 columns
+
+
+def test_models_that_cannot_be_captured_go_on_without() -> None:
+    def refuse(run: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    engine = make_engine()
+    graphs = with_graphs(engine, refuse)
+    outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+    assert [output.token_ids for output in outputs] == expected("llama")
+    assert graphs.failure == "operation not permitted when stream is capturing"
+
+
+def test_buckets_waste_little() -> None:
+    sizes = buckets(300)
+    assert sizes[0] == 1 and sizes[-1] >= 300 and sizes == sorted(set(sizes))
+    assert all(new <= 2 * old for old, new in itertools.pairwise(sizes))
+    assert all(new <= 1.5 * old for old, new in itertools.pairwise(sizes[3:]))
