@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Survey, Workload
-from pykvcache.hf.arguments import parse_memory
+from pykvcache.sizes import parse_memory
 
 ORDER_WORDS = {"fcfs": "first come", "shortest": "shortest prompt"}
 MEMORY, MODEL = "8GiB", "llama-3.1-8b"
@@ -87,6 +88,8 @@ class Plan:
             ValueError: one line that names the argument and the numbers.
         """
         cases = choose_cases(policies, block_sizes)
+        if rules.scheduler == "engine" and importlib.util.find_spec("transformers") is None:
+            raise ValueError("scheduler engine needs transformers: pip install 'pykvcache[hf]'")
         max_len = workload.max_len
         if max_len is not None and not 2 <= max_len <= budget.slots:
             raise ValueError(f"max_len must be 2 to the {budget.slots} token slots, got {max_len}")
