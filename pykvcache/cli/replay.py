@@ -30,6 +30,7 @@ from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 ARRIVALS = ("saturated", "trace")
 
 
@@ -182,9 +183,16 @@ def check_files(plot: Path | None, json: str | None) -> None:
     """Raise ValueError when a result could not be written after all the work."""
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'pykvcache[plot]'")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {plot.name!r}")
     for option, file in (("--plot", plot), ("--json", json)):
-        if file is not None and str(file) != "-" and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
+        if file is None or str(file) == "-":
+            continue
+        path = Path(file).absolute()
+        if not path.parent.is_dir():
+            raise ValueError(f"{option}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"{option}: {path} is a folder")
 
 
 def split(values: list[str] | None) -> list[str]:
