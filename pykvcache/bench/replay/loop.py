@@ -103,9 +103,9 @@ class Replay:
         live = int(rows.length.sum())
         duration = self.result.seconds.add_step(self.cost, live, tokens) + self._swap()
         usage = self.space.now(rows)
-        self.result.running.add(duration, live, usage, rows.count)
-        if self.queue.head(self.clock) is not None:
-            self.result.waiting.add(duration, live, usage, rows.count)
+        waits = self.queue.head(self.clock) is not None
+        window = self.result.waiting if waits else self.result.calm
+        window.add(duration, live, usage, rows.count)
         self.clock += duration
         self._finish()
 
@@ -126,9 +126,8 @@ class Replay:
         live = live_before + rows.count * np.arange(1, steps + 1)
         durations = cost.base + cost.per_kv_token * live
         durations[0] += self._swap()
-        self.result.running.add(durations, live, usage, rows.count)
-        if waits:
-            self.result.waiting.add(durations, live, usage, rows.count)
+        window = self.result.waiting if waits else self.result.calm
+        window.add(durations, live, usage, rows.count)
         seconds.base += cost.base * steps
         seconds.kv += cost.per_kv_token * float(live.sum())
         self.clock += float(durations.sum())
