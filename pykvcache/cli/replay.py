@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pykvcache.bench import tables
 from pykvcache.bench.progress import task_progress
+from pykvcache.bench.replay.cases import POLICIES
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.paper import (
     MAX_LEN,
@@ -26,21 +27,25 @@ from pykvcache.bench.replay.paper import (
 from pykvcache.bench.replay.plan import Budget, Plan
 from pykvcache.bench.replay.report import notes, regime, replay_table
 from pykvcache.bench.replay.rules import Rules
-from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
+from pykvcache.bench.replay.synthetic import DEFAULT_COUNT, SYNTHETIC
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
+from pykvcache.bench.traces import TRACES
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
+TRACE_NAMES = ", ".join([*TRACES, *SYNTHETIC])
 ARRIVALS = ("saturated", "trace")
 
 
 def replay(
     trace: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A packaged or synthetic trace, CSV or JSONL.")
+        str, typer.Option(metavar="NAME|FILE", help=f"{TRACE_NAMES}, or a CSV or JSONL file.")
     ] = "azure-conv",
-    memory: Annotated[str | None, typer.Option(help="Of the KV cache, such as 8GiB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the KV cache; 8GiB if nothing is said.")
+    ] = None,
     model_config: Annotated[
-        str | None, typer.Option(help="A known model or a config.json; bytes a token.")
+        str | None, typer.Option(help="A known model, or a config.json: the bytes of a token.")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Token slots, instead of memory and model.")
@@ -48,7 +53,7 @@ def replay(
     max_len: Annotated[
         int | None, typer.Option(help="Longest prompt + output; the longest of the trace.")
     ] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="Names, with commas; all.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help=f"{', '.join(POLICIES)}; all.")] = None,
     block_size: Annotated[
         list[str] | None, typer.Option(help="Of the paged policy, with commas; 1 to 256.")
     ] = None,

@@ -1,9 +1,9 @@
 """Continuous batching over a space: requests join and leave at every step.
 
-First come, first served. A step in which requests join computes their prompts and nothing else
-(prefill first); other steps give every row one token. When the rows have no room for another token,
-the newest is preempted: its memory is taken back, it goes to the front of the queue, and everything
-it had cached is computed again when it returns.
+First come, first served, unless rules.py is told otherwise. A step in which requests join computes
+their prompts and nothing else (prefill first); other steps give every row one token. When the rows
+have no room for another token, the newest is preempted: its memory is taken back, it goes to the
+front of the queue, and everything it had cached is computed again when it returns.
 
 Steps without joining, leaving or preemption are taken together. Their durations and lengths are
 known in closed form, so averages over time are those of step-by-step replay. Read next: padded.py.
