@@ -64,7 +64,9 @@ class RequestBlocks:
         return self.groups * (-(-(tokens + more) // size) - -(-tokens // size))
 
     def enqueue(self, request: Request) -> None:
-        """The request begins to wait; called before its first admission."""
+        """The request begins to wait; it may have blocks already, shared with others."""
+        if request.seq is not None:
+            self.holders[request.order] = request
         self._twins_of(request).waiting[request.order] = request
 
     def may_open(self, request: Request) -> bool:

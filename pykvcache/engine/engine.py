@@ -9,7 +9,7 @@ Read first: scheduler.py, runner.py, sampler.py.
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,20 +20,22 @@ from transformers import PreTrainedModel
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
-from pykvcache.engine.handle import Handle, Sample, ScoreJob
+from pykvcache.engine.handle import Call, Handle, Sample
+from pykvcache.engine.limits import default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
-from pykvcache.engine.runner import ModelRunner, longest_position
+from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampling import Event, Output, Sampling, Score
-from pykvcache.engine.scheduler import Options, Scheduler
+from pykvcache.engine.scheduler import Scheduler
+from pykvcache.engine.scoring import Scorer
 from pykvcache.engine.stats import EngineStats, Meter
+from pykvcache.engine.step import Options
 from pykvcache.engine.swap import SwapSpace
 from pykvcache.engine.weights import WeightsWatch
 from pykvcache.hf.arguments import parse_dtype, parse_memory
 
 Prompt = Sequence[int] | Int64Array | Tensor
-NO_LOGITS = 2**31
 
 
 class Engine:
@@ -113,9 +115,9 @@ class Engine:
             self._swap.drop,
             self._swap.compute_seconds,
         )
-        self._loop = Loop(self._runner, self._scheduler, self._swap, _eos_tokens(model))
+        self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
         self._weights = WeightsWatch(model)
-        self._max_length = _max_length(model)
+        self._max_length = max_length(model)
         self._lock = threading.RLock()
 
     # Ways to use it.
@@ -148,15 +150,13 @@ class Engine:
                 the pool; nothing was started.
         """
         settings = self._settings(prompts, sampling, max_new_tokens)
-        handles = self._submit_all(prompts, settings, priority, salt)
-        samples = sum(setting.n for setting in settings)
-        with self._cancelling(handles), progress_bar(samples, progress) as advance:
-            done = 0
-            while not all(handle.done for handle in handles):
+        total, call = sum(setting.n for setting in settings), Call()
+        handles = self._submit_all(prompts, settings, priority, salt, call)
+        with self._cancelling(handles), progress_bar(total, progress) as advance:
+            while call.ended < total:
+                before = call.ended
                 self.step()
-                finished = sum(handle.num_done for handle in handles)
-                advance(finished - done, self._loop.meter.rate)
-                done = finished
+                advance(call.ended - before, self._loop.meter.rate)
         return [output for handle in handles for output in handle.outputs]
 
     def stream(
@@ -170,8 +170,9 @@ class Engine:
     ) -> Iterator[Event]:
         """Complete all prompts and yield every token as it comes; arguments as `generate`."""
         settings = self._settings(prompts, sampling, max_new_tokens)
-        handles = self._submit_all(prompts, settings, priority, salt, watched=True)
-        return self._events(handles)
+        call = Call(streams=True)
+        handles = self._submit_all(prompts, settings, priority, salt, call)
+        return self._events(handles, call)
 
     def submit(
         self,
@@ -191,7 +192,7 @@ class Engine:
                 `step` that was running; that step counts as done.
         """
         settings = self._settings([prompt], sampling, max_new_tokens)
-        return self._submit_all([prompt], settings, priority, salt, on_token=on_token)[0]
+        return self._submit_all([prompt], settings, priority, salt, Call(), on_token)[0]
 
     def score(
         self,
@@ -215,7 +216,11 @@ class Engine:
             raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
         first = self._prompt(prompt, "prompt")
         endings = [self._prompt(c, f"completions[{i}]") for i, c in enumerate(completions)]
-        return self._score(first, endings, top_k, salt)
+        with self._lock:
+            self._check_weights()
+        new_request = functools.partial(self._request, new_tokens=1, priority=0, salt=salt)
+        scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
+        return scorer.score(first, endings, top_k)
 
     def step(self) -> list[Event]:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
@@ -300,18 +305,20 @@ class Engine:
         settings: Sequence[Sampling],
         priority: int,
         salt: int,
-        watched: bool = False,
+        call: Call,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[Handle]:
         """Check everything, then put everything into the queue."""
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._prompt(prompt, f"prompts[{index}]")
-            handle = Handle(self, streams=watched)
+            handle = Handle(self, call)
             for sample_index in range(setting.n):
                 request = self._request(array, setting.max_new_tokens, priority, salt)
                 self._scheduler.check(request)
-                sample = Sample(handle, request, setting, index, sample_index, on_token, watched)
+                sample = Sample(
+                    handle, request, setting, index, sample_index, on_token, call.streams
+                )
                 request.owner, request.ends_at_eos = sample, not setting.ignore_eos
                 handle.samples.append(sample)
             handles.append(handle)
@@ -335,12 +342,12 @@ class Engine:
             for handle in handles:
                 handle.cancel()
 
-    def _events(self, handles: list[Handle]) -> Iterator[Event]:
+    def _events(self, handles: list[Handle], call: Call) -> Iterator[Event]:
+        total = sum(len(handle.samples) for handle in handles)
         with self._cancelling(handles):
-            while not all(handle.done for handle in handles):
+            while call.ended < total:
                 self.step()
-                for handle in handles:
-                    yield from handle.take_events()
+                yield from call.take_events()
 
     def _cancel(self, sample: Sample) -> None:
         """End a sample now; used by its handle."""
@@ -350,57 +357,6 @@ class Engine:
             event = self._loop.end(sample, "cancelled")
         if event is not None:
             _notify([(event, sample.listener)])
-
-    def _score(
-        self, prompt: Int64Array, endings: Sequence[Int64Array], top_k: int, salt: int
-    ) -> list[Score]:
-        """The prompt but its last token is computed once; every completion goes on from there."""
-        jobs = [ScoreJob(ending, top_k) for ending in endings]
-        for job in jobs:
-            text = np.concatenate([prompt, job.completion[:-1]])
-            job.request = self._request(text, 1, 0, salt)
-            job.request.logits_from, job.request.owner = len(prompt) - 1, job
-            self._scheduler.check(job.request)
-        with self._lock:
-            self._check_weights()
-        held = None
-        try:
-            if len(prompt) > 1:
-                held = self._compute(prompt[:-1], salt)
-            with self._lock:
-                for job in jobs:
-                    if held is not None and held.seq is not None:
-                        job.request.seq = int(self._allocator.fork([held.seq])[0])
-                        job.request.computed = len(prompt) - 1
-                    self._scheduler.submit(job.request)
-                if held is not None:
-                    self._blocks.close(held)  # the completions hold its blocks now
-            while not all(job.request.done for job in jobs):
-                self.step()
-        finally:
-            with self._lock:
-                for job in jobs:
-                    self._scheduler.finish(job.request)
-                if held is not None:
-                    self._blocks.close(held)
-        return [job.score for job in jobs]
-
-    def _compute(self, tokens: Int64Array, salt: int) -> Request:
-        """Compute keys and values of a text; the request keeps its blocks."""
-        request = self._request(tokens, 1, 0, salt)
-        request.logits_from = NO_LOGITS
-        request.owner = job = ScoreJob(tokens, 0, keep=True)
-        job.request = request
-        with self._lock:
-            self._scheduler.submit(request)
-        try:
-            while not job.ready:
-                self.step()
-        except BaseException:
-            with self._lock:
-                self._scheduler.finish(request)
-            raise
-        return request
 
 
 def _notify(heard: Heard) -> None:
@@ -414,32 +370,3 @@ def _notify(heard: Heard) -> None:
             error = error or raised
     if error is not None:
         raise error
-
-
-def default_memory(device: torch.device) -> int:
-    """Bytes for a pool whose size nobody chose."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return min(4 * 2**30, free // 4)
-
-
-def _eos_tokens(model: PreTrainedModel) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    return [] if eos is None else [int(t) for t in (eos if isinstance(eos, list) else [eos])]
-
-
-def _max_length(model: PreTrainedModel) -> tuple[int, str] | None:
-    """Longest text that the model can take, and why; None = any."""
-    limits = []
-    embeddings = model.get_input_embeddings()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for module in model.modules():
-        learned = isinstance(module, torch.nn.Embedding) and module is not embeddings
-        offset = getattr(module, "offset", 0)
-        if learned and positions is not None and module.num_embeddings == positions + offset:
-            limits.append((positions, "its learned position embeddings"))
-    scaled = longest_position(model)
-    if scaled is not None:
-        limits.append((scaled - 1, "its temperature tuning, which counts positions itself"))
-    return min(limits, default=None)

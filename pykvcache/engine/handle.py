@@ -7,7 +7,7 @@ Read first: sampling.py, request.py. Read next: loop.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
 from pykvcache.batch import Int64Array
@@ -102,7 +102,26 @@ class ScoreJob:
         self.ready = False
 
 
-class _Canceller(Protocol):
+class Call:
+    """What the handles of one call of the engine have in common.
+
+    Attributes:
+        ended: samples that have ended.
+        streams: somebody takes the events.
+        events: those that were not taken yet.
+    """
+
+    def __init__(self, streams: bool = False) -> None:
+        self.ended, self.streams = 0, streams
+        self.events: list[Event] = []
+
+    def take_events(self) -> list[Event]:
+        """Events since the last time."""
+        events, self.events = self.events, []
+        return events
+
+
+class _Engine(Protocol):
     def step(self) -> list[Event]: ...
 
     def _cancel(self, sample: Sample) -> None: ...
@@ -111,20 +130,15 @@ class _Canceller(Protocol):
 class Handle:
     """A prompt that was submitted, with all its samples."""
 
-    def __init__(self, engine: _Canceller, streams: bool = False) -> None:
-        self._engine, self._streams = engine, streams
-        self._events: list[Event] = []
+    def __init__(self, engine: _Engine, call: Call) -> None:
+        self._engine, self._call = engine, call
+        self._ended = 0
         self.samples: list[Sample] = []
 
     @property
     def done(self) -> bool:
         """Whether every sample has ended."""
-        return all(sample.output is not None for sample in self.samples)
-
-    @property
-    def num_done(self) -> int:
-        """Samples that have ended."""
-        return sum(sample.output is not None for sample in self.samples)
+        return self._ended == len(self.samples)
 
     @property
     def outputs(self) -> list[Output]:
@@ -142,12 +156,12 @@ class Handle:
             self._engine.step()
         return self.outputs
 
-    def take_events(self) -> Iterator[Event]:
-        """Events since the last call."""
-        events, self._events = self._events, []
-        yield from events
+    def sample_ended(self) -> None:
+        """Used by the engine."""
+        self._ended += 1
+        self._call.ended += 1
 
     def put_event(self, event: Event) -> None:
         """Used by the engine: keeps the event if somebody will take it."""
-        if self._streams:
-            self._events.append(event)
+        if self._call.streams:
+            self._call.events.append(event)

@@ -21,8 +21,9 @@ from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
-from pykvcache.engine.scheduler import Scheduler, Step
+from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.stats import Meter
+from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
 
 Heard = list[tuple[Event, Listener | None]]
@@ -77,6 +78,7 @@ class Loop:
         tokens = self._text(request)
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
+        sample.handle.sample_ended()
         self.meter.finished(output)
         if not sample.watched or reason != "cancelled":
             return None

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from pykvcache.batch import Batch, Int64Array
 from pykvcache.engine.graphs import Bucket, DecodeGraphs
 from pykvcache.engine.request import ranges
-from pykvcache.engine.scheduler import Step
+from pykvcache.engine.step import Step
 from pykvcache.hf.packed import PackedCache, packed_attention, register
 from pykvcache.metadata import AttentionMetadata
 
@@ -203,16 +203,3 @@ def check_packable(model: Any) -> None:
         reason = "its forward takes no position_ids"
     if reason is not None:
         raise ValueError(f"{name} cannot be packed: {reason}")
-
-
-def longest_position(model: PreTrainedModel) -> int | None:
-    """Positions from which on a packed forward would differ; None = none.
-
-    Llama 4 scales queries by positions that it counts itself, from `floor_scale` on.
-    """
-    scales = [
-        int(module.floor_scale)
-        for module in model.modules()
-        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
-    ]
-    return min(scales, default=None)

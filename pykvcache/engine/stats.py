@@ -14,7 +14,8 @@ from pykvcache.engine.sampling import Output
 from pykvcache.pool_stats import PoolStats
 
 if TYPE_CHECKING:
-    from pykvcache.engine.scheduler import Preemption, Scheduler
+    from pykvcache.engine.scheduler import Scheduler
+    from pykvcache.engine.step import Preemption
     from pykvcache.engine.swap import SwapSpace
 
 KEPT = 10_000  # newest steps and outputs that times are taken from

@@ -23,7 +23,8 @@ from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import PREFIX_BLOCK, Request
 from pykvcache.engine import request as engine
 from pykvcache.engine.blocks import RequestBlocks
-from pykvcache.engine.scheduler import Options, Scheduler, Step
+from pykvcache.engine.scheduler import Scheduler
+from pykvcache.engine.step import Options, Step
 
 LOOKAHEAD = 256  # requests that the scheduler sees, so that the queue of a long trace stays short
 
