@@ -15,6 +15,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+REPLAY_EXAMPLE = (
+    "Example: python -m pykvcache replay --trace azure-conv --memory 8GiB "
+    "--model-config llama-3.1-8b --plot replay.png"
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -26,4 +30,4 @@ def show_help(context: typer.Context) -> None:
 
 app.command(epilog="Example: python -m pykvcache info --json")(info)
 app.command(epilog="Example: python -m pykvcache demo --batch 8 --plot blocks.png")(demo)
-app.command(epilog="Example: python -m pykvcache replay --trace azure-conv --memory 8GiB")(replay)
+app.command(epilog=REPLAY_EXAMPLE)(replay)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from pykvcache.bench.replay.loop import Rules
 from pykvcache.bench.replay.queue import Job, Queue
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import Request
@@ -34,7 +34,7 @@ class PaddedReplay:
         rules: Rules,
         advance: Callable[[int], object] = lambda count: None,
     ) -> None:
-        self.queue = Queue(requests, lambda job: job.final <= slots, rules.saturated)
+        self.queue = Queue(requests, lambda job: job.final <= slots, rules.saturated, rules.order)
         self.slots = slots
         self.result = result
         self.cost = rules.cost
@@ -99,10 +99,9 @@ class PaddedReplay:
         usage: Usage,
         active: NDArray[np.int64],
     ) -> None:
-        self.result.running.add(durations, live, usage, active)
         starts = self.clock + durations.cumsum() - durations
         waits = starts >= self.queue.next_arrival
-        if waits.any():
-            assert not isinstance(usage.allocated, int) and not isinstance(usage.internal, int)
-            part = Usage(usage.allocated[waits], usage.internal[waits], 0)
-            self.result.waiting.add(durations[waits], live[waits], part, active[waits])
+        assert not isinstance(usage.allocated, int) and not isinstance(usage.internal, int)
+        for window, steps in ((self.result.waiting, waits), (self.result.calm, ~waits)):
+            part = Usage(usage.allocated[steps], usage.internal[steps], 0)
+            window.add(durations[steps], live[steps], part, active[steps])

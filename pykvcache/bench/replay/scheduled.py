@@ -15,8 +15,9 @@ import numpy as np
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.batch import Int64Array
-from pykvcache.bench.replay.loop import REPORT_EVERY, Rules
+from pykvcache.bench.replay.loop import REPORT_EVERY
 from pykvcache.bench.replay.queue import Job, Queue
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import PREFIX_BLOCK, Request
@@ -48,7 +49,7 @@ class ScheduledReplay:
         options.check()
         self.scheduler = Scheduler(self.blocks, options)
         self.lanes = self.scheduler.lanes
-        self.queue = Queue(requests, self._holds, rules.saturated)
+        self.queue = Queue(requests, self._holds, rules.saturated, rules.order)
         self.result, self.cost = result, rules.cost
         self.clock = 0.0
         self._prefixes = rules.prefix_cache
@@ -110,9 +111,9 @@ class ScheduledReplay:
         reserved = int((np.minimum(lanes.limit[active] - 1, room) - cached).sum())
         live = self.allocator.stats().live if self._prefixes else int(cached.sum())
         usage = Usage(allocated, max(0, allocated - live - reserved), 0)
-        result.running.add(parts, live, usage, len(active))
-        if self.scheduler.num_waiting or self.queue.head(self.clock) is not None:
-            result.waiting.add(parts, live, usage, len(active))
+        waits = self.scheduler.num_waiting or self.queue.head(self.clock) is not None
+        window = result.waiting if waits else result.calm
+        window.add(parts, live, usage, len(active))
         result.peak_batch = max(result.peak_batch, len(active))
         self.clock += parts
 

@@ -34,7 +34,7 @@ class Window:
         self, seconds: float | NDArray[np.floating[Any]], live: PerStep, usage: Usage, rows: PerStep
     ) -> None:
         """Add steps of these durations."""
-        total = float(np.sum(seconds))
+        total = seconds if isinstance(seconds, float) else float(seconds.sum())
         self.seconds += total
 
         def integral(values: PerStep) -> float:
@@ -49,11 +49,12 @@ class Window:
 
 @dataclass
 class Seconds:
-    """Where the time went: the parts of StepCost, and waiting for arrivals."""
+    """Where the time went: the parts of StepCost, and waiting for requests to arrive."""
 
     base: float = 0.0
     kv: float = 0.0
     prefill: float = 0.0
+    swap: float = 0.0
     idle: float = 0.0
 
     def add_step(self, cost: StepCost, cached: int, prefill: int) -> float:
@@ -66,16 +67,16 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return self.base + self.kv + self.prefill + self.idle
+        return self.base + self.kv + self.prefill + self.swap + self.idle
 
 
 @dataclass
 class Result:
     """What one policy did with a trace.
 
-    Shares are averages over the time in which a request waits, and of the whole budget. If none
-    ever waits, they are averages over all time, of what is allocated: memory that nobody wants is
-    no waste.
+    Shares are averages over the time in which a request waits (`waiting`; `calm` is the rest in
+    which rows run), and of the whole budget. If none ever waits, they are averages over all time,
+    of what is allocated: memory that nobody wants is no waste.
     """
 
     policy: str
@@ -83,7 +84,7 @@ class Result:
     slots: int
     seconds: Seconds = field(default_factory=Seconds)
     waiting: Window = field(default_factory=Window)
-    running: Window = field(default_factory=Window)
+    calm: Window = field(default_factory=Window)
     requests: int = 0
     refused: int = 0
     output_tokens: int = 0
@@ -101,7 +102,7 @@ class Result:
     @property
     def window(self) -> Window:
         """What the shares are averages over."""
-        return self.waiting if self.waiting.seconds else self.running
+        return self.waiting if self.waiting.seconds else self.calm
 
     def shares(self) -> dict[str, float]:
         """The five shares in percent; multiples of 2**-20, so that they sum to exactly 100."""
