@@ -19,11 +19,12 @@ class Fingerprint:
     def __init__(self, model: nn.Module) -> None:
         self.marks: list[object] = []
         samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in weights(model):
             try:
-                self.marks.append((tensor.data_ptr(), _version(tensor)))
-                if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
-                    some = tensor.detach().view(-1)[:: -(-tensor.numel() // SAMPLED)]
+                self.marks.append(mark(tensor))
+                flat = _flat(tensor)
+                if flat is not None:
+                    some = flat[:: -(-tensor.numel() // SAMPLED)]
                     samples.setdefault((tensor.dtype, tensor.device), []).append(some)
             except (RuntimeError, NotImplementedError):
                 self.marks.append(object())  # a tensor without plain memory: never the same
@@ -37,5 +38,21 @@ class Fingerprint:
         )
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def weights(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, but the frequencies that rotary embeddings write in every forward."""
+    buffers = [b for name, b in model.named_buffers() if not name.endswith("inv_freq")]
+    return [*model.parameters(), *buffers]
+
+
+def mark(tensor: Tensor) -> tuple[int, int]:
+    """Address and version; raises for a tensor without plain memory."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """All elements in the order of memory, as a view; None where there is no such view."""
+    if not tensor.numel() or tensor.is_meta:
+        return None
+    strides = tensor.stride()
+    ordered = tensor.detach().permute(sorted(range(tensor.dim()), key=lambda d: -strides[d]))
+    return ordered.view(-1) if ordered.is_contiguous() else None

@@ -20,7 +20,9 @@ from transformers import PreTrainedModel
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
-from pykvcache.engine.handle import Call, Handle, Sample
+from pykvcache.engine.guard import WeightsGuard
+from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
+from pykvcache.engine.interrupts import uninterrupted
 from pykvcache.engine.limits import default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
@@ -33,9 +35,9 @@ from pykvcache.engine.stats import EngineStats, Meter
 from pykvcache.engine.step import Options
 from pykvcache.engine.swap import SwapSpace
 from pykvcache.hf.arguments import parse_dtype, parse_memory
-from pykvcache.weights import Fingerprint
 
 Prompt = Sequence[int] | Int64Array | Tensor
+MAX_PRIORITY = 10**9
 
 
 class Engine:
@@ -116,7 +118,8 @@ class Engine:
             self._swap.compute_seconds,
         )
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
-        self._model, self._weights = model, Fingerprint(model)
+        self._model, self._guard = model, WeightsGuard(model)
+        self._unchecked = False  # a request came since the weights were looked at
         self._max_length = max_length(model)
         self._lock = threading.RLock()
 
@@ -148,6 +151,7 @@ class Engine:
         Raises:
             ValueError, TypeError: a prompt or setting is out of range, or a request could never fit
                 the pool; nothing was started.
+            Exception: what a processor of one of these requests raised.
         """
         settings = self._settings(prompts, sampling, max_new_tokens)
         total, call = sum(setting.n for setting in settings), Call()
@@ -157,7 +161,9 @@ class Engine:
                 before = call.ended
                 self.step()
                 advance(call.ended - before, self._loop.meter.rate)
-        return [output for handle in handles for output in handle.outputs]
+        outputs = [output for handle in handles for output in handle.outputs]
+        raise_errors(outputs)
+        return outputs
 
     def stream(
         self,
@@ -167,12 +173,15 @@ class Engine:
         max_new_tokens: int | None = None,
         priority: int = 0,
         salt: int = 0,
-    ) -> Iterator[Event]:
-        """Complete all prompts and yield every token as it comes; arguments as `generate`."""
+    ) -> Stream:
+        """Complete all prompts and give every token as it comes; arguments as `generate`.
+
+        The requests are queued at once; leaving the stream cancels those that have not ended.
+        """
         settings = self._settings(prompts, sampling, max_new_tokens)
         call = Call(streams=True)
         handles = self._submit_all(prompts, settings, priority, salt, call)
-        return self._events(handles, call)
+        return Stream(self, handles, call)
 
     def submit(
         self,
@@ -191,6 +200,8 @@ class Engine:
             on_token: called with every event of this request. What it raises comes out of the
                 `step` that was running; that step counts as done.
         """
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"on_token must be callable, got {on_token!r}")
         settings = self._settings([prompt], sampling, max_new_tokens)
         return self._submit_all([prompt], settings, priority, salt, Call(), on_token)[0]
 
@@ -212,12 +223,16 @@ class Engine:
         Returns:
             One `Score` for each completion.
         """
+        if isinstance(completions, (str, bytes)) or not hasattr(completions, "__len__"):
+            raise TypeError(
+                f"completions must be a list of token ids each, got {completions!r:.60}"
+            )
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
         first = self._prompt(prompt, "prompt")
         endings = [self._prompt(c, f"completions[{i}]") for i, c in enumerate(completions)]
         with self._lock:
-            self._check_weights()
+            self._accept()
         new_request = functools.partial(self._request, new_tokens=1, priority=0, salt=salt)
         scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
         return scorer.score(first, endings, top_k)
@@ -225,15 +240,18 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
         with self._lock:
+            self._check_weights()
             events = self._loop.step()
         _notify(events)
         return [event for event, _ in events]
 
     def weights_changed(self) -> None:
-        """Forget all cached prefixes; called by itself where a change of weights is noticed."""
+        """Share nothing that was computed so far; a change of weights that is noticed does it."""
         with self._lock:
-            if self._blocks.prefix_cache:
-                self._allocator.forget_prefixes()
+            self._guard.changed()
+            self._blocks.forget()
+            if self._runner.graphs is not None:
+                self._runner.graphs.clear()
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
@@ -243,7 +261,7 @@ class Engine:
     def reset_stats(self) -> None:
         """Start counting and timing anew."""
         with self._lock:
-            self._loop.meter = Meter()
+            self._loop.meter = Meter(self._scheduler)
 
     # Submitting.
 
@@ -261,7 +279,11 @@ class Engine:
             sampling = Sampling(max_new_tokens=max_new_tokens)
         if sampling is None:
             sampling = Sampling()
-        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if isinstance(sampling, Sampling):
+            return [sampling] * len(prompts)
+        if not isinstance(sampling, Sequence):
+            raise TypeError(f"sampling must be a Sampling or a list of them, got {sampling!r}")
+        settings = list(sampling)
         for setting in settings:
             if not isinstance(setting, Sampling):
                 raise TypeError(f"sampling must be a Sampling or a list of them, got {setting!r}")
@@ -273,7 +295,10 @@ class Engine:
         """Token ids as an array of its own."""
         if isinstance(prompt, (str, bytes)):
             raise TypeError(f"{name} must be token ids, got a string; use your tokenizer first")
-        array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+        try:
+            array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+        except (ValueError, TypeError):
+            raise TypeError(f"{name} must be a list of token ids, got {prompt!r:.60}") from None
         if array.ndim != 1 or array.size == 0:
             raise ValueError(
                 f"{name} must be a non-empty list of token ids, got shape {list(array.shape)}"
@@ -291,6 +316,10 @@ class Engine:
         for name, value in (("priority", priority), ("salt", salt)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
+        if abs(priority) > MAX_PRIORITY:
+            raise ValueError(f"priority must be within {MAX_PRIORITY:,} of 0, got {priority}")
+        if not -(2**63) <= salt < 2**63:
+            raise ValueError(f"salt must fit 64 bits, got {salt}")
         limit = len(prompt) + new_tokens
         if self._max_length is not None and limit - 1 > self._max_length[0]:
             raise ValueError(
@@ -322,19 +351,25 @@ class Engine:
                 request.owner, request.ends_at_eos = sample, not setting.ignore_eos
                 handle.samples.append(sample)
             handles.append(handle)
-        with self._lock:
-            self._check_weights()
+        with self._lock, uninterrupted():
+            self._accept()
             for handle in handles:
                 for sample in handle.samples:
                     self._scheduler.submit(sample.request)
         return handles
 
+    def _accept(self) -> None:
+        """New requests come: look at the weights before the next step, and at the configuration."""
+        self._unchecked = True
+        penalty = getattr(self._model.generation_config, "repetition_penalty", None)
+        self._loop.set_ends(eos_tokens(self._model), 1.0 if penalty is None else penalty)
+
     def _check_weights(self) -> None:
-        if self._blocks.prefix_cache:
-            now = Fingerprint(self._model)
-            if not now.same(self._weights):
-                self._allocator.forget_prefixes()
-                self._weights = now
+        """Before a step: what was computed with other weights must not be shared any more."""
+        new, self._unchecked = self._unchecked, False
+        waits = self._scheduler.num_waiting > 0
+        if (new and self._guard.changed()) or (waits and not new and self._guard.moved()):
+            self.weights_changed()
 
     @contextlib.contextmanager
     def _cancelling(self, handles: Sequence[Handle]) -> Iterator[None]:
@@ -345,16 +380,9 @@ class Engine:
             for handle in handles:
                 handle.cancel()
 
-    def _events(self, handles: list[Handle], call: Call) -> Iterator[Event]:
-        total = sum(len(handle.samples) for handle in handles)
-        with self._cancelling(handles):
-            while call.ended < total:
-                self.step()
-                yield from call.take_events()
-
     def _cancel(self, sample: Sample) -> None:
         """End a sample now; used by its handle."""
-        with self._lock:
+        with self._lock, uninterrupted():
             if sample.request.done:
                 return
             event = self._loop.end(sample, "cancelled")

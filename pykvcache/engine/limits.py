@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 def default_memory(device: torch.device) -> int:
     """Bytes for a pool whose size nobody chose."""
     if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+        return int(0.85 * torch.cuda.mem_get_info(device)[0])
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     return min(4 * 2**30, free // 4)
 
@@ -34,6 +34,25 @@ def max_length(model: PreTrainedModel) -> tuple[int, str] | None:
     scaled = longest_position(model)
     if scaled is not None:
         limits.append((scaled - 1, "its temperature tuning, which counts positions itself"))
+    rope = rope_limit(model)
+    if rope is not None:
+        limits.append((rope, "the original range of its rotary embeddings, which change beyond"))
+    return min(limits, default=None)
+
+
+def rope_limit(model: PreTrainedModel) -> int | None:
+    """Positions from which on rotary frequencies depend on the longest row of a forward."""
+    limits = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        config = getattr(module, "config", None)
+        for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind not in ("longrope", "dynamic") or config is None:
+                continue
+            parameters = config.rope_parameters
+            parameters = parameters if layer_type is None else parameters[layer_type]
+            limit = parameters.get("original_max_position_embeddings")
+            limits.append(int(limit or config.max_position_embeddings))
     return min(limits, default=None)
 
 

@@ -29,6 +29,9 @@ SwapOut = Callable[[Request], bool]
 Cost = Callable[[int], float]
 
 
+MAX_TOKENS = 2**31 - 1  # lengths are int32
+
+
 class Scheduler:
     """See the module. Every method leaves queue, lanes and blocks consistent, also if it raises.
 
@@ -78,6 +81,8 @@ class Scheduler:
         Raises:
             ValueError: the message has the numbers.
         """
+        if request.limit > MAX_TOKENS:
+            raise ValueError(f"a request may have {MAX_TOKENS} tokens, got {request.limit}")
         stored = request.limit - 1  # the newest token is not computed before the next is wanted
         needed = self.blocks.needed(max(stored, 1))
         if needed > self._allocator.num_blocks:
@@ -111,6 +116,7 @@ class Scheduler:
         """A running request ends but keeps its blocks, until `blocks.close`."""
         self.lanes.remove(request.lane)
         request.done = True
+        self.blocks.hold(request)
 
     def plan(self) -> Step | None:
         """Choose the next step and take its blocks; None when there is nothing to do.
@@ -135,7 +141,10 @@ class Scheduler:
 
     def undo(self, step: Step) -> None:
         """The step failed: its requests wait again, as if preempted, in their old order."""
-        for lane in step.lanes.tolist():
+        self._undo(step.lanes)
+
+    def _undo(self, lanes: Int64Array) -> None:
+        for lane in lanes.tolist():
             request = self.lanes.requests[lane]
             if request is not None:
                 self.lanes.remove(lane)
@@ -291,6 +300,15 @@ class Scheduler:
             copies = self._batch.step(counts)
         except OutOfBlocks:
             return None
+        try:
+            return self._step(lanes, counts, copies)
+        except BaseException:  # the sequences have grown, but nothing will be written
+            self._undo(lanes)
+            raise
+
+    def _step(self, lanes: Int64Array, counts: Int64Array, copies: list[Int64Array]) -> Step:
+        """The step whose blocks were taken."""
+        assert self._batch is not None
         table = self.lanes
         starts = table.computed[lanes]
         table.computed[lanes] += counts

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pykvcache.batch import Batch, Int64Array
 from pykvcache.cache import check_positive
 
+MAX_RUNNING = 2**16
+
 
 @dataclass(frozen=True)
 class Options:
@@ -31,6 +33,10 @@ class Options:
         """Raise ValueError or TypeError when a limit is out of range; the message names it."""
         for name in ("token_budget", "max_running", "patience"):
             check_positive(name, getattr(self, name))
+        if self.max_running > MAX_RUNNING:
+            raise ValueError(f"max_running must be at most {MAX_RUNNING}, got {self.max_running}")
+        if isinstance(self.head_room, bool) or not isinstance(self.head_room, (int, float)):
+            raise TypeError(f"head_room must be a number, got {self.head_room!r}")
         if not 0 <= self.head_room < 1:
             raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")
 
