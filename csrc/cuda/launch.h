@@ -1,0 +1,85 @@
+// Launching kernels and asking for the device's size, on a GPU or in the emulation of
+// tests/cuda_host. No torch header here.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#ifdef KV_CUDA_HOST
+#include "cuda_host/cuda_host.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace pykvcache::cuda {
+
+#ifdef KV_CUDA_HOST
+
+using Stream = void*;
+
+// CTAs that run at once: few, so that a test's short sequences are cut over all of them.
+inline int& emulated_ctas() {
+  static int count = 8;
+  return count;
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream,
+            const Params& params) {
+  cuda_host::launch(kernel, grid, dim3{static_cast<unsigned>(threads)},
+                    static_cast<size_t>(shared_bytes), params);
+}
+
+inline int shared_bytes_of_device() { return 227 << 10; }
+
+template <class Params>
+int resident_ctas(void (*)(Params), int, int) {
+  return emulated_ctas();
+}
+
+#else
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+inline int shared_bytes_of_device() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+template <class Params>
+void allow_shared_memory(void (*kernel)(Params), int shared_bytes) {
+  if (shared_bytes > (48 << 10))
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
+            const Params& params) {
+  allow_shared_memory(kernel, shared_bytes);
+  kernel<<<grid, threads, shared_bytes, stream> > >(params);
+  check(cudaGetLastError());
+}
+
+// CTAs of a kernel that the whole device holds at once.
+template <class Params>
+int resident_ctas(void (*kernel)(Params), int threads, int shared_bytes) {
+  allow_shared_memory(kernel, shared_bytes);
+  int per_processor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads,
+                                                      static_cast<size_t>(shared_bytes)));
+  return per_processor * device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+#endif
+
+}  // namespace pykvcache::cuda
