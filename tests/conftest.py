@@ -1,4 +1,4 @@
-"""For all tests: seeds, Triton without a GPU, and tensors where a backend wants them."""
+"""For all tests: seeds, Triton and CUDA without a GPU, and tensors where a backend wants them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from torch.utils._pytree import tree_map
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+from cuda_host import build
+
 from pykvcache import ops
+
+if not torch.cuda.is_available():
+    ops.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
 
 GPU_BACKENDS = ("triton", "cuda")
 

@@ -8,6 +8,11 @@
 
 namespace pykvcache::cuda {
 
+#ifndef KV_LARGEST_HEAD_DIM
+#define KV_LARGEST_HEAD_DIM 256  // a build for tests leaves the larger classes out
+#endif
+constexpr int kLargestHeadDim = KV_LARGEST_HEAD_DIM;
+
 struct Capability {
   const char* name;
   int head_dim;         // class that it is compiled for; 0: any

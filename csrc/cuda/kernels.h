@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/kernel_params.h"
-#include "cuda/launch.h"
+#include "cuda/launch.cuh"
 
 namespace pykvcache::cuda {
 

@@ -14,14 +14,22 @@ struct Plain {
   static constexpr int kLaneDims = (kMaxPlainDim + 31) / 32;  // dims lane + 32 i of a value
   static constexpr unsigned kAll = 0xffffffffu;
 
-  // Shared memory: q [D], then a state and values [Dv] of every warp.
+  // One warp's tile: what each key weighs and where its value lies.
+  struct Weights {
+    float weight[32];
+    BlockSlot place[32];
+  };
+
+  // Shared memory: q [D], then values [Dv], state and tile of every warp.
   static constexpr int kSharedBytes =
-      (kMaxPlainDim + kWarps * kMaxPlainDim) * 4 + kWarps * static_cast<int>(sizeof(SoftmaxState));
+      (kMaxPlainDim + kWarps * kMaxPlainDim) * 4 +
+      kWarps * static_cast<int>(sizeof(SoftmaxState) + sizeof(Weights));
 
   float* query = reinterpret_cast<float*>(dynamic_shared());
   float* piece_values = query + kMaxPlainDim;
   SoftmaxState* piece_states =
       reinterpret_cast<SoftmaxState*>(piece_values + kWarps * kMaxPlainDim);
+  Weights* tiles = reinterpret_cast<Weights*>(piece_states + kWarps);
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32;
 
@@ -106,12 +114,14 @@ struct Plain {
       state.sum += weight;
 #pragma unroll
       for (int i = 0; i < kLaneDims; ++i) values[i] *= factor;
+      tiles[warp].weight[lane] = weight;
+      tiles[warp].place[lane] = place;
+      __syncwarp();  // every lane's key is written before any lane reads it
       for (int other = 0; other < 32; ++other) {
-        const BlockSlot at{__shfl_sync(kAll, place.block, other),
-                           __shfl_sync(kAll, place.slot, other)};
-        const float own = __shfl_sync(kAll, weight, other);
-        if (own != 0.0f) add_value(p, at, kv_head, own, values);
+        const float own = tiles[warp].weight[other];
+        if (own != 0.0f) add_value(p, tiles[warp].place[other], kv_head, own, values);
       }
+      __syncwarp();  // all have read the tile before the next one overwrites it
     }
     for (int flip = 16; flip > 0; flip /= 2) state.sum += __shfl_xor_sync(kAll, state.sum, flip);
     return state;

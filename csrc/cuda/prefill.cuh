@@ -24,7 +24,8 @@ struct Prefill {
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
   static constexpr int kRows = kWarps * kRowTile * kRowTiles;
   static constexpr int kTileKeys = kDim <= 128 ? 64 : 32;
-  static constexpr int kStepKeys = 32;  // keys that a warp takes at once
+  // Keys that a warp takes at once: as many as registers allow.
+  static constexpr int kStepKeys = sizeof(KV) == 1 && kDim == 128 ? 16 : 32;
   static constexpr int kStages = kDim <= 64 ? 3 : 2;
 
   using Stage = KeyStage<KV, kDim, kTileKeys>;
@@ -120,7 +121,7 @@ struct Prefill {
       __syncthreads();  // so are all parts and q; and all have read the stage refilled now
 #endif
       copy(i + kStages - 1, refilled);
-#pragma unroll
+#pragma unroll 1
       for (int step = 0; step < kTileKeys / kStepKeys; ++step) {
         const KeyTile tile =
             stage(current).tile(first + i * kTileKeys + step * kStepKeys,

@@ -78,19 +78,34 @@ __device__ __forceinline__ uint32_t pack<BFloat16>(float low, float high) {
   return reinterpret_cast<const uint32_t&>(both);
 }
 
-// The two Float8 in the low half of a word as two T: exact.
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+// The two Float8 in the low half of a word as halves: exact.
+__device__ __forceinline__ __half2 halves_of_float8(uint32_t pair) {
+#if __CUDA_ARCH__ >= 890
+  return __half2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+#else
+  // The same bits in a half's fields are 2^8 times too small: the biases are 7 and 15. What is NaN
+  // would then be 480.
+  const uint32_t high = byte_permute(pair, 0, 0x1404);
+  const uint32_t bits = (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
+  const __half2 value = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
+  const uint32_t checked = reinterpret_cast<const uint32_t&>(value) |
+                           __heq2_mask(__habs2(value), __float2half2_rn(480.0f));
+  return reinterpret_cast<const __half2&>(checked);
+#endif
+}
+
+// The same as two T.
 template <class T>
 __device__ __forceinline__ uint32_t unpack_float8(uint32_t pair) {
-  const __half2 both(
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
-  if constexpr (sizeof(T) == sizeof(Half) && __is_same(T, Half))
+  const __half2 both = halves_of_float8(pair);
+  if constexpr (__is_same(T, Half))
     return reinterpret_cast<const uint32_t&>(both);
   else
     return pack<T>(__low2float(both), __high2float(both));
-}
-
-__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

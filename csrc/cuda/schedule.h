@@ -11,10 +11,12 @@ namespace pykvcache::cuda {
 
 // function(HeadDim<class>())
 template <class Function>
-auto dispatch_head_dim(int head_dim, Function&& function) {
-  if (head_dim == 64) return function(HeadDim<64>());
-  if (head_dim == 128) return function(HeadDim<128>());
-  return function(HeadDim<256>());
+auto dispatch_head_dim([[maybe_unused]] int head_dim, Function&& function) {
+  if constexpr (kLargestHeadDim >= 256)
+    if (head_dim == 256) return function(HeadDim<256>());
+  if constexpr (kLargestHeadDim >= 128)
+    if (head_dim == 128) return function(HeadDim<128>());
+  return function(HeadDim<64>());
 }
 
 // Sequences of up to this many query rows are decode's: one row tile, or one token of a larger
@@ -53,6 +55,7 @@ inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, in
   const int limit = shared_bytes_of_device();
   s.head_dim = choose_kernel(p, [&](const Capability& kernel) {
                  if (kernel.head_dim == 0) return true;
+                 if (kernel.head_dim > kLargestHeadDim) return false;
                  return dispatch_head_dim(kernel.head_dim, [&](auto dim) {
                    return std::max(dim.decode_shared_bytes(s.params),
                                    dim.prefill_shared_bytes(s.params)) <= limit;

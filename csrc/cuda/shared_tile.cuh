@@ -47,27 +47,27 @@ struct SharedTile {
     load_matrices(q + chunk_offset<kQueryBytes>(row + lane % 16, 2 * step + lane / 16), a);
   }
 
-  // B operands of q k^T: keys [16] from `row`, dims 32 * pair and on, b[step][n-tile][word].
-  __device__ static __forceinline__ void load_keys(const unsigned char* k, int row, int pair,
-                                                   int lane, uint32_t (&b)[2][2][2]) {
-    uint32_t w[4];
+  // K of 16 keys from `row`, dims of step `step`. A Float8 load holds two steps: it is made for
+  // even ones only.
+  __device__ static __forceinline__ void load_keys(const unsigned char* k, int row, int step,
+                                                   int lane, uint32_t (&words)[4]) {
     if constexpr (kFloat8) {
-      load_matrices(k + chunk_offset<kCacheBytes>(row + lane % 16, 2 * pair + lane / 16), w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        b[i / 2][i % 2][0] = unpack_float8<T>(w[i] & 0xffff);
-        b[i / 2][i % 2][1] = unpack_float8<T>(w[i] >> 16);
-      }
+      if (step % 2 == 0)
+        load_matrices(k + chunk_offset<kCacheBytes>(row + lane % 16, step + lane / 16), words);
     } else {
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        load_matrices(k + chunk_offset<kCacheBytes>(row + lane % 8 + lane / 16 * 8,
-                                                    4 * pair + 2 * step + lane / 8 % 2),
-                      w);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) b[step][i / 2][i % 2] = w[i];
-      }
+      load_matrices(
+          k + chunk_offset<kCacheBytes>(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2),
+          words);
     }
+  }
+
+  // B operand of q k^T from what load_keys got: n-tile i (0 or 1) of the 16 keys, word w.
+  __device__ static __forceinline__ uint32_t key_word(const uint32_t (&words)[4], int step, int i,
+                                                      int w) {
+    if constexpr (kFloat8)
+      return unpack_float8<T>(words[step % 2 * 2 + i] >> (16 * w) & 0xffff);
+    else
+      return words[2 * i + w];
   }
 
   // B operands of p v: keys [16] from `row`, output n-tiles 4 * pair to 4 * pair + 3,

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "check.h"
-#include "cuda/launch.h"
+#include "cuda/launch.cuh"
 #include "registration.h"
 
 #ifdef KV_CUDA_HOST

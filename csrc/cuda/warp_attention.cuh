@@ -35,7 +35,7 @@ struct WarpAttention {
 
   float values[kRowTiles][kDim / 8][4];
   SoftmaxState state[kRowTiles][2];
-  KeyRange visible[kRowTiles][2];
+  KeyRange common;  // keys that all of this lane's rows see
 
   __device__ __forceinline__ static int row_of(int m, int half, int lane) {
     return m * kRowTile + lane / 4 + 8 * half;
@@ -43,6 +43,7 @@ struct WarpAttention {
 
   __device__ __forceinline__ void start(const KernelParams& params, const WarpRows& rows,
                                         int lane) {
+    common = {0, INT32_MAX};
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -52,15 +53,19 @@ struct WarpAttention {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         state[m][half] = SoftmaxState();
-        const int row = rows.first + row_of(m, half, lane);
-        // A row that is not there sees everything: it must not make others compute masks.
-        visible[m][half] = {0, INT32_MAX};
-        if (row < rows.end) {
-          const QueryRow query = query_row(params, rows.sequence, rows.kv_head, row);
-          visible[m][half] = visible_keys(params.attention, rows.sequence, query.position);
-        }
+        const KeyRange range = visible(params, rows, rows.first + row_of(m, half, lane));
+        if (range.begin > common.begin) common.begin = range.begin;
+        if (range.end < common.end) common.end = range.end;
       }
     }
+  }
+
+  // A row that is not there sees everything: it must not make others compute masks.
+  __device__ __forceinline__ static KeyRange visible(const KernelParams& params,
+                                                     const WarpRows& rows, int row) {
+    if (row >= rows.end) return {0, INT32_MAX};
+    const QueryRow query = query_row(params, rows.sequence, rows.kv_head, row);
+    return visible_keys(params.attention, rows.sequence, query.position);
   }
 
   // q: rows of this warp in shared memory. `scale` holds the head's k_scale.
@@ -71,7 +76,7 @@ struct WarpAttention {
     float scores[kRowTiles][kKeys / 8][4];
     multiply_queries<kKeys>(q, tile, lane, scores);
     if (has_plain_logits(params.attention))
-      mask<kKeys>(tile, scale * kLog2e, lane, scores);
+      mask<kKeys>(params, rows, tile, scale * kLog2e, lane, scores);
     else
       modify<kKeys>(params, rows, tile, scale, lane, scores);
     weigh<kKeys>(params, tile, lane, scores);
@@ -101,25 +106,23 @@ struct WarpAttention {
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) scores[m][n][i] = 0.0f;
+    uint32_t words[kKeys / 16][4];
 #pragma unroll
-    for (int pair = 0; pair < kDim / 32; ++pair) {
-      uint32_t a[2][kRowTiles][4];
+    for (int step = 0; step < kDim / 16; ++step) {
+      uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-          Tile::load_queries(q, m * kRowTile, 2 * pair + step, lane, a[step][m]);
+      for (int m = 0; m < kRowTiles; ++m) Tile::load_queries(q, m * kRowTile, step, lane, a[m]);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
-        uint32_t b[2][2][2];
-        Tile::load_keys(tile.keys, n * 16, pair, lane, b);
+        Tile::load_keys(tile.keys, n * 16, step, lane, words[n]);
 #pragma unroll
-        for (int step = 0; step < 2; ++step)
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t low = Tile::key_word(words[n], step, i, 0);
+          const uint32_t high = Tile::key_word(words[n], step, i, 1);
 #pragma unroll
           for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              multiply_add<T>(scores[m][2 * n + i], a[step][m], b[step][i][0], b[step][i][1]);
+            multiply_add<T>(scores[m][2 * n + i], a[m], low, high);
+        }
       }
     }
   }
@@ -129,7 +132,6 @@ struct WarpAttention {
     return n * 8 + 2 * (lane % 4) + i % 2;
   }
 
-  template <int kKeys>
   __device__ __forceinline__ static bool is_visible(const KeyRange& range, const KeyTile& tile,
                                                     int column) {
     const int32_t key = tile.begin + column;
@@ -138,24 +140,28 @@ struct WarpAttention {
 
   // Scales, and hides keys; most tiles hide none.
   template <int kKeys>
-  __device__ __forceinline__ void mask(const KeyTile& tile, float factor, int lane,
+  __device__ __forceinline__ void mask(const KernelParams& params, const WarpRows& rows,
+                                       const KeyTile& tile, float factor, int lane,
                                        float (&scores)[kRowTiles][kKeys / 8][4]) const {
     constexpr uint32_t kFull = kKeys == 32 ? ~0u : (1u << (kKeys % 32)) - 1;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[m][n][i] *= factor;
+    if (tile.present == kFull && common.begin <= tile.begin && tile.begin + kKeys <= common.end)
+      return;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const KeyRange range = visible[m][half];
-        const bool all =
-            tile.present == kFull && range.begin <= tile.begin && tile.begin + kKeys <= range.end;
+        const KeyRange range = visible(params, rows, rows.first + row_of(m, half, lane));
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            scores[m][n][i] *= factor;
-            if (!all && !is_visible<kKeys>(range, tile, column_of(n, i, lane)))
-              scores[m][n][i] = kNothing;
-          }
+          for (int i = 2 * half; i < 2 * half + 2; ++i)
+            if (!is_visible(range, tile, column_of(n, i, lane))) scores[m][n][i] = kNothing;
       }
   }
 
@@ -172,13 +178,14 @@ struct WarpAttention {
       for (int half = 0; half < 2; ++half) {
         const int row = rows.first + row_of(m, half, lane);
         const QueryRow query = query_row(params, rows.sequence, rows.kv_head, row);
+        const KeyRange range = visible(params, rows, row);
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
             const int column = column_of(n, i, lane);
             float& score = scores[m][n][i];
-            if (row < rows.end && is_visible<kKeys>(visible[m][half], tile, column)) {
+            if (row < rows.end && is_visible(range, tile, column)) {
               const float own = slot_scales ? scale * tile.key_scales[column] : scale;
               score = modified_logit(p, rows.sequence, query, tile.begin + column, score * own);
             } else {
@@ -205,10 +212,12 @@ struct WarpAttention {
         top = fmaxf(top, __shfl_xor_sync(kAll, top, 2));
         const float factor = state[m][half].raise(top);
         const float base = state[m][half].base();
+        if (!__all_sync(kAll, factor == 1.0f)) {  // the maximum rarely moves
 #pragma unroll
-        for (int n = 0; n < kDim / 8; ++n) {
-          values[m][n][2 * half] *= factor;
-          values[m][n][2 * half + 1] *= factor;
+          for (int n = 0; n < kDim / 8; ++n) {
+            values[m][n][2 * half] *= factor;
+            values[m][n][2 * half + 1] *= factor;
+          }
         }
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)

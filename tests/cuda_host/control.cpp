@@ -1,5 +1,5 @@
 // What tests ask of the emulation: how many CTAs run at once, and what it has counted.
-#include "cuda/launch.h"
+#include "cuda/launch.cuh"
 #include "cuda_host/ptx_host.h"
 
 extern "C" __attribute__((visibility("default"))) void kv_emulation_set_ctas(int count) {

@@ -66,8 +66,12 @@ template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
             const Params& params) {
   allow_shared_memory(kernel, shared_bytes);
-  kernel<<<grid, threads, shared_bytes, stream> > >(params);
-  check(cudaGetLastError());
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 // CTAs of a kernel that the whole device holds at once.
