@@ -109,8 +109,8 @@ def _check_signatures(signatures: list[str], backend: str) -> None:
         expected = _schema_types(schema)
         if f"({types}" != expected:
             raise ImportError(
-                f"pykvcache.{module} was built from other sources: {name} takes ({types} in C++ but "
-                f"{expected} in pykvcache/ops.py; rebuild with: pip install -e ."
+                f"pykvcache.{module} was built from other sources: {name} takes ({types} in C++ "
+                f"but {expected} in pykvcache/ops.py; rebuild with: pip install -e ."
             )
 
 

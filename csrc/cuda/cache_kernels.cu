@@ -74,7 +74,7 @@ int threads_for(int64_t vectors) {
 
 int64_t vectors_of_token(const CacheView* caches, int sides, int64_t heads, int64_t vector_bytes) {
   const int64_t dim = std::max(caches[0].head_dim, sides > 1 ? caches[1].head_dim : 0);
-  return heads * dim * element_bytes(caches[0].dtype) / vector_bytes;
+  return heads * dim * bytes_of(caches[0].dtype) / vector_bytes;
 }
 
 }  // namespace
@@ -85,7 +85,7 @@ void write(const WriteArguments& w, Stream stream) {
   bool plain = true, channels = false;
   Alignment alignment;
   for (int side = 0; side < w.sides; ++side) {
-    const int64_t bytes = element_bytes(w.tokens[side].dtype);
+    const int64_t bytes = bytes_of(w.tokens[side].dtype);
     plain &=
         w.scales[side].kind == ScaleKind::kNone && w.caches[side].dtype == w.tokens[side].dtype;
     channels |= w.scales[side].kind == ScaleKind::kChannel;
@@ -126,7 +126,7 @@ void copy_blocks(const CopyParams& params, int64_t pairs, Stream stream) {
 void gather(const GatherParams& params, int sides, Stream stream) {
   Alignment alignment;
   for (int side = 0; side < sides; ++side) {
-    alignment.add(params.caches[side], element_bytes(params.caches[side].dtype));
+    alignment.add(params.caches[side], bytes_of(params.caches[side].dtype));
     alignment.add(params.dense[side]);
   }
   alignment.dispatch([&](auto type) {

@@ -23,11 +23,6 @@ __device__ __forceinline__ SlotPlace slot_place(const WriteArguments& p, int64_t
   return {block, slot - block * p.block_size};
 }
 
-__device__ __forceinline__ int64_t element_bytes(DType dtype) {
-  if (dtype == DType::kFloat32) return 4;
-  return dtype == DType::kFloat8E4M3 || dtype == DType::kBool ? 1 : 2;
-}
-
 // Same dtype, no scale. grid (T, sides); a thread moves vectors of the token's heads.
 template <class Vector>
 __device__ __forceinline__ void write_rows(const WriteArguments& p) {
@@ -36,7 +31,7 @@ __device__ __forceinline__ void write_rows(const WriteArguments& p) {
   const CacheView& cache = p.caches[blockIdx.y];
   const SlotPlace place = slot_place(p, token);
   if (place.block < 0) return;
-  const int64_t bytes = element_bytes(cache.dtype);
+  const int64_t bytes = bytes_of(cache.dtype);
   const int per_row = static_cast<int>(cache.head_dim * bytes / sizeof(Vector));
   for (int i = threadIdx.x; i < per_row * p.num_heads; i += blockDim.x) {
     const int head = i / per_row, part = i - head * per_row;
@@ -155,7 +150,7 @@ __device__ __forceinline__ void gather_rows(const GatherParams& p) {
     block = p.block_table[row * p.block_table_stride + column];
     slot = p.block_size.remainder(position);
   }
-  const int64_t bytes = element_bytes(cache.dtype);
+  const int64_t bytes = bytes_of(cache.dtype);
   const int per_row = static_cast<int>(cache.head_dim * bytes / sizeof(Vector));
   auto* to = static_cast<Vector*>(p.dense[blockIdx.y]) + token * p.num_heads * per_row;
   for (int i = threadIdx.x; i < per_row * p.num_heads; i += blockDim.x) {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "params.h"
+#include "cuda/kernel_params.h"
 
 namespace pykvcache::cuda {
 
@@ -29,11 +29,6 @@ constexpr Capability kCapabilities[] = {
     {"tensor cores, D 256", 256, 256, false, false, false, 16},
     {"plain", 0, kMaxHeadDim, true, true, true, 1},
 };
-
-inline int64_t bytes_of(DType dtype) {
-  if (dtype == DType::kFloat32) return 4;
-  return dtype == DType::kFloat8E4M3 ? 1 : 2;
-}
 
 // The largest power of two up to 16 that divides the address and the size of every row.
 inline int64_t row_alignment(const AttentionParams& p) {

@@ -20,18 +20,21 @@ template <class T, class KV, int kDim>
 struct Decode {
   // 16 kWarps keys at once; three stages of 2-byte rows are 96 KiB a CTA for kDim 128 and 256.
   static constexpr int kWarps = kDim <= 128 ? 4 : 2;
-  static constexpr int kStages = sizeof(KV) == 1 ? 6 : 3;
+  static constexpr int kStages = sizeof(KV) == 1 ? 5 : 3;
+  static constexpr int kResidentCtas = kDim <= 64 ? 3 : 2;  // at least, of a processor
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStep = kGroupKeys * kWarps;  // keys
   static_assert(kUnit % kStep == 0);
 
   using Stage = KeyStage<KV, kDim, kGroupKeys>;
-  using Attention = WarpAttention<T, KV, kDim, 1>;
+  static constexpr bool kHoldsQueries = kDim <= 128;
+  using Attention = WarpAttention<T, KV, kDim, 1, kHoldsQueries>;
   using Tile = SharedTile<T, KV, kDim>;
 
-  // Shared memory: q, then every warp's ring, then what belongs to the rings. At the end of a piece
-  // a warp's values [16, kDim] and states take the place of its ring.
-  static constexpr int kQueryBytes = kRowTile * Tile::kQueryBytes;
+  // Shared memory: q (if registers hold it, it passes through the rings), then every warp's ring,
+  // what belongs to the rings, and states. At the end of a piece a warp's values [16, kDim] take
+  // the place of its ring.
+  static constexpr int kQueryBytes = kHoldsQueries ? 0 : kRowTile * Tile::kQueryBytes;
   static constexpr int kRingBytes = kStages * Stage::kRowsBytes;
   static constexpr int kExtras = kWarps * kStages;
   static constexpr int kSharedBytes = kQueryBytes + kWarps * kRingBytes +
@@ -67,6 +70,10 @@ struct Decode {
 
     Attention attention;
     attention.start(params, rows, lane);
+    if constexpr (kHoldsQueries) {
+      attention.hold_queries(shared, lane);
+      __syncthreads();  // all warps hold q before a ring overwrites it
+    }
     const float scale = params.attention.scale * head_scale(params.attention.k_scale, rows.kv_head);
     // Groups of 16 keys are dealt to warps by their position, wherever the piece begins.
     const int32_t first = begin / kStep * kStep + warp * kGroupKeys;
@@ -79,10 +86,10 @@ struct Decode {
     }
     int current = 0, refilled = kStages - 1;
     for (int32_t i = 0; i < count; ++i) {
-      copy_wait<kStages - 2>();  // this lane's part of group i is there
-#ifndef KV_TEST_NO_WARP_BARRIER
-      __syncwarp();  // so are the other lanes' parts; and all have read the stage refilled now
-#endif
+      // This lane's part of group i is there;
+      KV_OMITTABLE(decode_wait, copy_wait<kStages - 2>());
+      // so are the other lanes' parts, and all have read the stage that is refilled now.
+      KV_OMITTABLE(decode_warp_barrier, __syncwarp());
       if (i + kStages - 1 < count) copier.copy(stage(refilled), 0);
       copy_commit();
       attention.template attend<kGroupKeys>(
@@ -164,7 +171,8 @@ struct Decode {
     const int32_t begin = max_of(units.begin * kUnit, (first + entry) * piece_keys);
     const int32_t end = min_of(rows.sequence.kv_len, (first + entry_end) * piece_keys);
     attend_piece(params, rows, begin, end);
-    __syncthreads();  // all warps' states are written before any is read
+    // All warps' states are written before any is read.
+    KV_OMITTABLE(decode_state_barrier, __syncthreads());
     const bool whole = entry == row_begin && entry_end == row_end;
     write_piece(params, rows, whole, params.piece_units > 1 ? entry : blockIdx.x + row);
     __syncthreads();  // states and q are read before the next piece overwrites them

@@ -7,7 +7,8 @@ namespace pykvcache::cuda {
 namespace {
 
 template <class T, class KV>
-__global__ void __launch_bounds__(Decode<T, KV, KV_HEAD_DIM>::kThreads)
+__global__ void __launch_bounds__(Decode<T, KV, KV_HEAD_DIM>::kThreads,
+                                  Decode<T, KV, KV_HEAD_DIM>::kResidentCtas)
     decode_kernel(const __grid_constant__ KernelParams params) {
   Decode<T, KV, KV_HEAD_DIM>().run(params);
 }

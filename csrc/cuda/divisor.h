@@ -6,6 +6,8 @@
 
 #ifdef KV_CUDA_HOST
 #include "cuda_host/cuda_host.h"
+#else
+#include <cuda_runtime.h>
 #endif
 
 namespace pykvcache::cuda {

@@ -12,6 +12,11 @@ constexpr int kFixedUnits = 16;    // units of a piece when deterministic: 1,024
 constexpr int kRowTile = 16;       // query rows of an MMA
 constexpr int kMaxPlainDim = 576;  // of K and V
 
+__host__ __device__ __forceinline__ int64_t bytes_of(DType dtype) {
+  if (dtype == DType::kFloat32) return 4;
+  return dtype == DType::kFloat8E4M3 || dtype == DType::kBool ? 1 : 2;
+}
+
 struct KernelParams {
   AttentionParams attention;
   Divisor block_size;

@@ -161,9 +161,8 @@ struct Plain {
 #pragma unroll
     for (int i = 0; i < kLaneDims; ++i)
       piece_values[warp * kMaxPlainDim + lane + 32 * i] = values[i];
-#ifndef KV_TEST_NO_PLAIN_BARRIER
-    __syncthreads();  // every warp's part is written before any is read
-#endif
+    // Every warp's part is written before any is read.
+    KV_OMITTABLE(plain_barrier, __syncthreads());
     write(params, output_place(p, sequence, row), head, head_scale(p.v_scale, kv_head));
   }
 

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 }
 
 template <class KV>
-__global__ void __launch_bounds__(Plain<KV>::kThreads)
+__global__ void __launch_bounds__(Plain<KV>::kThreads, 4)
     plain_kernel(const __grid_constant__ KernelParams params) {
   Plain<KV>().run(params);
 }

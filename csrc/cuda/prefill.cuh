@@ -29,7 +29,7 @@ struct Prefill {
   static constexpr int kStages = kDim <= 64 ? 3 : 2;
 
   using Stage = KeyStage<KV, kDim, kTileKeys>;
-  using Attention = WarpAttention<T, KV, kDim, kRowTiles>;
+  using Attention = WarpAttention<T, KV, kDim, kRowTiles, false>;
   using Tile = SharedTile<T, KV, kDim>;
   static_assert(Stage::kGroups <= kWarps);
 
@@ -114,12 +114,10 @@ struct Prefill {
     for (int i = 0; i < kStages - 1; ++i) copy(i, i);
     int current = 0, refilled = kStages - 1;
     for (int32_t i = 0; i < count; ++i) {
-#ifndef KV_TEST_NO_COPY_WAIT
-      copy_wait<kStages - 2>();  // this thread's part of tile i is there
-#endif
-#ifndef KV_TEST_NO_BARRIER
-      __syncthreads();  // so are all parts and q; and all have read the stage refilled now
-#endif
+      // This thread's part of tile i is there;
+      KV_OMITTABLE(prefill_wait, copy_wait<kStages - 2>());
+      // so are all parts, and q; and all have read the stage that is refilled now.
+      KV_OMITTABLE(prefill_barrier, __syncthreads());
       copy(i + kStages - 1, refilled);
 #pragma unroll 1
       for (int step = 0; step < kTileKeys / kStepKeys; ++step) {

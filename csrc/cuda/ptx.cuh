@@ -13,6 +13,8 @@
 #ifdef KV_CUDA_HOST
 #include "cuda_host/ptx_host.h"
 #else
+// A barrier or wait that tests of the emulation leave out, to see that its absence shows.
+#define KV_OMITTABLE(name, ...) __VA_ARGS__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>

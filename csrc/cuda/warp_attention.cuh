@@ -28,13 +28,15 @@ struct KeyTile {
   uint32_t present;  // bit i: key begin + i is there
 };
 
-template <class T, class KV, int kDim, int kRowTiles>
+// kHoldsQueries: q stays in registers, which must suffice.
+template <class T, class KV, int kDim, int kRowTiles, bool kHoldsQueries>
 struct WarpAttention {
   using Tile = SharedTile<T, KV, kDim>;
   static constexpr unsigned kAll = 0xffffffffu;
 
   float values[kRowTiles][kDim / 8][4];
   SoftmaxState state[kRowTiles][2];
+  uint32_t queries[kHoldsQueries ? kRowTiles : 1][kHoldsQueries ? kDim / 16 : 1][4];
   KeyRange common;  // keys that all of this lane's rows see
 
   __device__ __forceinline__ static int row_of(int m, int half, int lane) {
@@ -68,7 +70,17 @@ struct WarpAttention {
     return visible_keys(params.attention, rows.sequence, query.position);
   }
 
-  // q: rows of this warp in shared memory. `scale` holds the head's k_scale.
+  // Takes the rows of this warp out of shared memory, which is free for others afterwards.
+  __device__ __forceinline__ void hold_queries(const unsigned char* q, int lane) {
+    static_assert(kHoldsQueries);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int step = 0; step < kDim / 16; ++step)
+        Tile::load_queries(q, m * kRowTile, step, lane, queries[m][step]);
+  }
+
+  // q: rows of this warp in shared memory, unless it holds them. `scale` holds the head's k_scale.
   template <int kKeys>
   __device__ __forceinline__ void attend(const KernelParams& params, const WarpRows& rows,
                                          const unsigned char* q, const KeyTile& tile, float scale,
@@ -111,7 +123,14 @@ struct WarpAttention {
     for (int step = 0; step < kDim / 16; ++step) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) Tile::load_queries(q, m * kRowTile, step, lane, a[m]);
+      for (int m = 0; m < kRowTiles; ++m) {
+        if constexpr (kHoldsQueries) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[m][i] = queries[m][step][i];
+        } else {
+          Tile::load_queries(q, m * kRowTile, step, lane, a[m]);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         Tile::load_keys(tile.keys, n * 16, step, lane, words[n]);

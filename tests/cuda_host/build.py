@@ -108,6 +108,11 @@ def driver(flags: str) -> Path:
     return _compile(sources, "driver", flags, f"{flags} -pthread")
 
 
+def shared_bytes() -> Path:
+    """A program that prints the shared memory of each kernel."""
+    return _compile([("tests/cuda_host/shared_bytes.cpp", "")], "shared_bytes", "-O0", "")
+
+
 @functools.cache
 def emulation() -> ModuleType:
     """The emulated `_C_cuda`, imported: its operators are those of namespace pykvcache_cuda."""

@@ -183,6 +183,13 @@ inline Counts& counts() {
   return all;
 }
 
+// The barrier or wait that a test leaves out, named in KV_OMITTABLE; empty: none.
+inline const char*& omitted() {
+  static const char* name = "";
+  return name;
+}
+inline bool is_omitted(const char* name) { return std::strcmp(omitted(), name) == 0; }
+
 // ---- launching
 
 template <class Kernel, class Params>

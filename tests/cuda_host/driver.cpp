@@ -57,8 +57,8 @@ constexpr int kHeads = 2;  // of K and V
 class Array {
  public:
   Array(DType dtype, int64_t count)
-      : dtype_(dtype), bytes_(new unsigned char[count * element_bytes(dtype)]) {
-    std::memset(bytes_.get(), 0xff, count * element_bytes(dtype));  // NaN
+      : dtype_(dtype), bytes_(new unsigned char[count * bytes_of(dtype)]) {
+    std::memset(bytes_.get(), 0xff, count * bytes_of(dtype));  // NaN
   }
   void* data() const { return bytes_.get(); }
   void set(int64_t i, float x) { store_float(data(), i, dtype_, x); }
@@ -331,19 +331,46 @@ bool cache_operators_are_right() {
   return right;
 }
 
+bool divisors_are_exact() {
+  std::mt19937 random(3);
+  bool right = true;
+  for (int64_t d : {1, 2, 3, 5, 7, 16, 17, 100, 528, 4096, 65537, 1 << 30, 0x7fffffff}) {
+    const Divisor divisor(d);
+    for (int i = 0; i < 2000; ++i) {
+      const int64_t at = i < 1000 ? int64_t{i / 2} * d - i % 2 : random();
+      const auto n = static_cast<int32_t>(std::clamp<int64_t>(at & 0x7fffffff, 0, 0x7fffffff));
+      right &= divisor.quotient(n) == n / d && divisor.remainder(n) == n % d;
+    }
+  }
+  std::printf("%-34s %s\n", "division", right ? "exact" : "WRONG");
+  return right;
+}
+
+bool refusal_says_what_is_supported() {
+  AttentionParams p;
+  p.head_dim = 1000;
+  p.v_head_dim = 64;
+  try {
+    choose_kernel(p, [](const Capability&) { return true; });
+  } catch (const std::invalid_argument& error) {
+    const std::string text = error.what();
+    const bool right = text.find("D 1000") != text.npos && text.find("up to 576") != text.npos;
+    std::printf("%-34s %s\n", "refusal", right ? "readable" : "WRONG");
+    return right;
+  }
+  return false;
+}
+
 }  // namespace
 }  // namespace pykvcache::cuda
 
-// Runs the cases whose number is given, or all.
-int main(int count, char** names) {
+// Runs all cases; or, with the name of a KV_OMITTABLE, those without it.
+int main(int count, char** arguments) {
   using namespace pykvcache::cuda;
+  if (count > 1) cuda_host::omitted() = arguments[1];
   bool right = cache_operators_are_right();
-  int number = 0;
-  for (const Case& c : kCases) {
-    bool chosen = count < 2;
-    for (int i = 1; i < count; ++i) chosen |= std::atoi(names[i]) == number;
-    if (chosen) right &= attention_is_right(c);
-    ++number;
-  }
+  right &= divisors_are_exact();
+  right &= refusal_says_what_is_supported();
+  for (const Case& c : kCases) right &= attention_is_right(c);
   return right ? 0 : 1;
 }

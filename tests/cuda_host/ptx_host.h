@@ -7,6 +7,9 @@
 #include "cpu/numeric.h"
 #include "cuda_host/cuda_host.h"
 
+#define KV_OMITTABLE(name, ...) \
+  if (!::cuda_host::is_omitted(#name)) __VA_ARGS__
+
 namespace pykvcache::cuda {
 
 inline unsigned char* dynamic_shared() { return ::cuda_host::current->shared; }

@@ -1,0 +1,140 @@
+"""The CUDA kernels as host C++: what the case table does not show, and the sanitizers.
+
+The case table itself runs on backend "cuda" in test_paged_attention.py, test_cache_ops.py and
+test_contract.py; see tests/cuda_host/build.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cuda_host import build
+from op_cases import BF16, F16, F32, Case
+from op_cases import build as build_case
+
+from pykvcache import ops
+
+if ops.LOADERS["cuda"] is not build.load:
+    pytest.skip("there is a GPU: nothing is emulated", allow_module_level=True)
+if ops.backends()["cuda"] != "ready":
+    pytest.skip(ops.backends()["cuda"], allow_module_level=True)
+
+FP8 = torch.float8_e4m3fn
+ASAN = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DKV_HOST_THREADS"
+TSAN = "-O1 -fsanitize=thread -DKV_HOST_THREADS"
+
+
+@pytest.fixture
+def ctas() -> Iterator[None]:
+    """Restores the number of CTAs that the emulated device runs at once."""
+    yield
+    build.control().kv_emulation_set_ctas(8)
+
+
+@pytest.mark.usefixtures("ctas")
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_any_number_of_ctas(count: int, dtype: torch.dtype) -> None:
+    """Rows in one piece, in several, and pieces of several rows in one CTA."""
+    build.control().kv_emulation_set_ctas(count)
+    rows = ((1, 700), (1, 0), (2, 130), (1, 5), (0, 9), (1, 64))
+    data = build_case(Case("pieces", rows=rows, sinks=True, dtype=dtype))
+    expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
+    got = ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    tolerance = 1e-5 if dtype == F32 else 2e-2
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("storage", [None, FP8], ids=["same", "float8"])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_tensor_cores_read_shared_memory_without_bank_conflicts(
+    dim: int, storage: torch.dtype | None
+) -> None:
+    control = build.control()
+    case = Case("banks", rows=((1, 70), (40, 90)), head_dim=dim, dtype=F16, cache_dtype=storage)
+    data = build_case(case)
+    conflicts, products = (
+        control.kv_emulation_bank_conflicts(),
+        control.kv_emulation_matrix_products(),
+    )
+    ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    assert control.kv_emulation_matrix_products() > products
+    assert control.kv_emulation_bank_conflicts() == conflicts
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("float"),
+        Case("wide", head_dim=320, dtype=BF16),
+        Case("unaligned", head_dim=20, dtype=BF16),
+        Case("channels", scales="channel", cache_dtype=FP8, dtype=BF16),
+        Case("mixed", cache_dtype=F32, dtype=F16),
+    ],
+    ids=str,
+)
+def test_the_plain_kernel_takes_what_tensor_cores_do_not(case: Case) -> None:
+    products = build.control().kv_emulation_matrix_products()
+    data = build_case(case)
+    ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    assert build.control().kv_emulation_matrix_products() == products
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plan_counts_the_units_of_decode_rows(deterministic: bool) -> None:
+    unit = 1024 if deterministic else 64
+    q_lens, lengths = [1, 4, 5, 0, 1, 1], [10 * unit, unit + 1, 3 * unit, 99, 0, 1]
+    starts = torch.tensor([0, *q_lens]).cumsum(0).int()
+    plan = ops.plan(
+        torch.tensor(lengths).int(), starts, 5, 8, 2, 64, deterministic=deterministic,
+        backend="cuda",
+    )  # fmt: skip
+    units = [10, 2, 0, 0, 1, 1]  # 5 queries of 4 heads are prefill's; 0 queries have no result
+    assert plan.diff().tolist() == units and plan[0] == 0
+
+
+def test_plan_of_many_rows_leaves_out_what_a_window_hides() -> None:
+    rows = 700  # more than the threads of the kernel
+    starts = torch.arange(rows + 1).int()
+    plan = ops.plan(
+        torch.full((rows,), 20 * 64).int(), starts, 1, 2, 2, 64, window=2 * 64, backend="cuda"
+    )
+    assert plan.tolist() == list(range(0, 2 * rows + 1, 2))
+
+
+def run_driver(flags: str, *omitted: str) -> subprocess.CompletedProcess[str]:
+    """The driver's cases; `omitted` names a barrier or wait that is left out."""
+    program = build.driver(flags)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(
+        [program, *omitted], env=environment, capture_output=True, text=True, timeout=500
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [ASAN, TSAN], ids=["address-undefined", "thread"])
+def test_kernels_are_clean_under_sanitizers(flags: str) -> None:
+    done = run_driver(flags)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.count("largest error") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "barrier", ["prefill_barrier", "decode_warp_barrier", "decode_state_barrier", "plain_barrier"]
+)
+def test_a_missing_barrier_is_a_race(barrier: str) -> None:
+    done = run_driver(TSAN, barrier)
+    assert done.returncode != 0 and "data race" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", ["prefill_wait", "decode_wait"])
+def test_a_missing_wait_for_copies_is_a_wrong_result(wait: str) -> None:
+    done = run_driver(ASAN, wait)
+    assert done.returncode != 0 and "WRONG" in done.stdout
