@@ -25,6 +25,7 @@ if ops.backends()["cuda"] != "ready":
 
 FP8 = torch.float8_e4m3fn
 ASAN = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DKV_HOST_THREADS"
+BFLOAT16_CASE, FLOAT_CASE = 0, 5  # of driver.cpp
 TSAN = "-O1 -fsanitize=thread -DKV_HOST_THREADS"
 
 
@@ -107,12 +108,12 @@ def test_plan_of_many_rows_leaves_out_what_a_window_hides() -> None:
     assert plan.tolist() == list(range(0, 2 * rows + 1, 2))
 
 
-def run_driver(flags: str, *omitted: str) -> subprocess.CompletedProcess[str]:
-    """The driver's cases; `omitted` names a barrier or wait that is left out."""
+def run_driver(flags: str, *omission: str | int) -> subprocess.CompletedProcess[str]:
+    """The driver's cases; `omission` is a barrier or wait to leave out, and the case to run."""
     program = build.driver(flags)
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
     return subprocess.run(
-        [program, *omitted], env=environment, capture_output=True, text=True, timeout=500
+        [program, *map(str, omission)], env=environment, capture_output=True, text=True, timeout=500
     )
 
 
@@ -126,15 +127,21 @@ def test_kernels_are_clean_under_sanitizers(flags: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "barrier", ["prefill_barrier", "decode_warp_barrier", "decode_state_barrier", "plain_barrier"]
+    ("barrier", "case"),
+    [
+        ("prefill_barrier", BFLOAT16_CASE),
+        ("decode_warp_barrier", BFLOAT16_CASE),
+        ("decode_state_barrier", BFLOAT16_CASE),
+        ("plain_barrier", FLOAT_CASE),
+    ],
 )
-def test_a_missing_barrier_is_a_race(barrier: str) -> None:
-    done = run_driver(TSAN, barrier)
+def test_a_missing_barrier_is_a_race(barrier: str, case: int) -> None:
+    done = run_driver(TSAN, barrier, case)
     assert done.returncode != 0 and "data race" in done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", ["prefill_wait", "decode_wait"])
 def test_a_missing_wait_for_copies_is_a_wrong_result(wait: str) -> None:
-    done = run_driver(ASAN, wait)
+    done = run_driver(ASAN, wait, BFLOAT16_CASE)
     assert done.returncode != 0 and "WRONG" in done.stdout
