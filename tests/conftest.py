@@ -16,13 +16,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from cuda_host import build
+from gpu_backends import GPU_BACKENDS
 
 from pykvcache import ops
 
 if not torch.cuda.is_available():
     ops.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
-
-GPU_BACKENDS = ("triton", "cuda")
 
 
 @pytest.fixture(autouse=True)
