@@ -2,8 +2,10 @@
 // tests/cuda_host. No torch header here.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
-#include <string>
+#include <utility>
 
 #ifdef KV_CUDA_HOST
 #include "cuda_host/cuda_host.h"
@@ -56,32 +58,33 @@ inline int shared_bytes_of_device() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// Lets a kernel have its shared memory; CTAs of it that the whole device holds at once. Asked of
+// the driver once for each kernel and device.
 template <class Params>
-void allow_shared_memory(void (*kernel)(Params), int shared_bytes) {
-  if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+int resident_ctas(void (*kernel)(Params), int threads, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device));
+  const std::lock_guard lock(mutex);
+  int& ctas = known[{reinterpret_cast<const void*>(kernel), device}];
+  if (ctas > 0) return ctas;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, threads,
+                                                      static_cast<size_t>(shared_bytes)));
+  return ctas *= device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, Stream stream,
             const Params& params) {
-  allow_shared_memory(kernel, shared_bytes);
+  if (shared_bytes > (48 << 10)) resident_ctas(kernel, threads, shared_bytes);
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, params));
-}
-
-// CTAs of a kernel that the whole device holds at once.
-template <class Params>
-int resident_ctas(void (*kernel)(Params), int threads, int shared_bytes) {
-  allow_shared_memory(kernel, shared_bytes);
-  int per_processor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, threads,
-                                                      static_cast<size_t>(shared_bytes)));
-  return per_processor * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 #endif

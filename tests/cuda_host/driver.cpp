@@ -69,6 +69,9 @@ class Array {
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
+// The larger error; NaN is the largest and stays.
+double worse(double a, double b) { return std::isnan(a) || b <= a ? a : b; }
+
 template <class T>
 std::unique_ptr<T[]> exact(const std::vector<T>& from) {
   std::unique_ptr<T[]> copy(new T[from.size()]);
@@ -229,12 +232,11 @@ struct Problem {
     double worst = 0.0;
     for (int d = 0; d < c.dim; ++d) {
       const double wanted = total > 0 ? values[d] / total : 0.0;
-      const double difference = std::abs(out->get(place * c.dim + d) - wanted);
-      if (!(difference <= worst)) worst = difference;  // NaN too
+      worst = worse(worst, std::abs(out->get(place * c.dim + d) - wanted));
     }
     const double lse_error = total > 0 ? std::abs(lse->get(place) - std::log(total))
                                        : (lse->get(place) == -INFINITY ? 0.0 : 1.0);
-    return !(lse_error <= worst) ? lse_error : worst;
+    return worse(worst, lse_error);
   }
 };
 
@@ -253,10 +255,8 @@ bool attention_is_right(const Case& c) {
   double worst = 0.0;
   for (size_t b = 0; b < c.rows.size(); ++b)
     for (int query = 0; query < c.rows[b].q_len; ++query)
-      for (int head = 0; head < kHeads * c.group; ++head) {
-        const double error = problem.error_of(b, query, head);
-        if (!(error <= worst)) worst = error;
-      }
+      for (int head = 0; head < kHeads * c.group; ++head)
+        worst = worse(worst, problem.error_of(b, query, head));
   const bool right = worst <= (c.q == DType::kFloat32 ? 1e-4 : 3e-2);
   std::printf("%-34s largest error %.2g%s\n", c.name, worst, right ? "" : "  WRONG");
   return right;
