@@ -24,8 +24,8 @@ struct Prefill {
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
   static constexpr int kRows = kWarps * kRowTile * kRowTiles;
   static constexpr int kTileKeys = kDim <= 128 ? 64 : 32;
-  // Keys that a warp takes at once: as many as registers allow.
-  static constexpr int kStepKeys = sizeof(KV) == 1 && kDim == 128 ? 16 : 32;
+  // Keys that a warp takes at once: with 32, kDim 128 spills registers on sm_100.
+  static constexpr int kStepKeys = kDim == 128 ? 16 : 32;
   static constexpr int kStages = kDim <= 64 ? 3 : 2;
 
   using Stage = KeyStage<KV, kDim, kTileKeys>;
