@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #ifdef KV_CUDA_HOST
@@ -44,7 +45,11 @@ int resident_ctas(void (*)(Params), int, int) {
 using Stream = cudaStream_t;
 
 inline void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  std::string message = std::string("pykvcache: CUDA error: ") + cudaGetErrorString(status);
+  if (status == cudaErrorNoKernelImageForDevice)
+    message += "; rebuild with TORCH_CUDA_ARCH_LIST naming this GPU, or unset";
+  throw std::runtime_error(message);
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {

@@ -14,6 +14,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda_host"
 HEAD_DIMS = (64, 128, 256)
-CXX = os.environ.get("CXX", "c++")
+CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = "-std=c++20 -g1 -fPIC -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -DKV_CUDA_HOST"
 
 Source = tuple[str, str]  # file, extra flags
@@ -44,7 +45,7 @@ def kernel_sources(head_dims: tuple[int, ...]) -> list[Source]:
 
 def _digest(*parts: str) -> str:
     """A hash of the sources that any build may include, and of `parts`."""
-    digest = hashlib.sha256("\0".join((CXX, FLAGS, torch.__version__, *parts)).encode())
+    digest = hashlib.sha256("\0".join((*CXX, FLAGS, torch.__version__, *parts)).encode())
     files = [*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/cuda_host").glob("*")]
     for file in sorted(files):
         if file.suffix in (".h", ".cuh", ".cu", ".cpp") and "allocator" not in file.parts:
@@ -65,14 +66,14 @@ def _compile(sources: list[Source], target: str, flags: str, link: str) -> Path:
             for i, (source, extra) in enumerate(sources):
                 objects.append(folder / f"{i}.o")
                 commands.append(
-                    [CXX, *FLAGS.split(), *flags.split(), *extra.split(), f"-I{ROOT / 'csrc'}",
+                    [*CXX, *FLAGS.split(), *flags.split(), *extra.split(), f"-I{ROOT / 'csrc'}",
                      f"-I{ROOT / 'tests'}", "-x", "c++", "-c", str(ROOT / source),
                      "-o", str(objects[-1])]
                 )  # fmt: skip
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(_run, commands))
             linked = folder / f"{target}.new"
-            _run([CXX, *map(str, objects), *link.split(), "-o", str(linked)])
+            _run([*CXX, *map(str, objects), *link.split(), "-o", str(linked)])
             for file in objects:
                 file.unlink()
             linked.rename(folder / target)
@@ -138,7 +139,7 @@ def load() -> str:
     """What ops.LOADERS["cuda"] does on a GPU, for the emulation."""
     from pykvcache import ops
 
-    if shutil.which(CXX) is None:
-        return f"no C++ compiler ({CXX})"
+    if shutil.which(CXX[0]) is None:
+        return f"no C++ compiler ({CXX[0]})"
     ops._check_signatures(emulation().signatures(), "cuda")
     return "ready"
