@@ -66,13 +66,15 @@ struct Decode {
   __device__ __forceinline__ void attend_piece(const KernelParams& params, const WarpRows& rows,
                                                int32_t begin, int32_t end) const {
     stage_queries<T, KV, kDim>(params, rows, kRowTile, shared);
-    __syncthreads();  // q is written by all threads before any warp reads it
+    // q is written by all threads before any warp reads it.
+    KV_OMITTABLE(decode_query_barrier, __syncthreads());
 
     Attention attention;
     attention.start(params, rows, lane);
     if constexpr (kHoldsQueries) {
       attention.hold_queries(shared, lane);
-      __syncthreads();  // all warps hold q before a ring overwrites it
+      // All warps hold q before a ring overwrites it.
+      KV_OMITTABLE(decode_ring_barrier, __syncthreads());
     }
     const float scale = params.attention.scale * head_scale(params.attention.k_scale, rows.kv_head);
     // Groups of 16 keys are dealt to warps by their position, wherever the piece begins.
@@ -99,7 +101,8 @@ struct Decode {
     }
     copy_wait<0>();
     attention.finish();
-    __syncwarp();  // every lane has read the ring that the values overwrite
+    // Every lane has read the ring that the values overwrite.
+    KV_OMITTABLE(decode_value_barrier, __syncwarp());
     store_state(attention);
   }
 
@@ -175,7 +178,8 @@ struct Decode {
     KV_OMITTABLE(decode_state_barrier, __syncthreads());
     const bool whole = entry == row_begin && entry_end == row_end;
     write_piece(params, rows, whole, params.piece_units > 1 ? entry : blockIdx.x + row);
-    __syncthreads();  // states and q are read before the next piece overwrites them
+    // States and q are read before the next piece overwrites them.
+    KV_OMITTABLE(decode_piece_barrier, __syncthreads());
   }
 
   __device__ __forceinline__ static int32_t max_of(int32_t a, int32_t b) { return a > b ? a : b; }
@@ -186,13 +190,13 @@ struct Decode {
     const int32_t entries = params.plan[rows];
     if (params.piece_units > 1) {  // every entry is a piece of its own
       for (int32_t entry = blockIdx.x; entry < entries; entry += gridDim.x)
-        run_piece(params, find_row(params.plan, rows, entry), entry, entry + 1);
+        run_piece(params, find_row_together(params.plan, rows, entry, lane), entry, entry + 1);
       return;
     }
     const int32_t sharing = sharing_programs(params, entries);
     int32_t entry = share_begin(blockIdx.x, entries, sharing);
     const int32_t stop = share_begin(blockIdx.x + 1, entries, sharing);
-    for (int32_t row = find_row(params.plan, rows, entry); entry < stop; ++row) {
+    for (int32_t row = find_row_together(params.plan, rows, entry, lane); entry < stop; ++row) {
       const int32_t end = min_of(stop, params.plan[row + 1]);
       if (end > entry) run_piece(params, row, entry, end);
       entry = max_of(entry, end);

@@ -116,12 +116,14 @@ struct Plain {
       for (int i = 0; i < kLaneDims; ++i) values[i] *= factor;
       tiles[warp].weight[lane] = weight;
       tiles[warp].place[lane] = place;
-      __syncwarp();  // every lane's key is written before any lane reads it
+      // Every lane's key is written before any lane reads it.
+      KV_OMITTABLE(plain_key_barrier, __syncwarp());
       for (int other = 0; other < 32; ++other) {
         const float own = tiles[warp].weight[other];
         if (own != 0.0f) add_value(p, tiles[warp].place[other], kv_head, own, values);
       }
-      __syncwarp();  // all have read the tile before the next one overwrites it
+      // All have read the tile before the next one overwrites it.
+      KV_OMITTABLE(plain_tile_barrier, __syncwarp());
     }
     for (int flip = 16; flip > 0; flip /= 2) state.sum += __shfl_xor_sync(kAll, state.sum, flip);
     return state;
@@ -152,7 +154,8 @@ struct Plain {
     row.position = sequence.kv_len - sequence.q_len + row.token;
     for (int64_t d = threadIdx.x; d < p.head_dim; d += kThreads)
       query[d] = load_query(p, token * p.q_stride_token + head * p.q_stride_head + d);
-    __syncthreads();  // q is written by all threads before any reads it
+    // q is written by all threads before any reads it.
+    KV_OMITTABLE(plain_query_barrier, __syncthreads());
 
     float values[kLaneDims] = {};
     const KeyRange keys = visible_keys(p, sequence, row.position);
@@ -162,7 +165,7 @@ struct Plain {
     for (int i = 0; i < kLaneDims; ++i)
       piece_values[warp * kMaxPlainDim + lane + 32 * i] = values[i];
     // Every warp's part is written before any is read.
-    KV_OMITTABLE(plain_barrier, __syncthreads());
+    KV_OMITTABLE(plain_state_barrier, __syncthreads());
     write(params, output_place(p, sequence, row), head, head_scale(p.v_scale, kv_head));
   }
 

@@ -60,7 +60,8 @@ __device__ __forceinline__ void make_plan(const KernelParams& params) {
       if (lane >= step) sum += left;
     }
     if (lane == 31) warp_sums[warp] = sum;
-    __syncthreads();  // sums of all warps are written before anybody adds them up
+    // Sums of all warps are written before anybody adds them up.
+    KV_OMITTABLE(plan_sum_barrier, __syncthreads());
     int32_t total = 0;
     for (int w = 0; w < kPlanThreads / 32; ++w) {
       if (w < warp) sum += warp_sums[w];
@@ -68,7 +69,8 @@ __device__ __forceinline__ void make_plan(const KernelParams& params) {
     }
     if (row < rows) params.plan[row + 1] = before + sum;
     before += total;
-    __syncthreads();  // sums are read before the next rows overwrite them
+    // Sums are read before the next rows overwrite them.
+    KV_OMITTABLE(plan_rows_barrier, __syncthreads());
   }
 }
 

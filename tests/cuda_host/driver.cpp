@@ -3,6 +3,7 @@
 // is an allocation of its own. Results are compared with a plain computation in double.
 #include <cstdio>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -28,7 +29,12 @@ const Case kCases[] = {
      .slot_scales = true},
     {.name = "hole, deterministic, masked dims", .dim = 48, .hole = true, .deterministic = true},
     {.name = "cut over many CTAs", .rows = {{1, 400}, {1, 3}, {1, 130}}},
-    {.name = "float", .q = DType::kFloat32, .cache = DType::kFloat32, .block_size = 1, .dim = 20},
+    {.name = "float",
+     .q = DType::kFloat32,
+     .cache = DType::kFloat32,
+     .block_size = 1,
+     .dim = 20,
+     .rows = {{1, 37}, {2, 70}, {1, 0}, {1, 200}}},
 };
 bool attention_is_right(const Case& c) {
   Problem problem(c);
@@ -136,6 +142,24 @@ bool divisors_are_exact() {
   return right;
 }
 
+// Rows of one unit each, more than the plan's kernel takes at once.
+bool plan_is_right() {
+  const int64_t rows = 3 * kPlanThreads - 5;
+  std::vector<int32_t> starts(rows + 1), lengths(rows, 5), made(rows + 1, -1);
+  std::iota(starts.begin(), starts.end(), 0);
+  AttentionParams p;
+  p.seq_lens = lengths.data();
+  p.cu_seqlens_q = starts.data();
+  p.batch = rows;
+  p.num_heads = p.num_kv_heads = p.block_size = 1;
+  KernelParams params = kernel_params(p);
+  params.plan = made.data();
+  plan(params, nullptr);
+  const bool right = made == starts;
+  std::printf("%-34s %s\n", "plan", right ? "right" : "WRONG");
+  return right;
+}
+
 bool refusal_says_what_is_supported() {
   AttentionParams p;
   p.head_dim = 1000;
@@ -154,14 +178,17 @@ bool refusal_says_what_is_supported() {
 }  // namespace
 }  // namespace pykvcache::cuda
 
-// Runs all cases; or, given the name of a KV_OMITTABLE and a case's number, that case without it.
+// Runs all cases; or, given the name of a KV_OMITTABLE and a case's number (-1: the plan), that
+// case without it.
 int main(int count, char** arguments) {
   using namespace pykvcache::cuda;
   if (count > 2) {
     cuda_host::omitted() = arguments[1];
-    return attention_is_right(kCases[std::atoi(arguments[2])]) ? 0 : 1;
+    const int number = std::atoi(arguments[2]);
+    return (number < 0 ? plan_is_right() : attention_is_right(kCases[number])) ? 0 : 1;
   }
   bool right = cache_operators_are_right();
+  right &= plan_is_right();
   right &= divisors_are_exact();
   right &= refusal_says_what_is_supported();
   for (const Case& c : kCases) right &= attention_is_right(c);
