@@ -23,8 +23,7 @@ void write_kv(const Tensor& k, const std::optional<Tensor>& v, const Tensor& k_c
   write(arguments, device.stream());
 }
 
-// Whether the blocks of both lie in memory alike and without gaps, so that each is one run of
-// bytes.
+// Whether blocks of both lie in memory alike and without gaps: each is one run of bytes.
 bool are_alike_and_dense(const Tensor& src, const Tensor& dst) {
   int64_t count = 1, reach = 1;
   for (int64_t i = 1; i < src.dim(); ++i) {

@@ -61,7 +61,7 @@ struct Decode {
     return reinterpret_cast<SoftmaxState*>(end) + w * kRowTile;
   }
 
-  // Keys [begin, end) of a sequence against its row tile; the warps' states are left in shared
+  // Keys [begin, end) of a sequence against its row tile; leaves the warps' states in shared
   // memory.
   __device__ __forceinline__ void attend_piece(const KernelParams& params, const WarpRows& rows,
                                                int32_t begin, int32_t end) const {

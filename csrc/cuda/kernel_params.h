@@ -7,10 +7,10 @@
 
 namespace pykvcache::cuda {
 
-constexpr int kUnit = 64;          // keys of a unit of the plan
-constexpr int kFixedUnits = 16;    // units of a piece when deterministic: 1,024 keys
-constexpr int kRowTile = 16;       // query rows of an MMA
-constexpr int kMaxPlainDim = 576;  // of K and V
+constexpr int kUnit = 64;        // keys of a unit of the plan
+constexpr int kFixedUnits = 16;  // units of a piece when deterministic: 1,024 keys
+constexpr int kRowTile = 16;     // query rows of an MMA
+constexpr int kMaxPlainDim = static_cast<int>(kMaxHeadDim);
 
 __host__ __device__ __forceinline__ int64_t bytes_of(DType dtype) {
   if (dtype == DType::kFloat32) return 4;

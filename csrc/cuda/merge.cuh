@@ -8,8 +8,7 @@ namespace pykvcache::cuda {
 constexpr int kMergeWarps = 4;
 constexpr int kMergeThreads = 32 * kMergeWarps;
 
-// The state of partials [begin, end) whose lse lies at lses[s * stride]; their sum is still without
-// a sink.
+// The state of partials [begin, end) whose lse lies at lses[s * stride]; without a sink.
 __device__ __forceinline__ SoftmaxState merged_state(const float* lses, int64_t stride,
                                                      int64_t begin, int64_t end) {
   SoftmaxState state;

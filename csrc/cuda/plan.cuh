@@ -1,7 +1,6 @@
 // Which part of a decode step each CTA does, on the device: stream-K (Osama et al., 2023).
 //
-// The units (64 keys) of all sequences lie end to end and are cut evenly over the CTAs of a KV
-// head:
+// The units (64 keys) of all sequences lie end to end, cut evenly over the CTAs of a KV head:
 //
 //   units     0      3 4            9         12     rows 0 to 3 have 3, 1, 5 and 3 units
 //   rows      |--0---|1|-----2------|----3----|

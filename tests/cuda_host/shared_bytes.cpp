@@ -1,5 +1,4 @@
-// Prints the dynamic shared memory of every attention kernel: name, types, class of head dims,
-// bytes.
+// Prints the dynamic shared memory of every attention kernel: name<types>, class of dims, bytes.
 #include <cstdio>
 
 #include "cuda/decode.cuh"
