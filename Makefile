@@ -27,11 +27,12 @@ BUILD_STAMP := $(VENV)/.built
 LINT_STAMP := $(VENV)/.lint
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup build bench lint format clean
+.PHONY: help demo test gpu setup build bench lint format clean
 
 help:
 	@echo "make demo     generate with and without pykvcache and compare (MODEL=name-or-folder)"
 	@echo "make test     run every test"
+	@echo "make gpu      on a machine with a GPU: the tests of its kernels, then their benchmark"
 	@echo "make setup    create $(VENV) and install pykvcache into it, editable"
 	@echo "make build    compile what changed in csrc/"
 	@echo "make bench    run the benchmarks of kernels and generation"
@@ -44,6 +45,12 @@ demo: $(BUILD_STAMP)
 
 test: $(BUILD_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 600 tests
+
+gpu: $(BUILD_STAMP)
+	$(BIN)/python -m pykvcache info
+	$(BIN)/pytest -q tests/test_gpu.py tests/test_paged_attention.py tests/test_cache_ops.py \
+	  tests/test_contract.py tests/test_triton.py
+	$(BIN)/python -m benchmarks.kernels --quick --json gpu-kernels.json
 
 setup build: $(BUILD_STAMP)
 

@@ -55,16 +55,19 @@ class Pool:
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device="cuda")
         self.cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, backend: str, deterministic: bool = False
+    ) -> Tensor:
         """Append one token a row and attend: [B, HQ, D]."""
         self.seq_lens += 1
         where = (self.block_table, self.seq_lens, self.cu_seqlens_q)
         slots = ops.slot_mapping(*where, len(q), BLOCK, backend=backend)
         ops.write_kv(k, v, self.k_cache, self.v_cache, slots, backend=backend)
         heads = (HEADS, KV_HEADS, DIM)
-        plan = ops.plan(self.seq_lens, self.cu_seqlens_q, 1, *heads, backend=backend)
+        how = {"deterministic": deterministic, "backend": backend}
+        plan = ops.plan(self.seq_lens, self.cu_seqlens_q, 1, *heads, **how)
         caches = (self.k_cache, self.v_cache)
-        return ops.paged_attention(q, *caches, *where, 1, plan=plan, backend=backend)[0]
+        return ops.paged_attention(q, *caches, *where, 1, plan=plan, **how)[0]
 
 
 def draw(batch: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,19 +84,20 @@ def dense(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.einsum("bhl,blhd->bhd", scores.softmax(-1), v)
 
 
-def test_a_decode_step_is_replayed_a_thousand_times(backend: str) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_decode_step_is_replayed_a_thousand_times(backend: str, deterministic: bool) -> None:
     batch, steps = 5, 1000
     pool = Pool(batch, columns=-(-(steps + 3) // BLOCK))
     q, k, v = draw(batch)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        pool.step(q, k, v, backend)
+        pool.step(q, k, v, backend, deterministic)
     torch.cuda.current_stream().wait_stream(stream)
     pool.seq_lens.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = pool.step(q, k, v, backend)
+        out = pool.step(q, k, v, backend, deterministic)
     keys, values = [], []
     for step in range(steps):
         for target, source in zip((q, k, v), draw(batch), strict=True):
@@ -170,6 +174,25 @@ def test_pools_of_more_than_two_billion_elements(backend: str) -> None:
         out = pool.step(q, k, v, backend)
     expected = dense(q, torch.stack(keys, 1), torch.stack(values, 1))
     torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.01)
+
+
+def test_another_stream_is_used(backend: str) -> None:
+    pool = Pool(3, columns=20)
+    steps = [draw(3) for _ in range(30)]
+    expected = [pool.step(*inputs, backend) for inputs in steps]
+    pool.seq_lens.zero_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = [pool.step(*inputs, backend) for inputs in steps]
+    torch.cuda.current_stream().wait_stream(stream)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01)
+
+
+def test_auto_takes_the_compiled_kernels() -> None:
+    wanted = "cuda" if "cuda" in BACKENDS else "triton"
+    assert ops.table("auto", "cuda").backend == wanted
 
 
 # Models.
