@@ -5,22 +5,44 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 
+class Shield:
+    """Handles SIGINT at once only while it is `open`; yielded by `uninterrupted`."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any] | None) -> None:
+        self.open = False
+        self._handler = handler
+        self._received: tuple[int, FrameType | None] | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signal inside the block."""
+        if self.open and self._handler is not None:
+            self._handler(number, frame)
+        else:
+            self._received = (number, frame)
+
+    def release(self) -> None:
+        """Handle what came meanwhile."""
+        received, self._received = self._received, None
+        if received is not None and self._handler is not None:
+            self._handler(*received)
+
+
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[Shield]:
     """SIGINT is handled after the block. Python handles signals in the main thread only."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
+        yield Shield(None)
         return
-    received: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *args: received.append(args))
+    shield = Shield(handler)
+    signal.signal(signal.SIGINT, shield.receive)
     try:
-        yield
+        yield shield
     finally:
         signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])
+        shield.release()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.handle import Listener, Sample, ScoreJob
-from pykvcache.engine.interrupts import uninterrupted
+from pykvcache.engine.interrupts import Shield, uninterrupted
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
@@ -55,21 +55,23 @@ class Loop:
 
     def step(self) -> Heard:
         """Run one step; returns the events of watched samples."""
-        with torch.inference_mode():
-            return self._step()
+        with torch.inference_mode(), uninterrupted() as shield:
+            return self._step(shield)
 
-    def _step(self) -> Heard:
+    def _step(self, shield: Shield) -> Heard:
+        """The same; Ctrl-C comes through while the model runs, and waits elsewhere."""
         started = time.perf_counter()
-        with uninterrupted():
-            step = self.scheduler.plan()
+        step = self.scheduler.plan()
         if step is None:
             return []
         try:
             ids = self.lanes.ids(step.lanes, step.starts, step.counts)
+            shield.open = True
             logits = self.runner.run(step, ids)
-            with uninterrupted():
-                heard = self._settle(step, ids, logits)
+            shield.open = False
+            heard = self._settle(step, ids, logits)
         except BaseException:
+            shield.open = False
             self.scheduler.undo(step)
             raise
         seconds = time.perf_counter() - started
