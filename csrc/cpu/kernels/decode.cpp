@@ -318,6 +318,10 @@ void decode(const AttentionParams& p, const AttentionItem& item, void* scratch) 
   }
 }
 
+DecodeShape decode_shape(const AttentionParams& p) {
+  return decode_shape_of(p.launch, max_of(p.head_dim, p.v_head_dim) * element_size(p.q_dtype));
+}
+
 int64_t decode_scratch_bytes(const AttentionParams& p) {
   switch (p.q_dtype) {
     case DType::kBFloat16:
