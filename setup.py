@@ -151,7 +151,7 @@ has_torch = find_torch()
 extension = Extension("pykvcache._C", sources=[], py_limited_api=True)
 setup(
     packages=[
-        *find_packages(include=("pykvcache", "pykvcache.*")),
+        *find_packages(str(ROOT), include=("pykvcache", "pykvcache.*")),
         *(f"pykvcache.kernels.{name}" for name in KERNEL_PACKAGES),
     ],
     package_dir={f"pykvcache.kernels.{name}": f"kernels/{name}" for name in KERNEL_PACKAGES},

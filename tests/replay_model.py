@@ -27,6 +27,8 @@ class Row:
     generated: int = 0
     place: tuple[int, int, int] | None = None  # address, asked, granted
     blocks: int = 0
+    preempted: bool = False
+    swapped: bool = False
 
     @property
     def final(self) -> int:
@@ -97,6 +99,8 @@ class Simulation:
     head_room: float = 0.0
     cost: tuple[float, float, float] = (6e-3, 45e-9, 45e-6)
     victim: str = "newest"
+    swap_cost: float | None = None
+    shortest_first: bool = False
 
     seconds: float = 0.0
     waited: float = 0.0
@@ -105,6 +109,7 @@ class Simulation:
     peak: int = 0
     preemptions: int = 0
     recomputed: int = 0
+    moved: int = 0
 
     def run(self) -> Simulation:
         queue = [Row(*request) for request in self.requests]
@@ -115,8 +120,8 @@ class Simulation:
         while queue or running:
             joined = []
             while queue and queue[0].arrival <= self.seconds:
-                row = queue[0]
-                tokens = row.prompt + row.generated
+                row = self.head(queue)
+                tokens = row.cached if row.swapped else row.prompt + row.generated
                 if self.block_size:
                     needed = -(-tokens // self.block_size)
                     if needed > self.free - (kept if running else 0):
@@ -125,10 +130,14 @@ class Simulation:
                     row.blocks = needed
                 elif not memory.place(row):
                     break
-                queue.pop(0)
+                queue.remove(row)
                 row.cached = tokens
                 running.append(row)
-                joined.append(row)
+                if row.swapped:
+                    row.swapped = False
+                    self.moved += tokens
+                else:
+                    joined.append(row)
             if not running:
                 self.seconds = queue[0].arrival
                 continue
@@ -152,6 +161,12 @@ class Simulation:
                         memory.mark(row, False)
         return self
 
+    def head(self, queue: list[Row]) -> Row:
+        if queue[0].preempted or not self.shortest_first:
+            return queue[0]
+        arrived = [row for row in queue[:256] if row.arrival <= self.seconds]
+        return min(arrived, key=lambda row: row.prompt)
+
     def grow(self, running: list[Row], queue: list[Row]) -> None:
         while True:
             takers = [row for row in running if row.cached % self.block_size == 0]
@@ -163,7 +178,12 @@ class Simulation:
             queue.insert(0, victim)
             self.free += victim.blocks
             self.preemptions += 1
-            self.recomputed += victim.cached
+            victim.preempted = True
+            if self.swap_cost is None:
+                self.recomputed += victim.cached
+            else:
+                victim.swapped = True
+                self.moved += victim.cached
         for row in takers:
             self.free -= 1
             row.blocks += 1
@@ -171,6 +191,9 @@ class Simulation:
     def tick(self, running: list[Row], queue: list[Row], prefill: int) -> None:
         live = sum(row.cached for row in running)
         duration = self.cost[0] + self.cost[1] * live + self.cost[2] * prefill
+        if self.swap_cost is not None:
+            duration += self.swap_cost * self.moved
+            self.moved = 0
         self.peak = max(self.peak, len(running))
         if queue and queue[0].arrival <= self.seconds:
             reserved = internal = rounding = 0

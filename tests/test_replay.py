@@ -14,8 +14,8 @@ from replay_model import SHARES, Simulation
 
 from pykvcache.bench.replay.cases import CONTIGUOUS, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
-from pykvcache.bench.replay.loop import Rules
 from pykvcache.bench.replay.regions import Buddies, FirstFit, FixedSlots
+from pykvcache.bench.replay.rules import ORDERS, PREEMPTIONS, VICTIMS, Rules
 from pykvcache.bench.replay.totals import KEYS, Result
 from pykvcache.bench.replay.workload import Survey, Workload
 from pykvcache.bench.traces import Request
@@ -51,6 +51,8 @@ def check_against_model(
         rules.head_room,
         (cost.base, cost.per_kv_token, cost.per_prefill_token),
         rules.victim,
+        cost.per_swapped_token if rules.preemption == "swap" else None,
+        rules.order == "shortest",
     ).run()
     result = run_case(case, requests, slots, max_len, rules)
     assert result.requests == len(requests)
@@ -72,26 +74,45 @@ def test_agrees_with_a_simulator_of_its_own(trace: str, case: Case) -> None:
     check_against_model(requests, case, 2500, 500, Rules())
 
 
+@pytest.mark.parametrize("order", ["fcfs", "shortest"])
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
 @pytest.mark.parametrize("victim", ["newest", "cheapest"])
 @pytest.mark.parametrize("saturated", [True, False])
-def test_agrees_under_preemption_and_arrivals(victim: str, saturated: bool) -> None:
+def test_agrees_under_preemption_and_arrivals(
+    saturated: bool, victim: str, preemption: str, order: str
+) -> None:
     requests = short("sharegpt-like", 200, 4, 300)
-    rules = Rules(saturated=saturated, head_room=0.0, victim=victim)
+    rules = Rules(
+        saturated=saturated, head_room=0.0, victim=victim, preemption=preemption, order=order
+    )
     result = check_against_model(requests, Case("paged", 4), 1000, 300, rules)
     assert result.preemptions > 10
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=25),
     st.sampled_from(CASES),
     st.sampled_from([0.0, 0.05, 0.5]),
     st.booleans(),
     st.integers(0, 3),
+    st.sampled_from(VICTIMS),
+    st.sampled_from(PREEMPTIONS),
+    st.sampled_from(ORDERS),
 )
-def test_agrees_on_anything(lengths, case: Case, head_room: float, saturated: bool, gap: int):
+def test_agrees_on_anything(
+    lengths,
+    case: Case,
+    head_room: float,
+    saturated: bool,
+    gap: int,
+    victim: str,
+    preemption: str,
+    order: str,
+) -> None:
     requests = [Request(p, o, i * gap * 0.01) for i, (p, o) in enumerate(lengths)]
-    rules = Rules(StepCost(4e-3, 1e-5, 1e-4), saturated, head_room)
+    cost = StepCost(4e-3, 1e-5, 1e-4, 2e-5)
+    rules = Rules(cost, saturated, head_room, victim, preemption, order)
     check_against_model(requests, case, 320, 80, rules)
 
 

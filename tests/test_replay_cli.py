@@ -167,6 +167,8 @@ def test_enough_memory_is_no_waste(run) -> None:
         (["--tokens", "10", "--block-size", "16"], ["block_size 16", "10"]),
         (["--head-room", "1"], ["head_room", "1"]),
         (["--victim", "oldest"], ["victim", "newest", "'oldest'"]),
+        (["--preemption", "kill"], ["preemption", "swap", "'kill'"]),
+        (["--order", "lifo"], ["order", "shortest", "'lifo'"]),
         (["--scheduler", "best"], ["scheduler", "engine", "'best'"]),
         (["--requests", "0"], ["requests", "0"]),
         (["--arrivals", "poisson"], ["arrivals", "saturated", "'poisson'"]),

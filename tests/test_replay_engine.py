@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pykvcache.bench.replay.cases import Case, run_case
-from pykvcache.bench.replay.loop import Rules
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Survey, Workload
 from pykvcache.bench.traces import PREFIX_BLOCK, Request

@@ -14,7 +14,6 @@ from rich.console import Console
 from pykvcache.bench import tables
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.replay.cost import StepCost
-from pykvcache.bench.replay.loop import Rules
 from pykvcache.bench.replay.paper import (
     MAX_LEN,
     MEMORY,
@@ -26,6 +25,7 @@ from pykvcache.bench.replay.paper import (
 )
 from pykvcache.bench.replay.plan import Budget, Plan
 from pykvcache.bench.replay.report import notes, regime, replay_table
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
@@ -55,6 +55,8 @@ def replay(
         float, typer.Option(help="Share of blocks kept free at admission.")
     ] = 0.05,
     victim: Annotated[str, typer.Option(help="Whom to preempt: newest or cheapest.")] = "newest",
+    preemption: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
+    order: Annotated[str, typer.Option(help="fcfs; or shortest prompt first.")] = "fcfs",
     scheduler: Annotated[
         str, typer.Option(help="prefill-first; or engine, for paged: the engine's own.")
     ] = "prefill-first",
@@ -70,6 +72,7 @@ def replay(
     step_ms: Annotated[float, typer.Option(help="Fixed cost of a step, ms.")] = 6.0,
     kv_ns: Annotated[float, typer.Option(help="Cost of a cached token a step, ns.")] = 45.0,
     prefill_us: Annotated[float, typer.Option(help="Cost of a prefill token, us.")] = 45.0,
+    swap_us: Annotated[float, typer.Option(help="Cost of a token swapped one way, us.")] = 5.2,
     seed: Annotated[int, typer.Option(help="Of synthetic traces.")] = 0,
     sigma: Annotated[float, typer.Option(help="Of synthetic traces.")] = 1.0,
     plot: Annotated[
@@ -91,12 +94,14 @@ def replay(
         if arrivals not in ARRIVALS:
             raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, got {arrivals!r}")
         check_files(plot, json)
-        cost = StepCost(step_ms / 1e3, kv_ns / 1e9, prefill_us / 1e6)
+        cost = StepCost(step_ms / 1e3, kv_ns / 1e9, prefill_us / 1e6, swap_us / 1e6)
         rules = Rules(
             cost,
             arrivals == "saturated",
             head_room,
             victim,
+            preemption,
+            order,
             "engine" if prefix_cache else scheduler,
             token_budget,
             max_running,

@@ -1,34 +1,11 @@
-"""What users may write for `memory` and `kv_dtype`."""
+"""What users may write for `kv_dtype`, and for `memory` (see pykvcache/sizes.py)."""
 
 from __future__ import annotations
-
-import re
 
 import torch
 
 from pykvcache.cache import KV_DTYPES
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-}
-
-
-def parse_memory(memory: int | str | None) -> int | None:
-    """Bytes of "4GiB", "512 MB" or a plain int.
-
-    Raises:
-        ValueError: not an amount. TypeError: neither a string nor an int.
-    """
-    if memory is None or (isinstance(memory, int) and not isinstance(memory, bool)):
-        return memory
-    if not isinstance(memory, str):
-        raise TypeError(f"memory must be bytes as an int or a string like '4GiB', got {memory!r}")
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", memory)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"memory must look like '4GiB' or '512MB', got {memory!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+from pykvcache.sizes import parse_memory as parse_memory
 
 
 def parse_dtype(kv_dtype: str | torch.dtype) -> torch.dtype | None:

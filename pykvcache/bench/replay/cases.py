@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pykvcache.bench.replay import contiguous
-from pykvcache.bench.replay.loop import Observer, Replay, Rules
+from pykvcache.bench.replay.loop import Observer, Replay
 from pykvcache.bench.replay.padded import PaddedReplay
 from pykvcache.bench.replay.paged import Paged
-from pykvcache.bench.replay.scheduled import ScheduledReplay
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
@@ -76,6 +76,8 @@ def run_case(
     """Replay a workload, none of whose requests is longer than `max_len`, under one policy."""
     result = Result(case.policy, case.block_size, slots)
     if case.block_size is not None and rules.scheduler == "engine":
+        from pykvcache.bench.replay.scheduled import ScheduledReplay  # loads transformers
+
         return ScheduledReplay(workload, slots, case.block_size, result, rules, advance).run()
     if case.policy == PADDED:
         return PaddedReplay(workload, slots, result, rules, advance).run()

@@ -19,6 +19,8 @@ class StepCost:
     """Seconds for each token in the cache that the step reads."""
     per_prefill_token: float = 45e-6
     """Seconds for each prompt token that the step computes."""
+    per_swapped_token: float = 5.2e-6
+    """Seconds to move a token to or from host memory (128 KiB at 25 GB/s), if rows are swapped."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

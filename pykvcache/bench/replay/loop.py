@@ -13,59 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
-from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.queue import Job, Queue
 from pykvcache.bench.replay.rows import Rows
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import Request
 
 Observer: TypeAlias = Callable[[float, Rows], object]
-VICTIMS = ("newest", "cheapest")
-SCHEDULERS = ("prefill-first", "engine")
 MOST_STEPS_AT_ONCE = 4096
 REPORT_EVERY = 256
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is common to all policies of a replay.
-
-    Attributes:
-        cost: seconds of a step.
-        saturated: all requests wait from the start; otherwise they arrive as the trace says.
-        head_room: share of the blocks that an admission leaves free for running rows (paged).
-        victim: whom to preempt: "newest", or "cheapest", the row with the fewest cached tokens.
-        scheduler: "prefill-first" is this file for every policy; "engine" runs the paged ones with
-            the engine's scheduler, which chooses victims itself.
-        token_budget, max_running, prefix_cache: of the engine's scheduler.
-    """
-
-    cost: StepCost = field(default_factory=StepCost)
-    saturated: bool = True
-    head_room: float = 0.05
-    victim: str = "newest"
-    scheduler: str = "prefill-first"
-    token_budget: int = 2048
-    max_running: int = 256
-    prefix_cache: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.head_room < 1:
-            raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")
-        if self.victim not in VICTIMS:
-            raise ValueError(f"victim must be one of {', '.join(VICTIMS)}, got {self.victim!r}")
-        if self.scheduler not in SCHEDULERS:
-            names = ", ".join(SCHEDULERS)
-            raise ValueError(f"scheduler must be one of {names}, got {self.scheduler!r}")
-        for name in ("token_budget", "max_running"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 class Replay:
@@ -89,12 +50,13 @@ class Replay:
         advance: Callable[[int], object] = lambda count: None,
         observe: Observer | None = None,
     ) -> None:
-        self.queue = Queue(requests, space.holds, rules.saturated)
+        self.queue = Queue(requests, space.holds, rules.saturated, rules.order)
         self.rows = Rows()
         self.space = space
         self.result = result
-        self.cost, self.victim = rules.cost, rules.victim
+        self.cost, self.rules = rules.cost, rules
         self.clock = 0.0
+        self._swapped = 0  # tokens moved since the last step
         self._advance = advance
         self._observe = observe
         self._reported = 0
@@ -127,44 +89,49 @@ class Replay:
                 break
             self.queue.pop()
             self.rows.add(job.prefill, job.final, job.prompt, job.output, handle)
+            if job.swapped:
+                self._swapped += job.prefill
+                continue
             tokens += job.prefill
             if job.prefill == job.prompt:
                 self.result.prompt_tokens += job.prompt
+        self.result.peak_batch = max(self.result.peak_batch, self.rows.count)
         return tokens
 
     def _prefill(self, tokens: int) -> None:
         rows = self.rows
         live = int(rows.length.sum())
-        duration = self.result.seconds.add_step(self.cost, live, tokens)
+        duration = self.result.seconds.add_step(self.cost, live, tokens) + self._swap()
         usage = self.space.now(rows)
         self.result.running.add(duration, live, usage, rows.count)
         if self.queue.head(self.clock) is not None:
             self.result.waiting.add(duration, live, usage, rows.count)
         self.clock += duration
-        self.result.peak_batch = max(self.result.peak_batch, rows.count)
         self._finish()
 
     def _decode(self) -> None:
         rows, cost, seconds = self.rows, self.cost, self.result.seconds
+        most = MOST_STEPS_AT_ONCE
         while True:
             waits = self.queue.head(self.clock) is not None
-            limit = min(int((rows.final - rows.length).min()), MOST_STEPS_AT_ONCE)
+            limit = min(int((rows.final - rows.length).min()), most)
             live_before = int(rows.length.sum())
-            if not waits and self.queue.next_arrival < math.inf:
-                limit = self._steps_until(self.queue.next_arrival, live_before, limit)
+            if (change := self.queue.next_change()) < math.inf:
+                limit = self._steps_until(change, live_before, limit)
             steps, usage = self.space.decode(rows, limit)
             if steps:
                 break
             self._preempt()
+            most = 1  # after this step there may be room for the preempted row
         live = live_before + rows.count * np.arange(1, steps + 1)
         durations = cost.base + cost.per_kv_token * live
+        durations[0] += self._swap()
         self.result.running.add(durations, live, usage, rows.count)
         if waits:
             self.result.waiting.add(durations, live, usage, rows.count)
-        total = float(durations.sum())
         seconds.base += cost.base * steps
-        seconds.kv += total - cost.base * steps
-        self.clock += total
+        seconds.kv += cost.per_kv_token * float(live.sum())
+        self.clock += float(durations.sum())
         rows.length += steps
         if steps == limit:
             self._finish()
@@ -174,6 +141,7 @@ class Replay:
         durations = self.cost.base + self.cost.per_kv_token * (
             live + self.rows.count * np.arange(1, limit + 1)
         )
+        durations[0] += self.cost.per_swapped_token * self._swapped
         ends = self.clock + durations.cumsum()
         return min(limit, int(ends.searchsorted(time)) + 1)
 
@@ -189,13 +157,25 @@ class Replay:
             self._report(REPORT_EVERY)
 
     def _preempt(self) -> None:
-        last = self.rows.count - 1
-        row = last if self.victim == "newest" else last - int(self.rows.length[::-1].argmin())
-        self.space.release(self.rows, np.array([row]))
-        length, final, prompt, output = self.rows.take(row)
-        self.queue.push_front(Job(prompt, output, final, length + 1))
-        self.result.preemptions += 1
-        self.result.recomputed_tokens += length
+        rows, result, swap = self.rows, self.result, self.rules.preemption == "swap"
+        last = rows.count - 1
+        row = last if self.rules.victim == "newest" else last - int(rows.length[::-1].argmin())
+        self.space.release(rows, np.array([row]))
+        length, final, prompt, output = rows.take(row)
+        prefill = length if swap else length + 1  # with the token that is not yet cached
+        self.queue.push_front(Job(prompt, output, final, prefill, swapped=swap))
+        result.preemptions += 1
+        if swap:
+            self._swapped += length
+        else:
+            result.recomputed_tokens += length
+
+    def _swap(self) -> float:
+        """Seconds that the moves since the last step take."""
+        seconds = self.cost.per_swapped_token * self._swapped
+        self._swapped = 0
+        self.result.seconds.swap += seconds
+        return seconds
 
     def _report(self, least: int) -> None:
         done = self.result.requests + self.queue.refused

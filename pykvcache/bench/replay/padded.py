@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from pykvcache.bench.replay.loop import Rules
 from pykvcache.bench.replay.queue import Job, Queue
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import Request
@@ -34,7 +34,7 @@ class PaddedReplay:
         rules: Rules,
         advance: Callable[[int], object] = lambda count: None,
     ) -> None:
-        self.queue = Queue(requests, lambda job: job.final <= slots, rules.saturated)
+        self.queue = Queue(requests, lambda job: job.final <= slots, rules.saturated, rules.order)
         self.slots = slots
         self.result = result
         self.cost = rules.cost

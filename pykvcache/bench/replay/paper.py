@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from pykvcache.bench.replay.cases import Case, run_case
-from pykvcache.bench.replay.loop import Rules
 from pykvcache.bench.replay.plan import Budget
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
 

@@ -14,6 +14,7 @@ PARTS = {
     "base": "the fixed cost of a step, which more rows share",
     "kv": "reading cached tokens, which costs every row the same however many there are",
     "prefill": "computing prompts, which costs the same however many rows there are",
+    "swap": "moving preempted rows to host memory and back",
     "idle": "waiting for requests to arrive",
 }
 
@@ -22,7 +23,7 @@ def replay_table(results: Sequence[Result]) -> Table:
     """A line a policy; shares in percent of the budget."""
     table = Table(box=None, pad_edge=False)
     table.add_column("% of the budget", no_wrap=True)
-    columns = ("batch", "peak", "preempted", "recomputed", "hits %", "tokens/s", "x")
+    columns = ("batch", "peak", "preempt", "recomp.", "hits %", "tokens/s", "x")
     for column in (*SHARES, *columns):
         table.add_column(column, justify="right")
     first = results[0].throughput if results else 0.0

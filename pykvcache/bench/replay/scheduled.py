@@ -15,8 +15,9 @@ import numpy as np
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.batch import Int64Array
-from pykvcache.bench.replay.loop import REPORT_EVERY, Rules
+from pykvcache.bench.replay.loop import REPORT_EVERY
 from pykvcache.bench.replay.queue import Job, Queue
+from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import PREFIX_BLOCK, Request
@@ -47,7 +48,7 @@ class ScheduledReplay:
         options.check()
         self.scheduler = Scheduler(self.blocks, options)
         self.lanes = self.scheduler.lanes
-        self.queue = Queue(requests, self._holds, rules.saturated)
+        self.queue = Queue(requests, self._holds, rules.saturated, rules.order)
         self.result, self.cost = result, rules.cost
         self.clock = 0.0
         self._prefixes = rules.prefix_cache

@@ -49,11 +49,12 @@ class Window:
 
 @dataclass
 class Seconds:
-    """Where the time went: the parts of StepCost, and waiting for arrivals."""
+    """Where the time went: the parts of StepCost, and waiting for requests to arrive."""
 
     base: float = 0.0
     kv: float = 0.0
     prefill: float = 0.0
+    swap: float = 0.0
     idle: float = 0.0
 
     def add_step(self, cost: StepCost, cached: int, prefill: int) -> float:
@@ -66,7 +67,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return self.base + self.kv + self.prefill + self.idle
+        return self.base + self.kv + self.prefill + self.swap + self.idle
 
 
 @dataclass
