@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykvcache import fakes, reference
+from pykvcache import fakes, launch_table, reference
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (
@@ -131,6 +131,8 @@ def _load_cpu() -> str:
     except ImportError as error:
         return f"not built or not loadable ({error}); build it with: pip install -e ."
     _check_signatures(_C.signatures(), "cpu")
+    found, _ = launch_table.find_user_table()
+    launch_table.use_on_cpu(found)
     return "ready"
 
 

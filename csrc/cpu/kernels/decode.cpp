@@ -11,6 +11,7 @@
 #include "cpu/kernels/line.h"
 #include "cpu/kernels/paged.h"
 #include "cpu/kernels/softmax.h"
+#include "cpu/numeric.h"
 #include "cpu/visible.h"
 
 namespace pykvcache::KV_ISA {
