@@ -111,10 +111,9 @@ def _check_entry(where: str, entry: object, section: str) -> None:
 
 def fits(entry: dict[str, int], head_dim: int, element_bytes: int) -> bool:
     """Whether an entry serves K of this head dim and elements of this size."""
-    return (
-        entry.get("dim", head_dim) == head_dim <= entry.get("max_dim", MOST_DIM)
-        and entry.get("bytes", element_bytes) == element_bytes <= entry.get("max_bytes", MOST_BYTES)
-    )
+    return entry.get("dim", head_dim) == head_dim <= entry.get("max_dim", MOST_DIM) and entry.get(
+        "bytes", element_bytes
+    ) == element_bytes <= entry.get("max_bytes", MOST_BYTES)
 
 
 def use_on_cpu(table: Table, cpu_name: str | None = None) -> bool:

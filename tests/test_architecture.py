@@ -10,7 +10,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
-    {"reference", "checks", "errors", "fakes", "launch_table", "pool_stats", "sizes", "_C", "kernels"},
+    {
+        "reference",
+        "checks",
+        "errors",
+        "fakes",
+        "launch_table",
+        "pool_stats",
+        "sizes",
+        "_C",
+        "kernels",
+    },
     {"allocator", "batch", "layer_step", "metadata", "ops"},
     {"cache", "plot"},
     {"attention"},
