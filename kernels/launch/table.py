@@ -2,9 +2,9 @@
 
 One section per architecture ("sm_90", "gfx942", ...); what a section leaves out is the default's.
 An entry serves head dims up to `max_dim` and elements of up to `max_bytes`; the first that fits is
-taken. Entries of the user's launch table (pykvcache/launch_table.py) come first. Nothing is tuned at
-run time. Decode's `tile` depends on the head dim alone, because the plan
-of a step is made before the dtype is known.
+taken. Entries of the user's launch table (pykvcache/launch_table.py) come first. Nothing is tuned
+at run time. Decode's `tile` depends on the head dim alone, because the plan of a step is made
+before the dtype is known.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Every call of a contender touches another copy of its K and V until COLD_BYTES h
 layers of a model do; a single copy would sit in the processor's caches and flatter. Blocks lie in
 one pool as pykvcache/cache.py lays them out, in shuffled order. `folded` is SDPA with the query
 heads of a KV head moved to the query axis: it reads each KV head once and is the honest baseline
-for decode. Other peers are in peers.py. `loads` are plain vector loads of the same bytes without any attention, of blocks in the
-order of memory and in the shuffled order: the second is what a paged decode kernel could reach.
+for decode. Other peers are in peers.py. `loads` are plain vector loads of the same bytes without
+any attention, of blocks in the order of memory and in the shuffled order: the second is what a
+paged decode kernel could reach. On a GPU decode calls are replayed from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -115,6 +116,8 @@ class Workload:
             for i, backend in enumerate(backends):
                 name = f"paged {block_size}" + (f" {backend}" if i else "")
                 self.contenders[name] = self.paged(block_size, backend)
+        if self.device.type == "cuda" and case.phase == "decode":
+            self.replay_graphs()
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape).to(self.case.dtype).to(self.device)
@@ -183,11 +186,17 @@ class Workload:
             )
             return out
 
-        if self.device.type == "cuda" and case.phase == "decode":
-            from pykvcache.bench.gpu import as_graphs
-
-            return as_graphs(run, self.copies)
         return run
+
+    def replay_graphs(self) -> None:
+        """Replace the contenders by graphs of them, except those that cannot be captured."""
+        from pykvcache.bench.gpu import as_graphs
+
+        for name, run in self.contenders.items():
+            try:
+                self.contenders[name] = as_graphs(run, self.copies)
+            except RuntimeError as error:
+                self.missing[f"graph of {name}"] = str(error).partition("\n")[0]
 
     def check(self) -> None:
         """Raise WrongResult unless every contender meets the reference.

@@ -73,8 +73,9 @@ def sdpa_backends(workload: Workload) -> dict[str, Contender]:
 
     found: dict[str, Contender] = {}
     for name, backend in SDPA_BACKENDS.items():
+        chosen = getattr(SDPBackend, backend)
 
-        def run(call: int, chosen: Any = getattr(SDPBackend, backend)) -> Tensor:
+        def run(call: int, chosen: Any = chosen) -> Tensor:
             copy = (call + workload.copies // 3) % workload.copies
             with sdpa_kernel(chosen):
                 return scaled_dot_product_attention(

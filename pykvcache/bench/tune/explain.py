@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pykvcache import launch_table, ops
 from pykvcache.bench import environment, peaks
 from pykvcache.bench.cases import Case, Heads
@@ -49,13 +47,12 @@ class CallSpec:
                 raise ValueError(f"explain: {name} must be a positive integer, got {value!r}")
             else:
                 found[name] = int(value)
-        missing = [
-            name for name, default in FIELDS.items() if default is None and name not in found
-        ]
+        needed = [name for name, default in FIELDS.items() if default is None]
+        missing = [name for name in needed if name not in found]
         if missing:
             raise ValueError(f"explain needs {', '.join(missing)}")
-        values = [found.get(name, default) for name, default in FIELDS.items()]
-        batch, length, heads, kv_heads, dim, block_size, query_len = values
+        numbers = [int(found.get(name) or default or 0) for name, default in FIELDS.items()]
+        batch, length, heads, kv_heads, dim, block_size, query_len = numbers
         dtype = found.get("dtype", "bf16")
         if dtype not in DTYPES:
             raise ValueError(f"explain: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -158,6 +155,7 @@ def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
         [spec.query_len] * spec.batch,
     )
     isa = environment.cpu_isa()
+    kept: tuple[str, ...]
     if report["decode_items"]:
         kept = ("tile", "stages", "items", "most_splits", "cut_rows", "threads")
         return f"decode (csrc/cpu/kernels/decode.cpp), {isa}", {key: report[key] for key in kept}
@@ -183,10 +181,7 @@ def explain(spec: CallSpec, seconds: float = 2.0, device: str = "cpu") -> Explan
     workload = Workload(case, [spec.block_size])
     workload.check()
     name = f"paged {spec.block_size}"
-    read, gemm = (
-        peaks.read_contenders(),
-        peaks.gemm_contenders(torch.float32 if spec.dtype == "fp32" else DTYPES[spec.dtype]),
-    )
+    read, gemm = peaks.read_contenders(), peaks.gemm_contenders(case.dtype)
     timings = interleave({name: workload.contenders[name]} | read | gemm, seconds)
     kernel, launch = describe_launch(spec)
     return Explanation(

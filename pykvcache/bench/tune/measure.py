@@ -108,9 +108,17 @@ class Bench:
         call = self._make(phase, block_size, lengths, copies=1)
         out = call.run(0).float().cpu()
         used = int(call.tables.max()) + 1
-        caches = [cache[:used].float().cpu() for cache in call.caches]
-        rest = (call.tables[0].cpu(), call.seq_lens.cpu(), call.cu_seqlens_q.cpu(), call.query_len)
-        expected, _ = ops.paged_attention(call.q.float().cpu(), *caches, *rest, backend="reference")
+        k_cache, v_cache = (cache[:used].float().cpu() for cache in call.caches)
+        expected, _ = ops.paged_attention(
+            call.q.float().cpu(),
+            k_cache,
+            v_cache,
+            call.tables[0].cpu(),
+            call.seq_lens.cpu(),
+            call.cu_seqlens_q.cpu(),
+            call.query_len,
+            backend="reference",
+        )
         error = (out - expected).abs().max().item()
         allowed = 8 * torch.finfo(self.shape.torch_dtype).eps * expected.abs().max().item()
         if not error <= allowed:

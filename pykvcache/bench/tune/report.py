@@ -55,12 +55,12 @@ def reasons(found: Tuning) -> list[str]:
         )
     else:
         first = f"block size {size}: fastest by more than {tolerance}"
+    rows = f", rows {found.rows} in prefill" if found.rows else ""
     lines = [
         first,
         f"time goes to reading the weights ({shares[0]:.0f} %), decode ({shares[1]:.0f} %) and "
         f"prompts ({shares[2]:.0f} %); mean batch {demand.mean_batch:.1f}",
-        f"launch: {outcome.choice.launch}"
-        + (f", rows {found.rows} in prefill" if found.rows else ""),
+        f"launch: {outcome.choice.launch}{rows}",
         f"{outcome.rounds} rounds over {len(outcome.samples)} candidates, read bandwidth "
         f"{found.bandwidth / 1e9:.1f} GB/s",
     ]
