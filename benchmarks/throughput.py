@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from pykvcache.cli import run_function
+from pykvcache.cli import run, single
 from pykvcache.cli.bench.engine import engine
 
+app = single(engine)
+
 if __name__ == "__main__":
-    sys.exit(run_function(engine))
+    sys.exit(run(app))

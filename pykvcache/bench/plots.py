@@ -62,7 +62,9 @@ def _kind(row: dict[str, Any]) -> str:
 
 def _where(rows: Rows) -> str:
     row = rows[0]
-    return "GPU" if row.get("device") == "cuda" else f"CPU, {row['threads']} thread(s)"
+    if row.get("device") == "cuda":
+        return "GPU"
+    return f"CPU, {row['threads']} thread" + ("s" if row["threads"] > 1 else "")
 
 
 def draw_roofline(rows: Rows) -> Any:
@@ -74,14 +76,15 @@ def draw_roofline(rows: Rows) -> Any:
     decode = [row for row in rows if row["phase"] == "decode"]
     prefill = [row for row in rows if row["phase"] == "prefill"]
     xs = np.array([row["intensity"] for row in rows])
-    span = np.geomspace(xs.min() / 2, xs.max() * 2, 200)
+    span = np.geomspace(xs.min() / 6, xs.max() * 2, 200)
     slope = np.median([row["peak"] for row in decode]) / 1e9 if decode else None
     if slope is not None:
         top = max([r["peak"] / 1e9 for r in prefill], default=float(slope * xs.max()))
         line = span[span * slope <= top * 1.05]
         axes.plot(line, line * slope, color="black", lw=1.5)
-        axes.annotate(f"read bandwidth, {slope:.1f} GB/s", (line[0], line[0] * slope), (6, 8),
-                      textcoords="offset points", fontsize=10)  # fmt: skip
+        middle = len(line) // 2
+        axes.annotate(f"read bandwidth, {slope:.1f} GB/s", (line[middle], line[middle] * slope),
+                      (-10, 4), textcoords="offset points", fontsize=10, ha="right")  # fmt: skip
     for dtype in sorted({row["dtype"] for row in prefill}):
         ceiling = np.median([row["peak"] for row in prefill if row["dtype"] == dtype]) / 1e9
         axes.axhline(ceiling, color="black", lw=1.5, ls=":")

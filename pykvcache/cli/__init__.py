@@ -40,13 +40,13 @@ def run(app: typer.Typer) -> int:
         return _fail(error.format_message(), 2)
 
 
-def run_function(command: Callable[..., None]) -> int:
-    """Run one command on sys.argv, as `run` does."""
+def single(command: Callable[..., None]) -> typer.Typer:
+    """A typer application of one command, for an entry point of its own."""
     import typer
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
-    return run(app)
+    return app
 
 
 def _fail(message: str, code: int) -> int:

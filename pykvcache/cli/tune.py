@@ -44,7 +44,7 @@ def tune(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's number.")] = None,
     tolerance: Annotated[
         float, typer.Option(help="Percent of tokens/s that count as equal; then waste decides.")
-    ] = 2.0,
+    ] = 3.0,
     step_ms: Annotated[
         float | None, typer.Option(help="Cost of a step beside attention; reading the weights.")
     ] = None,

@@ -34,7 +34,7 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
 
 def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float) -> None:
     best = max(row["throughput"] for row in rows)
-    xs = [max(row["waste"], 0.01) for row in rows]
+    xs = [max(row["waste"], 0.01) for row in rows]  # a logarithm has no 0
     ys = [100 * row["throughput"] / best for row in rows]
     axes.axhspan(100 * (1 - tolerance), 100, color=OKABE_ITO[4], alpha=0.25, lw=0)
     axes.plot(xs, ys, color="#999999", lw=1, zorder=1)
@@ -42,8 +42,9 @@ def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float
         chosen = row["chosen"]
         colour = OKABE_ITO[5] if chosen else OKABE_ITO[0]
         axes.scatter(x, y, s=160 if chosen else 60, marker="*" if chosen else "o", color=colour)
-        label = f"{row['block_size']}" + (" (recommended)" if chosen else "")
-        axes.annotate(label, (x, y), (0, -16 if y > 50 else 9), textcoords="offset points",
+        label = str(row["block_size"])
+        label += " (recommended)" if chosen else " (no waste)" if row["waste"] < 0.01 else ""
+        axes.annotate(label, (x, y), (0, 11 if chosen else -16), textcoords="offset points",
                       ha="center", fontsize=10)  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.14)
@@ -58,11 +59,11 @@ def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float
 def _decode_by_block_size(axes: Any, rows: list[dict[str, Any]], bandwidth: float) -> None:
     sizes = [row["block_size"] for row in rows]
     speed = [row["decode_gb_per_second"] for row in rows]
-    scale = [row["decode_ns_per_token"] * row["decode_gb_per_second"] for row in rows]  # bytes
-    low = [s - b / max(row["decode_p90"], row["decode_ns_per_token"])
-           for s, b, row in zip(speed, scale, rows, strict=True)]  # fmt: skip
-    high = [b / min(row["decode_p10"], row["decode_ns_per_token"]) - s
-            for s, b, row in zip(speed, scale, rows, strict=True)]  # fmt: skip
+    low, high = [], []
+    for row in rows:
+        moved = row["decode_ns_per_token"] * row["decode_gb_per_second"]  # bytes of a token
+        low.append(max(0.0, row["decode_gb_per_second"] - moved / row["decode_p90"]))
+        high.append(max(0.0, moved / row["decode_p10"] - row["decode_gb_per_second"]))
     axes.errorbar(sizes, speed, yerr=[low, high], color=OKABE_ITO[0], marker="o", capsize=4,
                   label="decode, best launch (median, p10 to p90)")  # fmt: skip
     axes.axhline(bandwidth / 1e9, color=OKABE_ITO[5], ls="--", label="plain reads of this device")

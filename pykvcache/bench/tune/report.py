@@ -11,15 +11,15 @@ def tuning_table(found: Tuning) -> Table:
     """A line a block size; > is the recommended one, = those that count as equally fast."""
     request = found.request
     title = (
-        f"{request.shape.name}, {request.shape.dtype}, blocks of pool {request.memory}: "
-        "generated tokens/s are for comparison (attention and reading the weights)"
+        f"{request.shape.name}, {request.shape.dtype}, {request.memory} of KV cache; tokens/s of "
+        "attention and weights alone, to compare block sizes"
     )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
-    for column in ("block size", "waste %", "live %", "mean batch", "decode GB/s", "ns a token",
-                   "p10", "p90", "prefill us", "tokens/s", "of best"):  # fmt: skip
+    columns = ("block size", "waste %", "live %", "mean batch", "GB/s", "ns a token", "p10", "p90")
+    for column in (*columns, "prefill us", "tokens/s", "of best"):
         table.add_column(column, justify="right")
-    table.add_column("launch")
+    table.add_column("launch", no_wrap=True)
     rows = found.to_json()
     best = max(row["throughput"] for row in rows)
     for row in rows:
@@ -34,7 +34,7 @@ def tuning_table(found: Tuning) -> Table:
             f"{row['prefill_ns_per_token'] / 1e3:.1f}",
             f"{row['throughput']:.2f}",
             f"{100 * row['throughput'] / best:.1f} %",
-            " ".join(f"{key} {value}" for key, value in row["launch"].items()) or "default",
+            ", ".join(f"{key}={value}" for key, value in row["launch"].items()) or "default",
         )
     return table
 

@@ -117,7 +117,7 @@ class Race:
         sample: Callable[[Candidate], float],
         value: Callable[[int, float], float],
         waste: Callable[[int], float],
-        tolerance: float = 0.02,
+        tolerance: float = 0.03,
         exhaustive: bool = False,
     ) -> None:
         self.samples = {candidate: Samples() for candidate in candidates}
@@ -138,11 +138,13 @@ class Race:
         """
         start = last = clock()
         settled = False
+        decide = MIN_ROUNDS  # the next round to decide after; statistics take time as well
         try:
             while not settled and (self.rounds < MIN_ROUNDS or clock() - start < seconds):
                 self._play_round()
-                if self.rounds >= MIN_ROUNDS:
-                    settled = self._drop_losers() and not self._exhaustive
+                if self.rounds >= decide and not self._exhaustive:
+                    settled = self._drop_losers()
+                    decide = self.rounds + max(1, self.rounds // 5)
                 now = clock()
                 advance(now - last)
                 last = now
@@ -190,10 +192,11 @@ class Race:
                     kept.append(candidate)
                     slack = gap + SIGMAS * error  # how much faster it might still be
                     open_questions += candidate != leader and gap - SIGMAS * error < -0.02 < slack
-        values = self._values(leaders)
+        times = self._times(leaders)
+        values = {size: self._value(size, times[size]) for size in leaders}
         best = max(values, key=lambda size: values[size])
         for size in leaders:
-            low, high = self._bounds(leaders[size], leaders[best])
+            low, high = self._bounds(leaders[size], leaders[best], times[best])
             line = values[best] * (1 - self._tolerance)
             if high < line:
                 kept = [c for c in kept if c.block_size != size]
@@ -202,9 +205,6 @@ class Race:
         if not self._exhaustive:
             self.alive = kept
         return open_questions == 0
-
-    def _values(self, leaders: Mapping[int, Candidate]) -> dict[int, float]:
-        return {size: self._value(size, time) for size, time in self._times(leaders).items()}
 
     def _times(self, leaders: Mapping[int, Candidate]) -> dict[int, float]:
         """Seconds of the leaders, by their ratio to one of those that ran in every round.
@@ -218,14 +218,14 @@ class Race:
             for size, leader in leaders.items()
         }
 
-    def _bounds(self, candidate: Candidate, best: Candidate) -> tuple[float, float]:
-        """The objective if the candidate's time is as long or as short as it may be."""
-        mine, theirs = self.samples[candidate], self.samples[best]
-        gap, error = mine.against(theirs)
-        times = [theirs.median * math.exp(gap + sign * SIGMAS * error) for sign in (1, -1)]
-        return self._value(candidate.block_size, times[0]), self._value(
-            candidate.block_size, times[1]
+    def _bounds(self, leader: Candidate, best: Candidate, time: float) -> tuple[float, float]:
+        """The objective if the leader takes as long or as short as it may, the best one `time`."""
+        gap, error = self.samples[leader].against(self.samples[best])
+        low, high = (
+            self._value(leader.block_size, time * math.exp(gap + sign * SIGMAS * error))
+            for sign in (1, -1)
         )
+        return low, high
 
     def _outcome(self, settled: bool) -> Outcome:
         sizes = sorted({c.block_size for c in self.samples})
