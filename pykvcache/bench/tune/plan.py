@@ -19,7 +19,7 @@ from pykvcache.bench.replay.rows import Rows
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.timing import interleave
-from pykvcache.bench.tune.measure import Bench, launches_for, section_name, table_of
+from pykvcache.bench.tune.measure import Bench, elapsed, launches_for, section_name, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
 from pykvcache.bench.tune.search import Candidate, Outcome, Race
 from pykvcache.bench.tune.shapes import Shape
@@ -178,7 +178,12 @@ def replay_demands(
 def read_bandwidth(device: torch.device) -> float:
     """Bytes a second that this device reads."""
     if device.type == "cpu":
-        return peaks.read_bandwidth(interleave(peaks.read_contenders(), 0.3))
+        timings = interleave(
+            peaks.read_contenders(),
+            0.5,
+            lambda run, first, count: count * elapsed(lambda i: run(first + i), count, device),
+        )
+        return peaks.read_bandwidth(timings)
     from pykvcache.bench.gpu import copy_bandwidth
 
     return copy_bandwidth(2**30)

@@ -13,7 +13,7 @@ from pykvcache.cli.bench.options import Compare, FailAbove, Json, Output
 
 
 def allocator(
-    num_blocks: Annotated[int, typer.Option(help="Blocks in the pool.", min=100_000)] = 1_000_000,
+    num_blocks: Annotated[int, typer.Option(help="Blocks in the pool.", min=200_000)] = 1_000_000,
     repeats: Annotated[int, typer.Option(help="Repetitions in C++.", min=1)] = 51,
     seconds: Annotated[float, typer.Option(help="Time for the calls from Python.")] = 8.0,
     json: Json = None,
