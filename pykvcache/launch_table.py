@@ -38,13 +38,20 @@ def user_path() -> Path:
     return Path(folder) / "pykvcache" / "launch.json"
 
 
+def user_table() -> Table:
+    """The user's table, for kernels that are loaded; a broken one is left alone with a warning."""
+    try:
+        return find_user_table()[0]
+    except ValueError as error:
+        warnings.warn(f"no launch table is used: {error}", stacklevel=2)
+        return {}
+
+
 def find_user_table() -> tuple[Table, Path | None]:
     """The user's table and its file; ({}, None) when there is none.
 
-    A broken file in the cache folder is left alone with a warning.
-
     Raises:
-        ValueError: the file that VARIABLE names is missing or broken.
+        ValueError: the file is broken, or the one that VARIABLE names is missing.
     """
     named = os.environ.get(VARIABLE)
     if named == NO_TABLE:
@@ -55,10 +62,9 @@ def find_user_table() -> tuple[Table, Path | None]:
         path = user_path()
         if not path.is_file():
             return {}, None
-        return read_table(path), path
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        warnings.warn(f"no launch table is used: {error}", stacklevel=2)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
         return {}, None
+    return read_table(path), path
 
 
 def read_table(path: str | Path) -> Table:

@@ -131,8 +131,9 @@ def _load_cpu() -> str:
     except ImportError as error:
         return f"not built or not loadable ({error}); build it with: pip install -e ."
     _check_signatures(_C.signatures(), "cpu")
-    found, _ = launch_table.find_user_table()
-    launch_table.use_on_cpu(found)
+    if not hasattr(_C, "set_launches"):
+        raise ImportError("pykvcache._C is older than its sources; rebuild with: pip install -e .")
+    launch_table.use_on_cpu(launch_table.user_table())
     return "ready"
 
 

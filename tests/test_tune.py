@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
 import sys
 from array import array
 from pathlib import Path
@@ -254,7 +256,16 @@ def test_user_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv(launch_table.VARIABLE)
     path.write_text("{")
     with pytest.warns(UserWarning, match=r"no launch table is used: .*is no JSON"):
-        assert launch_table.find_user_table() == ({}, None)
+        assert launch_table.user_table() == {}
+
+
+def test_broken_table_that_was_named(tmp_path: Path) -> None:
+    """Nothing is refused, but it is said."""
+    command = [sys.executable, "-W", "always", "-m", "pykvcache"]
+    environment = os.environ | {launch_table.VARIABLE: str(tmp_path / "nothing.json")}
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 120}
+    found = subprocess.run([*command, "info"], **options)
+    assert found.returncode == 0 and "nothing.json cannot be read" in found.stderr
 
 
 def test_section_of_another_processor_is_not_used() -> None:

@@ -68,7 +68,7 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def _section(name: str) -> dict[str, Any]:
     packaged = {**_packaged()["default"], **_packaged().get(name, {})}
-    user = (launch_table.find_user_table()[0] if _user_table is None else _user_table).get(name, {})
+    user = (launch_table.user_table() if _user_table is None else _user_table).get(name, {})
     return {
         **packaged,
         **user,

@@ -128,7 +128,7 @@ def restore_launches(device: torch.device) -> None:
     """Back to the user's table."""
     from pykvcache import launch_table
 
-    found, _ = launch_table.find_user_table()
+    found = launch_table.user_table()
     if device.type == "cpu":
         launch_table.use_on_cpu(found)
     else:
