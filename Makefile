@@ -16,8 +16,9 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-PACKAGING := setup.py pyproject.toml $(wildcard kernels/*/__init__.py)
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(SOURCES) $(wildcard tests/cuda_host/*.cpp tests/cuda_host/*.h)
+PACKAGING := setup.py setup_cuda.py pyproject.toml $(wildcard kernels/*/__init__.py)
 
 # One stamp per finished step. Another TORCH has another stamp, so changing it installs it.
 TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
@@ -26,11 +27,12 @@ BUILD_STAMP := $(VENV)/.built
 LINT_STAMP := $(VENV)/.lint
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test setup build bench lint format clean
+.PHONY: help demo test gpu setup build bench lint format clean
 
 help:
 	@echo "make demo     generate with and without pykvcache and compare (MODEL=name-or-folder)"
 	@echo "make test     run every test"
+	@echo "make gpu      on a machine with a GPU: the tests of its kernels, then their benchmark"
 	@echo "make setup    create $(VENV) and install pykvcache into it, editable"
 	@echo "make build    compile what changed in csrc/"
 	@echo "make bench    run the benchmarks of kernels and generation"
@@ -44,6 +46,12 @@ demo: $(BUILD_STAMP)
 test: $(BUILD_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 600 tests
 
+gpu: $(BUILD_STAMP)
+	$(BIN)/python -m pykvcache info
+	$(BIN)/pytest -q tests/test_gpu.py tests/test_paged_attention.py tests/test_cache_ops.py \
+	  tests/test_contract.py tests/test_triton.py
+	$(BIN)/python -m benchmarks.kernels --quick --json gpu-kernels.json
+
 setup build: $(BUILD_STAMP)
 
 bench: $(BUILD_STAMP)
@@ -54,12 +62,12 @@ lint: $(BUILD_STAMP) $(LINT_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(LINT_STAMP)
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist pykvcache.egg-info pykvcache/*.so demo-blocks.png

@@ -1,4 +1,4 @@
-"""Builds pykvcache: `_C` (CPU kernels and the block allocator) with one ninja file.
+"""Builds pykvcache: `_C` (CPU kernels and the block allocator) and `_C_cuda`, a ninja file each.
 
 The extension uses LibTorch's stable ABI and Python's limited API, so a build serves every later
 torch and Python. Kernel files are compiled once per instruction set, which is why the flags differ
@@ -21,6 +21,10 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # not there under build isolation
+
+import setup_cuda  # noqa: E402
+
 OBJECTS = ROOT / "build" / "objects"  # kept for every kind of build, so that all are incremental
 KERNEL_PACKAGES = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/__init__.py"))
 
@@ -94,14 +98,43 @@ def link_flags() -> str:
     return f"-shared -L{lib} -ltorch_cpu -Wl,--as-needed"
 
 
-def write_ninja(build_dir: Path, target: Path) -> None:
-    cxx = os.environ.get("CXX", "c++")
+def cuda_link_flags(toolkit: Path) -> str:
+    lib = shlex.quote(str(torch_dir() / "lib"))
+    return (
+        f"-shared -L{lib} -ltorch_cpu -ltorch_cuda -L{shlex.quote(str(toolkit / 'lib64'))} -lcudart"
+    )
+
+
+def ninja_variables(name: str) -> tuple[dict[str, str], list[tuple[Path, str, str]]]:
+    """Variables of the ninja file of an extension, and its sources."""
+    variables = {
+        "cxx": os.environ.get("CXX", "c++"),
+        "cflags": compile_flags(),
+        "ldflags": f"{link_flags()} {os.environ.get('LDFLAGS', '')}",
+    }
+    if name != "pykvcache._C_cuda":
+        return variables, native_sources()
+    toolkit = setup_cuda.find_toolkit()
+    assert toolkit is not None  # setup_cuda.why_not() has seen it
+    variables["ldflags"] = f"{cuda_link_flags(toolkit)} {os.environ.get('LDFLAGS', '')}"
+    variables["nvcc"] = f"{toolkit / 'bin' / 'nvcc'} -ccbin $cxx"
+    archs = setup_cuda.architectures(toolkit)
+    gencode = setup_cuda.gencode_flags(archs)
+    variables["nvccflags"] = f"{setup_cuda.nvcc_flags(torch_dir())} {gencode}"
+    return variables, setup_cuda.sources()
+
+
+def write_ninja(build_dir: Path, target: Path, name: str) -> None:
+    variables, sources = ninja_variables(name)
     lines = [
-        f"cxx = {cxx}",
-        f"cflags = {compile_flags()}",
-        f"ldflags = {link_flags()} {os.environ.get('LDFLAGS', '')}",
+        *(f"{variable} = {value}" for variable, value in variables.items()),
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $cflags $extra -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule compile_cuda",
+        "  command = $nvcc -MD -MF $out.d $nvccflags $extra -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
@@ -110,9 +143,10 @@ def write_ninja(build_dir: Path, target: Path) -> None:
         "  description = link $out",
     ]
     objects = []
-    for source, name, extra in native_sources():
-        objects.append(f"{name}.o")
-        lines += [f"build {name}.o: compile {ninja_path(source)}", f"  extra = {extra}"]
+    for source, stem, extra in sources:
+        rule = "compile_cuda" if source.suffix == ".cu" else "compile"
+        objects.append(f"{stem}.o")
+        lines += [f"build {stem}.o: {rule} {ninja_path(source)}", f"  extra = {extra}"]
     lines += [f"build {ninja_path(target)}: link {' '.join(objects)}", ""]
     (build_dir / "build.ninja").write_text("\n".join(lines))
 
@@ -137,7 +171,7 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         build_dir = OBJECTS / ext.name
         build_dir.mkdir(parents=True, exist_ok=True)
-        write_ninja(build_dir, target)
+        write_ninja(build_dir, target, ext.name)
         command = [*ninja_command(), "-C", str(build_dir), f"-j{max_jobs()}"]
         if subprocess.call(command) != 0:
             raise SystemExit("pykvcache: the C++ build failed; the compiler's message is above")
@@ -148,7 +182,11 @@ def ninja_command() -> list[str]:
 
 
 has_torch = find_torch()
-extension = Extension("pykvcache._C", sources=[], py_limited_api=True)
+names = ["pykvcache._C"] if has_torch else []
+if has_torch and (reason := setup_cuda.why_not(torch_dir())):
+    print(f"pykvcache: the CUDA part is not built: {reason}")
+elif has_torch:
+    names.append("pykvcache._C_cuda")
 setup(
     packages=[
         *find_packages(str(ROOT), include=("pykvcache", "pykvcache.*")),
@@ -161,7 +199,7 @@ setup(
         "pykvcache.bench.replay": ["configs.json"],
         "pykvcache.kernels.launch": ["table.json"],
     },
-    ext_modules=[extension] if has_torch else [],
+    ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in names],
     setup_requires=[] if has_torch else ["torch>=2.10"],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -105,8 +105,19 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted) {
     fail(name, " must be ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  if (!t.is_cpu()) fail(name, " must be on the CPU for backend 'cpu'");
+// Where a backend wants its tensors.
+struct Place {
+  const char* backend;
+  int32_t device = -1;       // index of a CUDA device, or -1 for the CPU
+  bool reads_values = true;  // lengths and block ids can be looked at without waiting for a GPU
+};
+
+inline void check_place(const Tensor& t, const char* name, const Place& place) {
+  if (place.device < 0 && !t.is_cpu())
+    fail(name, " must be on the CPU for backend '", place.backend, "'");
+  if (place.device >= 0 && !(t.is_cuda() && t.get_device_index() == place.device))
+    fail(name, " must be on cuda:", place.device, " as the caches are, for backend '",
+         place.backend, "'");
 }
 
 inline DType to_dtype(const Tensor& t, const char* name) {

@@ -7,6 +7,8 @@
 
 namespace pykvcache {
 
+constexpr int64_t kMaxHeadDim = 576;  // of q and K, and of the output
+
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kBool };
 
 // One side (K or V) of the block pool: [num_blocks, HKV, block_size, D], last dim contiguous.
@@ -20,6 +22,14 @@ struct CacheView {
   int64_t stride_slot = 0;
 };
 
+// New keys or values: [T, HKV, D], last dim contiguous.
+struct TokenView {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t stride_token = 0;
+  int64_t stride_head = 0;
+};
+
 // Dequantisation scales: [], [HKV], [num_blocks, HKV, block_size] or [num_blocks, HKV, D].
 enum class ScaleKind : int32_t { kNone, kScalar, kHead, kSlot, kChannel };
 struct ScaleView {
@@ -27,6 +37,19 @@ struct ScaleView {
   ScaleKind kind = ScaleKind::kNone;
   int64_t stride_block = 0;
   int64_t stride_head = 0;
+};
+
+// What write_kv writes: K, or K and V.
+struct WriteArguments {
+  int32_t sides = 1;
+  TokenView tokens[2];
+  CacheView caches[2];
+  ScaleView scales[2];
+  const int64_t* slots = nullptr;  // [T]; negative: skipped
+  int64_t num_tokens = 0;
+  int64_t num_heads = 0;  // HKV
+  int64_t block_size = 0;
+  int64_t num_slots = 0;
 };
 
 // An additive (float) or keep (bool) mask, broadcast to [B, HQ, max_q, max_kv] by zero strides.

@@ -102,14 +102,15 @@ def _register() -> None:
 def _check_signatures(signatures: list[str], backend: str) -> None:
     """Raise ImportError when a C++ signature differs from the schema it is registered under."""
     namespace = getattr(torch.ops, f"pykvcache_{backend}")
+    module = "_C_cuda" if backend == "cuda" else "_C"
     for signature in signatures:
         name, _, types = signature.partition("(")
         schema = getattr(namespace, name).default._schema
         expected = _schema_types(schema)
         if f"({types}" != expected:
             raise ImportError(
-                f"pykvcache._C was built from other sources: {name} takes ({types} in C++ but "
-                f"{expected} in pykvcache/ops.py; rebuild with: pip install -e ."
+                f"pykvcache.{module} was built from other sources: {name} takes ({types} in C++ "
+                f"but {expected} in pykvcache/ops.py; rebuild with: pip install -e ."
             )
 
 
@@ -151,9 +152,22 @@ def _load_triton() -> str:
 
 
 def _load_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return "this version of pykvcache has no such kernels"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return "needs a GPU of compute capability 8.0 or newer, got {}.{}".format(*capability)
+    try:
+        from pykvcache import _C_cuda
+    except ImportError as error:
+        return (
+            f"not built or not loadable ({error}); with a CUDA {torch.version.cuda.split('.')[0]} "
+            "toolkit installed, build it with: PYKVCACHE_CUDA=1 pip install -e ."
+        )
+    _check_signatures(_C_cuda.signatures(), "cuda")
+    return "ready"
 
 
 LOADERS: dict[str, Callable[[], str]] = {

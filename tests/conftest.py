@@ -1,4 +1,4 @@
-"""For all tests: seeds, Triton without a GPU, and tensors where a backend wants them."""
+"""For all tests: seeds, Triton and CUDA without a GPU, and tensors where a backend wants them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+os.environ["PYKVCACHE_LAUNCH_TABLE"] = "none"  # what was tuned on this machine is no part of tests
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-os.environ["PYKVCACHE_LAUNCH_TABLE"] = "none"  # what was tuned on this machine is no part of tests
+from cuda_host import build
+from gpu_backends import GPU_BACKENDS
 
 from pykvcache import ops
 
-GPU_BACKENDS = ("triton", "cuda")
+if not torch.cuda.is_available():
+    ops.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
 
 
 @pytest.fixture(autouse=True)

@@ -11,15 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {
-        "reference",
-        "checks",
-        "errors",
-        "fakes",
-        "launch_table",
-        "pool_stats",
-        "sizes",
-        "_C",
-        "kernels",
+        *("reference", "checks", "errors", "fakes", "launch_table", "pool_stats", "sizes"),
+        *("weights", "_C", "_C_cuda", "kernels"),
     },
     {"allocator", "batch", "layer_step", "metadata", "ops"},
     {"cache", "plot"},
@@ -39,6 +32,8 @@ PYTHON_FILES = sorted((ROOT / "pykvcache").rglob("*.py"))
 TORCH_FREE = [
     *(ROOT / "csrc" / name for name in ("params.h", "cpu/launch.h", "cpu/layer_step.h")),
     *sorted((ROOT / "csrc/cpu/kernels").glob("*")),
+    *sorted((ROOT / "csrc/cuda").glob("*.cuh")),
+    *sorted((ROOT / "csrc/cuda").glob("*_kernels.cu")),
     *(file for file in sorted((ROOT / "csrc/allocator").glob("*")) if "binding" not in file.stem),
 ]
 

@@ -122,6 +122,15 @@ def test_maps_show_the_shares(case: Case) -> None:
         assert 100 * np.mean(drawn.cells == kind) == pytest.approx(shares[name], abs=8), name
 
 
+@pytest.mark.parametrize("tokens", ["1", "2", "7"])
+def test_budgets_that_hold_next_to_nothing(run, tokens: str) -> None:
+    code, out, _ = run(*SMALL, "--tokens", tokens, "--json", "-")
+    assert code == 0
+    for row in json.loads(out):
+        assert sum(row[name] for name in SHARES) == 100
+        assert row["block_size"] is None or row["block_size"] <= int(tokens)
+
+
 def test_trace_of_the_user(run, tmp_path: Path) -> None:
     path = tmp_path / "mine.csv.gz"
     with gzip.open(path, "wt") as file:
@@ -177,6 +186,8 @@ def test_enough_memory_is_no_waste(run) -> None:
         (["--step-ms", "-1"], ["base", "-0.001"]),
         (["--step-ms", "0"], ["base", "0"]),
         (["--trace", "alpaca-like", "--sigma", "-1"], ["sigma", "-1"]),
+        (["--plot", "a.txt"], ["--plot", ".png", "'a.txt'"]),
+        (["--json", "/"], ["--json", "folder"]),
         (["--plot", "/no/such/folder/a.png"], ["--plot", "/no/such/folder"]),
         (["--json", "/no/such/folder/a.json"], ["--json", "/no/such/folder"]),
     ],

@@ -49,7 +49,7 @@ uint64_t PrefixTree::extend_hash(uint64_t hash, const int64_t* tokens) const {
   if (collide_) return 0;
   uint64_t sum = 0, key = seed_;
   for (int32_t i = 0; i < block_size_; ++i) {
-    key += 0x9e3779b97f4a7c16ull;  // even: the lowest bit below stays set
+    key += 0x9e3779b97f4a7c16ull;  // even: no two keys differ in the lowest bit alone
     sum += fold(static_cast<uint64_t>(tokens[i]) ^ (key >> 7), key | 1);
   }
   return fold(hash ^ 0xa0761d6478bd642full, sum ^ seed_) + sum;

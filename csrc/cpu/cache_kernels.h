@@ -11,14 +11,6 @@
 
 namespace pykvcache {
 
-// New keys or values: [T, HKV, D], last dim contiguous.
-struct TokenView {
-  const void* data;
-  DType dtype;
-  int64_t stride_token;
-  int64_t stride_head;
-};
-
 // The one place where (block, head, slot) becomes an element index of a cache.
 static inline int64_t cache_index(const CacheView& cache, int64_t block, int64_t head,
                                   int64_t slot) {

@@ -48,8 +48,6 @@ struct KernelTable {
 };
 
 constexpr int64_t kMaxDecodeRows = 24;
-constexpr int64_t kMaxHeadDim = 576;
-
 const KernelTable& kernels();
 
 #define KV_DECLARE_KERNELS(isa)                                                               \

@@ -77,11 +77,12 @@ def measure(
     prompts = [row[-n:].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
     check_tokens(model, prompts)
     sampling = [pykvcache.Sampling(max_new_tokens=n) for n in outputs]
-    engine = pykvcache.Engine(model, memory=POOL, prefix_cache=False)
+    engine = pykvcache.Engine(model, memory=POOL)
 
     contenders: dict[str, Callable[[int], Any]] = {
         "padded generate": lambda _: generate(model, inputs, workload.output),
-        "engine": lambda _: engine.generate(prompts, sampling, progress=False),
+        # another salt each time: prefixes of the run before are not found
+        "engine": lambda run: engine.generate(prompts, sampling, salt=run, progress=False),
     }
     if with_generate_batch:
         contenders["generate_batch"] = lambda _: generate_batch(model, prompts, outputs)

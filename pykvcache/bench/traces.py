@@ -66,12 +66,13 @@ Row: TypeAlias = "tuple[str, Any, Any, Mapping[str, Any]]"
 
 ARRIVALS: dict[str, Callable[[Any], float]] = {
     "arrival": float,
+    "arrived_at": float,
     "Timestamp": float,
     "timestamp": lambda value: float(value) / 1000,
     "TIMESTAMP": _seconds_of_date,
 }
-"""Columns and keys with the time of arrival: seconds, seconds (BurstGPT), milliseconds (Mooncake),
-a date and time (Azure)."""
+"""Columns and keys with the time of arrival: seconds (also Vidur's and BurstGPT's), milliseconds
+(Mooncake), a date and time (Azure)."""
 
 
 def read_trace(trace: str | Path) -> Iterator[Request]:

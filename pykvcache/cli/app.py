@@ -17,6 +17,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+REPLAY_EXAMPLE = (
+    "Example: python -m pykvcache replay --trace azure-conv --memory 8GiB "
+    "--model-config llama-3.1-8b --plot replay.png"
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -28,7 +32,7 @@ def show_help(context: typer.Context) -> None:
 
 app.command(epilog="Example: python -m pykvcache info --json")(info)
 app.command(epilog="Example: python -m pykvcache demo --batch 8 --plot blocks.png")(demo)
-app.command(epilog="Example: python -m pykvcache replay --trace azure-conv --memory 8GiB")(replay)
+app.command(epilog=REPLAY_EXAMPLE)(replay)
 app.command(epilog="Example: python -m pykvcache tune --model-config qwen3-4b --plot tune.png")(
     tune
 )

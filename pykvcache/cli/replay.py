@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pykvcache.bench import tables
 from pykvcache.bench.progress import task_progress
+from pykvcache.bench.replay.cases import POLICIES
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.paper import (
     MAX_LEN,
@@ -26,20 +27,25 @@ from pykvcache.bench.replay.paper import (
 from pykvcache.bench.replay.plan import Budget, Plan
 from pykvcache.bench.replay.report import notes, regime, replay_table
 from pykvcache.bench.replay.rules import Rules
-from pykvcache.bench.replay.synthetic import DEFAULT_COUNT
+from pykvcache.bench.replay.synthetic import DEFAULT_COUNT, SYNTHETIC
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
+from pykvcache.bench.traces import TRACES
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
+TRACE_NAMES = ", ".join([*TRACES, *SYNTHETIC])
 ARRIVALS = ("saturated", "trace")
 
 
 def replay(
     trace: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="A packaged or synthetic trace, CSV or JSONL.")
+        str, typer.Option(metavar="NAME|FILE", help=f"{TRACE_NAMES}, or a CSV or JSONL file.")
     ] = "azure-conv",
-    memory: Annotated[str | None, typer.Option(help="Of the KV cache, such as 8GiB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the KV cache; 8GiB if nothing is said.")
+    ] = None,
     model_config: Annotated[
-        str | None, typer.Option(help="A known model or a config.json; bytes a token.")
+        str | None, typer.Option(help="A known model, or a config.json: the bytes of a token.")
     ] = None,
     tokens: Annotated[
         int | None, typer.Option(metavar="N", help="Token slots, instead of memory and model.")
@@ -47,7 +53,7 @@ def replay(
     max_len: Annotated[
         int | None, typer.Option(help="Longest prompt + output; the longest of the trace.")
     ] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="Names, with commas; all.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help=f"{', '.join(POLICIES)}; all.")] = None,
     block_size: Annotated[
         list[str] | None, typer.Option(help="Of the paged policy, with commas; 1 to 256.")
     ] = None,
@@ -182,9 +188,16 @@ def check_files(plot: Path | None, json: str | None) -> None:
     """Raise ValueError when a result could not be written after all the work."""
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'pykvcache[plot]'")
+    if plot is not None and plot.suffix.lower() not in PICTURES:
+        raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {plot.name!r}")
     for option, file in (("--plot", plot), ("--json", json)):
-        if file is not None and str(file) != "-" and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{option}: there is no folder {Path(file).absolute().parent}")
+        if file is None or str(file) == "-":
+            continue
+        path = Path(file).absolute()
+        if not path.parent.is_dir():
+            raise ValueError(f"{option}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise ValueError(f"{option}: {path} is a folder")
 
 
 def split(values: list[str] | None) -> list[str]:

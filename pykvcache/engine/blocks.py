@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.batch import Int64Array
-from pykvcache.engine.request import Request
+from pykvcache.engine.request import Request, TwinKey
 
 
 @dataclass
@@ -45,7 +45,7 @@ class RequestBlocks:
         self.windows, self.chunks = list(windows), list(chunks)
         self._reaches = [window or chunk for window, chunk in zip(windows, chunks, strict=True)]
         self.holders: dict[int, Request] = {}  # waiting with blocks of a shared prompt, by order
-        self._twins: dict[tuple[int, bytes], Twins] = {}
+        self._twins: dict[TwinKey, Twins] = {}
 
     @property
     def groups(self) -> int:
@@ -64,7 +64,9 @@ class RequestBlocks:
         return self.groups * (-(-(tokens + more) // size) - -(-tokens // size))
 
     def enqueue(self, request: Request) -> None:
-        """The request begins to wait; called before its first admission."""
+        """The request begins to wait; it may have blocks already, shared with others."""
+        if request.seq is not None:
+            self.holders[request.order] = request
         self._twins_of(request).waiting[request.order] = request
 
     def may_open(self, request: Request) -> bool:
@@ -80,7 +82,9 @@ class RequestBlocks:
         if request.seq is None:
             tokens = request.tokens
             if self.prefix_cache and request.logits_from != 0:
-                end = len(tokens) - 1 if request.logits_from < 0 else request.logits_from
+                end = len(tokens) - 1  # at least one token is computed
+                if request.logits_from >= 0:
+                    end = min(end, request.logits_from)
                 seqs, hits = self.allocator.allocate_cached([tokens[:end]], request.salt)
                 request.seq, request.computed = int(seqs[0]), int(hits[0])
                 if request.priority:
@@ -108,6 +112,17 @@ class RequestBlocks:
         twins.waiting.clear()
         self._forget_empty(request)
         return heirs
+
+    def forget(self) -> None:
+        """The weights have changed: nothing that was computed or is being computed is shared."""
+        if self.prefix_cache:
+            self.allocator.forget_prefixes()
+        for twins in self._twins.values():
+            twins.leader = None
+
+    def hold(self, request: Request) -> None:
+        """A request that is done keeps its blocks until `close`, or until others need them."""
+        self.holders[request.order] = request
 
     def record(self, seqs: Int64Array, tokens: Int64Array, counts: Int64Array) -> None:
         """Keys and values of these tokens, row by row, are now in blocks: others may find them."""
@@ -151,9 +166,8 @@ class RequestBlocks:
             del self._twins[key]
 
 
-def _key(request: Request) -> tuple[int, bytes]:
+def _key(request: Request) -> TwinKey:
     if request.twin_key is None:
         alone = request.logits_from >= 0  # its logits are not those of the last prompt token
-        text = request.order.to_bytes(8, "little") if alone else request.prompt.tobytes()
-        request.twin_key = (request.salt, text)
+        request.twin_key = (request.salt, request.order if alone else request.prompt.tobytes())
     return request.twin_key

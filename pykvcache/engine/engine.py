@@ -9,7 +9,7 @@ Read first: scheduler.py, runner.py, sampler.py.
 from __future__ import annotations
 
 import contextlib
-import os
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,20 +20,24 @@ from transformers import PreTrainedModel
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
-from pykvcache.engine.handle import Handle, Sample, ScoreJob
+from pykvcache.engine.guard import WeightsGuard
+from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
+from pykvcache.engine.interrupts import uninterrupted
+from pykvcache.engine.limits import default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
-from pykvcache.engine.runner import ModelRunner, longest_position
+from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampling import Event, Output, Sampling, Score
-from pykvcache.engine.scheduler import Options, Scheduler
+from pykvcache.engine.scheduler import Scheduler
+from pykvcache.engine.scoring import Scorer
 from pykvcache.engine.stats import EngineStats, Meter
+from pykvcache.engine.step import Options
 from pykvcache.engine.swap import SwapSpace
-from pykvcache.engine.weights import WeightsWatch
 from pykvcache.hf.arguments import parse_dtype, parse_memory
 
 Prompt = Sequence[int] | Int64Array | Tensor
-NO_LOGITS = 2**31
+MAX_PRIORITY = 10**9
 
 
 class Engine:
@@ -113,9 +117,10 @@ class Engine:
             self._swap.drop,
             self._swap.compute_seconds,
         )
-        self._loop = Loop(self._runner, self._scheduler, self._swap, _eos_tokens(model))
-        self._weights = WeightsWatch(model)
-        self._max_length = _max_length(model)
+        self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
+        self._model, self._guard = model, WeightsGuard(model)
+        self._unchecked = False  # a request came since the weights were looked at
+        self._max_length = max_length(model)
         self._lock = threading.RLock()
 
     # Ways to use it.
@@ -146,18 +151,19 @@ class Engine:
         Raises:
             ValueError, TypeError: a prompt or setting is out of range, or a request could never fit
                 the pool; nothing was started.
+            Exception: what a processor of one of these requests raised.
         """
         settings = self._settings(prompts, sampling, max_new_tokens)
-        handles = self._submit_all(prompts, settings, priority, salt)
-        samples = sum(setting.n for setting in settings)
-        with self._cancelling(handles), progress_bar(samples, progress) as advance:
-            done = 0
-            while not all(handle.done for handle in handles):
+        total, call = sum(setting.n for setting in settings), Call()
+        handles = self._submit_all(prompts, settings, priority, salt, call)
+        with self._cancelling(handles), progress_bar(total, progress) as advance:
+            while call.ended < total:
+                before = call.ended
                 self.step()
-                finished = sum(handle.num_done for handle in handles)
-                advance(finished - done, self._loop.meter.rate)
-                done = finished
-        return [output for handle in handles for output in handle.outputs]
+                advance(call.ended - before, self._loop.meter.rate)
+        outputs = [output for handle in handles for output in handle.outputs]
+        raise_errors(outputs)
+        return outputs
 
     def stream(
         self,
@@ -167,11 +173,15 @@ class Engine:
         max_new_tokens: int | None = None,
         priority: int = 0,
         salt: int = 0,
-    ) -> Iterator[Event]:
-        """Complete all prompts and yield every token as it comes; arguments as `generate`."""
+    ) -> Stream:
+        """Complete all prompts and give every token as it comes; arguments as `generate`.
+
+        The requests are queued at once; leaving the stream cancels those that have not ended.
+        """
         settings = self._settings(prompts, sampling, max_new_tokens)
-        handles = self._submit_all(prompts, settings, priority, salt, watched=True)
-        return self._events(handles)
+        call = Call(streams=True)
+        handles = self._submit_all(prompts, settings, priority, salt, call)
+        return Stream(self, handles, call)
 
     def submit(
         self,
@@ -190,8 +200,10 @@ class Engine:
             on_token: called with every event of this request. What it raises comes out of the
                 `step` that was running; that step counts as done.
         """
+        if on_token is not None and not callable(on_token):
+            raise TypeError(f"on_token must be callable, got {on_token!r}")
         settings = self._settings([prompt], sampling, max_new_tokens)
-        return self._submit_all([prompt], settings, priority, salt, on_token=on_token)[0]
+        return self._submit_all([prompt], settings, priority, salt, Call(), on_token)[0]
 
     def score(
         self,
@@ -211,24 +223,35 @@ class Engine:
         Returns:
             One `Score` for each completion.
         """
+        if isinstance(completions, (str, bytes)) or not hasattr(completions, "__len__"):
+            raise TypeError(
+                f"completions must be a list of token ids each, got {completions!r:.60}"
+            )
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
         first = self._prompt(prompt, "prompt")
         endings = [self._prompt(c, f"completions[{i}]") for i, c in enumerate(completions)]
-        return self._score(first, endings, top_k, salt)
+        with self._lock:
+            self._accept()
+        new_request = functools.partial(self._request, new_tokens=1, priority=0, salt=salt)
+        scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
+        return scorer.score(first, endings, top_k)
 
     def step(self) -> list[Event]:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
         with self._lock:
+            self._check_weights()
             events = self._loop.step()
         _notify(events)
         return [event for event, _ in events]
 
     def weights_changed(self) -> None:
-        """Forget all cached prefixes; called by itself where a change of weights is noticed."""
+        """Share nothing that was computed so far; a change of weights that is noticed does it."""
         with self._lock:
-            if self._blocks.prefix_cache:
-                self._allocator.forget_prefixes()
+            self._guard.changed()
+            self._blocks.forget()
+            if self._runner.graphs is not None:
+                self._runner.graphs.clear()
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
@@ -238,7 +261,7 @@ class Engine:
     def reset_stats(self) -> None:
         """Start counting and timing anew."""
         with self._lock:
-            self._loop.meter = Meter()
+            self._loop.meter = Meter(self._scheduler)
 
     # Submitting.
 
@@ -256,7 +279,11 @@ class Engine:
             sampling = Sampling(max_new_tokens=max_new_tokens)
         if sampling is None:
             sampling = Sampling()
-        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        if isinstance(sampling, Sampling):
+            return [sampling] * len(prompts)
+        if not isinstance(sampling, Sequence):
+            raise TypeError(f"sampling must be a Sampling or a list of them, got {sampling!r}")
+        settings = list(sampling)
         for setting in settings:
             if not isinstance(setting, Sampling):
                 raise TypeError(f"sampling must be a Sampling or a list of them, got {setting!r}")
@@ -268,7 +295,10 @@ class Engine:
         """Token ids as an array of its own."""
         if isinstance(prompt, (str, bytes)):
             raise TypeError(f"{name} must be token ids, got a string; use your tokenizer first")
-        array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+        try:
+            array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
+        except (ValueError, TypeError):
+            raise TypeError(f"{name} must be a list of token ids, got {prompt!r:.60}") from None
         if array.ndim != 1 or array.size == 0:
             raise ValueError(
                 f"{name} must be a non-empty list of token ids, got shape {list(array.shape)}"
@@ -286,6 +316,10 @@ class Engine:
         for name, value in (("priority", priority), ("salt", salt)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
+        if abs(priority) > MAX_PRIORITY:
+            raise ValueError(f"priority must be within {MAX_PRIORITY:,} of 0, got {priority}")
+        if not -(2**63) <= salt < 2**63:
+            raise ValueError(f"salt must fit 64 bits, got {salt}")
         limit = len(prompt) + new_tokens
         if self._max_length is not None and limit - 1 > self._max_length[0]:
             raise ValueError(
@@ -300,31 +334,42 @@ class Engine:
         settings: Sequence[Sampling],
         priority: int,
         salt: int,
-        watched: bool = False,
+        call: Call,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[Handle]:
         """Check everything, then put everything into the queue."""
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._prompt(prompt, f"prompts[{index}]")
-            handle = Handle(self, streams=watched)
+            handle = Handle(self, call)
             for sample_index in range(setting.n):
                 request = self._request(array, setting.max_new_tokens, priority, salt)
                 self._scheduler.check(request)
-                sample = Sample(handle, request, setting, index, sample_index, on_token, watched)
+                sample = Sample(
+                    handle, request, setting, index, sample_index, on_token, call.streams
+                )
                 request.owner, request.ends_at_eos = sample, not setting.ignore_eos
                 handle.samples.append(sample)
             handles.append(handle)
-        with self._lock:
-            self._check_weights()
+        with self._lock, uninterrupted():
+            self._accept()
             for handle in handles:
                 for sample in handle.samples:
                     self._scheduler.submit(sample.request)
         return handles
 
+    def _accept(self) -> None:
+        """New requests come: look at the weights before the next step, and at the configuration."""
+        self._unchecked = True
+        penalty = getattr(self._model.generation_config, "repetition_penalty", None)
+        self._loop.set_ends(eos_tokens(self._model), 1.0 if penalty is None else penalty)
+
     def _check_weights(self) -> None:
-        if self._blocks.prefix_cache and self._weights.changed():
-            self._allocator.forget_prefixes()
+        """Before a step: what was computed with other weights must not be shared any more."""
+        new, self._unchecked = self._unchecked, False
+        waits = self._scheduler.num_waiting > 0
+        if (new and self._guard.changed()) or (waits and not new and self._guard.moved()):
+            self.weights_changed()
 
     @contextlib.contextmanager
     def _cancelling(self, handles: Sequence[Handle]) -> Iterator[None]:
@@ -335,72 +380,14 @@ class Engine:
             for handle in handles:
                 handle.cancel()
 
-    def _events(self, handles: list[Handle]) -> Iterator[Event]:
-        with self._cancelling(handles):
-            while not all(handle.done for handle in handles):
-                self.step()
-                for handle in handles:
-                    yield from handle.take_events()
-
     def _cancel(self, sample: Sample) -> None:
         """End a sample now; used by its handle."""
-        with self._lock:
+        with self._lock, uninterrupted():
             if sample.request.done:
                 return
             event = self._loop.end(sample, "cancelled")
         if event is not None:
             _notify([(event, sample.listener)])
-
-    def _score(
-        self, prompt: Int64Array, endings: Sequence[Int64Array], top_k: int, salt: int
-    ) -> list[Score]:
-        """The prompt but its last token is computed once; every completion goes on from there."""
-        jobs = [ScoreJob(ending, top_k) for ending in endings]
-        for job in jobs:
-            text = np.concatenate([prompt, job.completion[:-1]])
-            job.request = self._request(text, 1, 0, salt)
-            job.request.logits_from, job.request.owner = len(prompt) - 1, job
-            self._scheduler.check(job.request)
-        with self._lock:
-            self._check_weights()
-        held = None
-        try:
-            if len(prompt) > 1:
-                held = self._compute(prompt[:-1], salt)
-            with self._lock:
-                for job in jobs:
-                    if held is not None and held.seq is not None:
-                        job.request.seq = int(self._allocator.fork([held.seq])[0])
-                        job.request.computed = len(prompt) - 1
-                    self._scheduler.submit(job.request)
-                if held is not None:
-                    self._blocks.close(held)  # the completions hold its blocks now
-            while not all(job.request.done for job in jobs):
-                self.step()
-        finally:
-            with self._lock:
-                for job in jobs:
-                    self._scheduler.finish(job.request)
-                if held is not None:
-                    self._blocks.close(held)
-        return [job.score for job in jobs]
-
-    def _compute(self, tokens: Int64Array, salt: int) -> Request:
-        """Compute keys and values of a text; the request keeps its blocks."""
-        request = self._request(tokens, 1, 0, salt)
-        request.logits_from = NO_LOGITS
-        request.owner = job = ScoreJob(tokens, 0, keep=True)
-        job.request = request
-        with self._lock:
-            self._scheduler.submit(request)
-        try:
-            while not job.ready:
-                self.step()
-        except BaseException:
-            with self._lock:
-                self._scheduler.finish(request)
-            raise
-        return request
 
 
 def _notify(heard: Heard) -> None:
@@ -414,32 +401,3 @@ def _notify(heard: Heard) -> None:
             error = error or raised
     if error is not None:
         raise error
-
-
-def default_memory(device: torch.device) -> int:
-    """Bytes for a pool whose size nobody chose."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return min(4 * 2**30, free // 4)
-
-
-def _eos_tokens(model: PreTrainedModel) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    return [] if eos is None else [int(t) for t in (eos if isinstance(eos, list) else [eos])]
-
-
-def _max_length(model: PreTrainedModel) -> tuple[int, str] | None:
-    """Longest text that the model can take, and why; None = any."""
-    limits = []
-    embeddings = model.get_input_embeddings()
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for module in model.modules():
-        learned = isinstance(module, torch.nn.Embedding) and module is not embeddings
-        offset = getattr(module, "offset", 0)
-        if learned and positions is not None and module.num_embeddings == positions + offset:
-            limits.append((positions, "its learned position embeddings"))
-    scaled = longest_position(model)
-    if scaled is not None:
-        limits.append((scaled - 1, "its temperature tuning, which counts positions itself"))
-    return min(limits, default=None)

@@ -33,18 +33,33 @@ def buckets(largest: int) -> list[int]:
     return sizes
 
 
-def record_cuda_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """Capture what `run` launches on the current CUDA device; its result is written by replays."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph.replay, result
+class CudaRecorder:
+    """Captures CUDA graphs on one device; all of them share their memory, as one runs at a time.
+
+    Args:
+        device: where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """Capture what `run` launches; its result is written by replays."""
+        with torch.cuda.device(self._device):
+            return self._record(run)
+
+    def _record(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            result = run()
+        return graph.replay, result
 
 
 class Bucket:
@@ -111,7 +126,7 @@ class DecodeGraphs:
         groups: int,
         device: torch.device,
         largest: int,
-        record: Recorder = record_cuda_graph,
+        record: Recorder,
     ) -> None:
         self._forward, self._groups, self._device = forward, groups, device
         self._record, self._sizes = record, buckets(largest)
@@ -136,6 +151,10 @@ class DecodeGraphs:
         assert bucket.replay is not None and bucket.logits is not None
         bucket.replay()
         return bucket.logits[:rows]
+
+    def clear(self) -> None:
+        """Forget all graphs: they read weights where they were when they were captured."""
+        self._buckets.clear()
 
     def _capture(self, bucket: Bucket) -> bool:
         try:

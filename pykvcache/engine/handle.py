@@ -7,7 +7,8 @@ Read first: sampling.py, request.py. Read next: loop.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from pykvcache.batch import Int64Array
@@ -43,22 +44,15 @@ class Sample:
         self.begun = False
         self.logprobs: list[LogProbs] | None = None if setting.logprobs is None else []
         self.submitted = time.perf_counter()
-        self.first_step = self.first_token = 0.0
+        self.first_token = 0.0
+        self.error: Exception | None = None
         self.output: Output | None = None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether its tokens need nothing but an argmax once it has begun."""
+    def is_quiet(self) -> bool:
+        """Whether nobody has to look at its tokens as they come."""
         setting = self.setting
-        return (
-            setting.greedy
-            and not self.watched
-            and not setting.stop_sequences
-            and not setting.processors
-            and setting.logprobs is None
-            and setting.repetition_penalty == 1.0
-            and setting.min_new_tokens <= 1
-        )
+        return not self.watched and not setting.stop_sequences and setting.logprobs is None
 
     def stops(self, tokens: Int64Array) -> bool:
         """Whether the output so far ends with one of the stop sequences."""
@@ -79,9 +73,10 @@ class Sample:
             len(request.prompt),
             min(request.cached, len(request.prompt)),
             request.preemptions,
-            (self.first_step or now) - self.submitted,
+            min(request.placed or now, self.first_token or now) - self.submitted,
             (self.first_token or now) - self.submitted,
             now - self.submitted,
+            self.error,
         )
         return self.output
 
@@ -102,7 +97,65 @@ class ScoreJob:
         self.ready = False
 
 
-class _Canceller(Protocol):
+class Call:
+    """What the handles of one call of the engine have in common.
+
+    Attributes:
+        ended: samples that have ended.
+        streams: somebody takes the events.
+        events: those that were not taken yet.
+    """
+
+    def __init__(self, streams: bool = False) -> None:
+        self.ended, self.streams = 0, streams
+        self.events: deque[Event] = deque()
+
+
+class Stream:
+    """Iterates over the events of a call, running the engine as needed.
+
+    `close`, leaving a loop over it early, or dropping it cancels what has not ended.
+    """
+
+    def __init__(self, engine: _Engine, handles: list[Handle], call: Call) -> None:
+        self._engine, self._handles, self._call = engine, handles, call
+        self._total = sum(len(handle.samples) for handle in handles)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        call = self._call
+        while not call.events and call.ended < self._total:
+            try:
+                self._engine.step()
+            except BaseException:
+                self.close()
+                raise
+        if not call.events:
+            raise StopIteration
+        event = call.events.popleft()
+        if event.output is not None:
+            raise_errors([event.output])
+        return event
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        for handle in self._handles:
+            handle.cancel()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def raise_errors(outputs: Iterable[Output]) -> None:
+    """Raise the first error among outputs."""
+    for output in outputs:
+        if output.error is not None:
+            raise output.error
+
+
+class _Engine(Protocol):
     def step(self) -> list[Event]: ...
 
     def _cancel(self, sample: Sample) -> None: ...
@@ -111,20 +164,15 @@ class _Canceller(Protocol):
 class Handle:
     """A prompt that was submitted, with all its samples."""
 
-    def __init__(self, engine: _Canceller, streams: bool = False) -> None:
-        self._engine, self._streams = engine, streams
-        self._events: list[Event] = []
+    def __init__(self, engine: _Engine, call: Call) -> None:
+        self._engine, self._call = engine, call
+        self._ended = 0
         self.samples: list[Sample] = []
 
     @property
     def done(self) -> bool:
         """Whether every sample has ended."""
-        return all(sample.output is not None for sample in self.samples)
-
-    @property
-    def num_done(self) -> int:
-        """Samples that have ended."""
-        return sum(sample.output is not None for sample in self.samples)
+        return self._ended == len(self.samples)
 
     @property
     def outputs(self) -> list[Output]:
@@ -137,17 +185,22 @@ class Handle:
             self._engine._cancel(sample)
 
     def result(self) -> list[Output]:
-        """Run the engine until this is done; one output a sample."""
+        """Run the engine until this is done; one output a sample.
+
+        Raises:
+            Exception: what a processor of this request raised.
+        """
         while not self.done:
             self._engine.step()
+        raise_errors(self.outputs)
         return self.outputs
 
-    def take_events(self) -> Iterator[Event]:
-        """Events since the last call."""
-        events, self._events = self._events, []
-        yield from events
+    def sample_ended(self) -> None:
+        """Used by the engine."""
+        self._ended += 1
+        self._call.ended += 1
 
     def put_event(self, event: Event) -> None:
         """Used by the engine: keeps the event if somebody will take it."""
-        if self._streams:
-            self._events.append(event)
+        if self._call.streams:
+            self._call.events.append(event)

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.handle import Listener, Sample, ScoreJob
+from pykvcache.engine.interrupts import uninterrupted
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
-from pykvcache.engine.scheduler import Scheduler, Step
+from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.stats import Meter
+from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
 
 Heard = list[tuple[Event, Listener | None]]
@@ -43,9 +45,13 @@ class Loop:
     ) -> None:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
-        self.meter = Meter()
+        self.meter = Meter(scheduler)
+        self.set_ends(eos, 1.0)
+
+    def set_ends(self, eos: Sequence[int], penalty: float) -> None:
+        """Take over what the model's generation config says: end-of-text tokens and penalty."""
         self._eos = np.array(eos, np.int64)
-        self._sampler = Sampler(eos)
+        self._sampler = Sampler(self.runner.vocabulary, eos, penalty)
 
     def step(self) -> Heard:
         """Run one step; returns the events of watched samples."""
@@ -54,13 +60,15 @@ class Loop:
 
     def _step(self) -> Heard:
         started = time.perf_counter()
-        step = self.scheduler.plan()
+        with uninterrupted():
+            step = self.scheduler.plan()
         if step is None:
             return []
         try:
             ids = self.lanes.ids(step.lanes, step.starts, step.counts)
             logits = self.runner.run(step, ids)
-            heard = self._settle(step, ids, logits, started)
+            with uninterrupted():
+                heard = self._settle(step, ids, logits)
         except BaseException:
             self.scheduler.undo(step)
             raise
@@ -77,14 +85,15 @@ class Loop:
         tokens = self._text(request)
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
+        sample.handle.sample_ended()
         self.meter.finished(output)
-        if not sample.watched or reason != "cancelled":
+        if not sample.watched or reason not in ("cancelled", "error"):
             return None
         event = Event(sample.prompt_index, sample.sample_index, None, None, output)
         sample.handle.put_event(event)
         return event
 
-    def _settle(self, step: Step, ids: Int64Array, logits: Tensor, started: float) -> Heard:
+    def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> Heard:
         lanes = self.lanes
         self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
         scored = lanes.logits_from[step.lanes] >= 0
@@ -101,7 +110,7 @@ class Loop:
         if plain.any():
             self._settle_plain(rows[plain], likeliest(logits[np.flatnonzero(plain)]))
             logits = logits[others]
-        return self._settle_samples(rows[others], logits, started)
+        return self._settle_samples(rows[others], logits)
 
     def _settle_plain(self, rows: Int64Array, tokens: Int64Array) -> None:
         """Take the next tokens of lanes [R] whose samples nobody watches."""
@@ -114,7 +123,7 @@ class Loop:
             assert request is not None
             self.end(request.owner, "eos" if eos[i] else "length")
 
-    def _settle_samples(self, rows: Int64Array, logits: Tensor, started: float) -> Heard:
+    def _settle_samples(self, rows: Int64Array, logits: Tensor) -> Heard:
         """The same for lanes whose samples need a look, and for those that share their prompt."""
         requests: list[Request] = []
         sources: list[int] = []
@@ -129,18 +138,18 @@ class Loop:
         if len(sources) > len(rows):
             logits = logits[torch.tensor(sources, device=logits.device)]
         try:
-            return self._next_tokens(requests, logits, started)
+            return self._next_tokens(requests, logits)
         except BaseException:
             for request in requests:  # blocks of a prompt without a first token are of no use
                 if not request.owner.begun and request.lane < 0:
                     self.blocks.close(request)
             raise
 
-    def _next_tokens(self, requests: Sequence[Request], logits: Tensor, started: float) -> Heard:
+    def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> Heard:
         """Choose and take the next token of each request, whose logits are [R, V]."""
         samples: list[Sample] = [request.owner for request in requests]
         texts = [self._text(request) for request in requests]
-        tokens = self._sampler.choose(
+        tokens, errors = self._sampler.choose(
             logits,
             [sample.setting for sample in samples],
             [sample.sample_index for sample in samples],
@@ -150,13 +159,24 @@ class Loop:
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
         heard: Heard = []
-        for sample, text, token, logs in zip(samples, texts, tokens.tolist(), numbers, strict=True):
+        for i, (sample, text, token) in enumerate(
+            zip(samples, texts, tokens.tolist(), strict=True)
+        ):
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
-                sample.first_step = sample.first_step or started
-                sample.request.plain = sample.is_plain
-            heard += self._take(sample, text, token, logs)
+                plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
+                sample.request.plain = plain
+            if i in errors:
+                heard += self._fail(sample, errors[i])
+            else:
+                heard += self._take(sample, text, token, numbers[i])
         return heard
+
+    def _fail(self, sample: Sample, error: Exception) -> Heard:
+        """End a sample whose own processor raised."""
+        sample.error = error
+        event = self.end(sample, "error")
+        return [] if event is None else [(event, sample.listener)]
 
     def _text(self, request: Request) -> Int64Array:
         if request.lane < 0:

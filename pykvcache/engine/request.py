@@ -7,6 +7,7 @@ Read first: sampling.py. Read next: scheduler.py.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,9 @@ from numpy.typing import NDArray
 
 from pykvcache.batch import Int64Array
 
+TwinKey = tuple[
+    int, int | bytes
+]  # salt, and the prompt or the number of a request that has no twin
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
@@ -60,7 +64,8 @@ class Request:
     ends_at_eos: bool = True
     owner: Any = None
     heir_of: Request | None = None  # shares the blocks of its prompt, while it waits
-    twin_key: tuple[int, bytes] | None = None  # of its prompt, see blocks.py
+    placed: float = 0.0  # when it first got a lane, time.perf_counter()
+    twin_key: TwinKey | None = None  # of its prompt, see blocks.py
 
     def __post_init__(self) -> None:
         self.tokens = self.prompt
@@ -112,8 +117,9 @@ class Lanes:
     def place(self, request: Request) -> int:
         """Put a request that has blocks into a free lane."""
         assert request.seq is not None
+        self._widen(len(request.tokens) + 1)
         lane = self._free.pop()
-        self._widen(request.limit)
+        request.placed = request.placed or time.perf_counter()
         self.requests[lane], request.lane = request, lane
         self.seqs[lane], self.computed[lane] = request.seq, request.computed
         self.known[lane], self.limit[lane] = len(request.tokens), request.limit
@@ -144,12 +150,13 @@ class Lanes:
 
     def append(self, lanes: Int64Array, tokens: Int64Array) -> None:
         """Add one new token to each of the lanes."""
+        self._widen(int(self.known[lanes].max(initial=0)) + 1)
         self.tokens[lanes, self.known[lanes]] = tokens
         self.known[lanes] += 1
 
     def _widen(self, width: int) -> None:
         if width > self.tokens.shape[1]:
-            width = max(width, 3 * self.tokens.shape[1] // 2, 256)
+            width = max(2 * width, 256)
             wider = np.empty((len(self.requests), width), np.int32)
             wider[:, : self.tokens.shape[1]] = self.tokens
             self.tokens = wider

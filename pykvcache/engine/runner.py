@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from pykvcache.batch import Batch, Int64Array
-from pykvcache.engine.graphs import Bucket, DecodeGraphs
+from pykvcache.engine.graphs import Bucket, CudaRecorder, DecodeGraphs
 from pykvcache.engine.request import ranges
-from pykvcache.engine.scheduler import Step
+from pykvcache.engine.step import Step
 from pykvcache.hf.packed import PackedCache, packed_attention, register
 from pykvcache.metadata import AttentionMetadata
 
-PROBE_LENGTHS = (5, 3)
+PROBE_LENGTHS = ((5, 3), (2, 1), (1, 1))  # of two prompts; the first pair that fits the pool
 SAME_DIRECTION = 0.95  # cosine of logits; rounding stays far above, a wrong mask far below
 
 
@@ -58,7 +58,8 @@ class ModelRunner:
             self._probe()
         if cuda_graphs and self.device.type == "cuda":
             groups = len(self.cache.windows)
-            self.graphs = DecodeGraphs(self._forward_bucket, groups, self.device, largest)
+            record = CudaRecorder(self.device)
+            self.graphs = DecodeGraphs(self._forward_bucket, groups, self.device, largest, record)
 
     @property
     def vocabulary(self) -> int:
@@ -143,33 +144,39 @@ class ModelRunner:
         The model runs twice on a few tokens: as it is, which also tells the shapes of its keys, and
         packed. A model whose code looks at positions or neighbours of its own accord fails here.
         """
-        prompts = [np.arange(1, n + 1, dtype=np.int64) % self.vocabulary for n in PROBE_LENGTHS]
-        expected, shapes = [], []
-        for prompt in prompts:
-            stock = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-            out = self.model(
-                input_ids=torch.from_numpy(prompt)[None].to(self.device),
-                past_key_values=stock,
-                use_cache=True,
-            )
-            expected.append(out.logits[0, -1].float())
-            paged = [stock.layers[index] for index in self.cache.paged]
-            shapes = [(layer.keys, layer.values) for layer in paged]
+        ids = np.arange(1, max(map(max, PROBE_LENGTHS)) + 1, dtype=np.int64) % self.vocabulary
+        stock = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        out = self.model(
+            input_ids=torch.from_numpy(ids)[None].to(self.device),
+            past_key_values=stock,
+            use_cache=True,
+        )
+        paged = [stock.layers[index] for index in self.cache.paged]
+        shapes = [(layer.keys, layer.values) for layer in paged]
         if any(k is None or k.dim() != 4 or v.dim() != 4 for k, v in shapes):
             raise ValueError(f"{self._name} cannot be packed: a layer caches nothing")
         self.cache.open(shapes)
+        size = self.cache.pool.block_size
+        for lengths in PROBE_LENGTHS:
+            blocks = sum(-(-length // size) for length in lengths) * len(self.cache.windows)
+            if blocks <= self.cache.pool.num_blocks:
+                self._compare(ids, np.array(lengths, np.int64), out.logits[0])
+                return
+
+    def _compare(self, ids: Int64Array, lengths: Int64Array, expected: Tensor) -> None:
+        """Pack texts that begin with `ids`; their last logits must be those in expected [T, V]."""
         allocator = self.cache.pool.allocator
         assert allocator is not None
-        lengths = np.array(PROBE_LENGTHS, np.int64)
         seqs = allocator.allocate([0] * len(lengths))
         try:
             batch = allocator.batch(seqs, windows=self.cache.windows, chunks=self.cache.chunks)
             copies = batch.step(lengths)
             step = Step(seqs, 0 * lengths, lengths, np.ones_like(lengths), batch, copies)
-            packed = self.run(step, np.concatenate(prompts)).float()
+            packed = self.run(step, np.concatenate([ids[:length] for length in lengths]))
         finally:
             allocator.free(seqs)
-        cosine = torch.nn.functional.cosine_similarity(packed, torch.stack(expected))
+        wanted = expected[torch.from_numpy(lengths - 1).to(expected.device)]
+        cosine = torch.nn.functional.cosine_similarity(packed.float(), wanted.float())
         if not bool((cosine > SAME_DIRECTION).all()):
             raise ValueError(
                 f"{self._name} cannot be packed: its logits change when requests share a forward "
@@ -203,16 +210,3 @@ def check_packable(model: Any) -> None:
         reason = "its forward takes no position_ids"
     if reason is not None:
         raise ValueError(f"{name} cannot be packed: {reason}")
-
-
-def longest_position(model: PreTrainedModel) -> int | None:
-    """Positions from which on a packed forward would differ; None = none.
-
-    Llama 4 scales queries by positions that it counts itself, from `floor_scale` on.
-    """
-    scales = [
-        int(module.floor_scale)
-        for module in model.modules()
-        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale")
-    ]
-    return min(scales, default=None)

@@ -8,6 +8,7 @@ Read first: sampling.py. Read next: engine.py.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,18 +26,25 @@ from transformers import (
 from pykvcache.batch import Int64Array
 from pykvcache.engine.sampling import LogProbs, Sampling
 
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that multiples modulo 2**64 are all different
+Filters = tuple[object, ...]
 
 
 class Sampler:
     """Chooses the next token of each row.
 
     Args:
+        vocabulary: V.
         eos: end-of-text tokens, which rows below min_new_tokens must not get.
+        penalty: repetition penalty of rows that ask for none.
     """
 
-    def __init__(self, eos: Sequence[int]) -> None:
-        self._eos = list(eos)
+    def __init__(self, vocabulary: int, eos: Sequence[int], penalty: float = 1.0) -> None:
+        self._eos = [token for token in eos if 0 <= token < vocabulary]
+        self._penalty = penalty
+
+    def is_plain(self, setting: Sampling) -> bool:
+        """Whether the next tokens of such a row are always its most likely ones."""
+        return setting.greedy and self._is_untouched(setting, 1)
 
     def choose(
         self,
@@ -45,8 +53,8 @@ class Sampler:
         streams: Sequence[int],
         generated: Sequence[int],
         texts: Callable[[int], Int64Array],
-    ) -> Int64Array:
-        """Next tokens, int64 [R].
+    ) -> tuple[Int64Array, dict[int, Exception]]:
+        """Next tokens, int64 [R], and what processors of users raised, by row.
 
         Args:
             logits: [R, V] of the model; not changed.
@@ -55,18 +63,34 @@ class Sampler:
             generated: tokens that each row has generated so far.
             texts: prompt and output so far of a row, called where a processor needs them.
         """
-        if all(s.greedy and _is_plain(s, n) for s, n in zip(settings, generated, strict=True)):
-            return likeliest(logits)
+        pairs = list(zip(settings, generated, strict=True))
+        if all(setting.greedy and self._is_untouched(setting, n) for setting, n in pairs):
+            return likeliest(logits), {}
         tokens = np.empty(len(settings), np.int64)
-        for setting, rows in _groups(settings):
+        errors: dict[int, Exception] = {}
+        for rows in _groups(settings):
+            setting = settings[rows[0]]
             scores = logits[rows].float()
-            scores = self._process(setting, rows, scores, generated, texts)
+            self._process(setting, rows, scores, generated, texts, errors)
             if setting.greedy:
-                chosen = scores.argmax(-1)
+                tokens[rows] = likeliest(scores)
             else:
-                chosen = _draw(scores, setting.seed, [(streams[r], generated[r]) for r in rows])
-            tokens[rows] = chosen.cpu().numpy()
-        return tokens
+                scores = _warpers(setting)(None, scores)
+                places = [(settings[r].seed, streams[r], generated[r]) for r in rows]
+                tokens[rows] = _draw(scores, places).cpu().numpy()
+        return tokens, errors
+
+    def _is_untouched(self, setting: Sampling, generated: int) -> bool:
+        """Whether the scores of such a row are its logits."""
+        return (
+            not setting.processors
+            and self._penalty_of(setting) == 1.0
+            and generated >= setting.min_new_tokens
+        )
+
+    def _penalty_of(self, setting: Sampling) -> float:
+        penalty = setting.repetition_penalty
+        return self._penalty if penalty is None else penalty
 
     def _process(
         self,
@@ -75,30 +99,40 @@ class Sampler:
         scores: Tensor,
         generated: Sequence[int],
         texts: Callable[[int], Int64Array],
-    ) -> Tensor:
-        """Scores [n, V] after all processors of rows with one setting."""
-        if setting.processors or setting.repetition_penalty != 1.0:
-            words = [torch.from_numpy(texts(row)).to(scores.device) for row in rows]
-            penalty = RepetitionPenaltyLogitsProcessor(setting.repetition_penalty)
-            custom = LogitsProcessorList(setting.processors)
+        errors: dict[int, Exception],
+    ) -> None:
+        """Penalty, minimum length and processors of users, in place on scores [n, V]."""
+        penalty = self._penalty_of(setting)
+        needs_text = setting.processors or penalty != 1.0
+        words = [torch.from_numpy(texts(row))[None].to(scores.device) for row in rows if needs_text]
+        if penalty != 1.0:
+            repetition = RepetitionPenaltyLogitsProcessor(penalty)
             for i, ids in enumerate(words):
-                scores[i : i + 1] = penalty(ids[None], custom(ids[None], scores[i : i + 1]))
+                scores[i : i + 1] = repetition(ids, scores[i : i + 1])
         if setting.min_new_tokens and self._eos:
             early = [i for i, row in enumerate(rows) if generated[row] < setting.min_new_tokens]
             scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
-        if setting.greedy:
-            return scores
-        warpers = LogitsProcessorList()
-        if setting.temperature not in (None, 1.0):
-            warpers.append(TemperatureLogitsWarper(float(setting.temperature)))
-        if setting.top_k is not None:
-            warpers.append(TopKLogitsWarper(setting.top_k))
-        if setting.top_p is not None and setting.top_p < 1.0:
-            warpers.append(TopPLogitsWarper(setting.top_p))
-        if setting.min_p is not None:
-            warpers.append(MinPLogitsWarper(setting.min_p))
-        warped: Tensor = warpers(None, scores)
-        return warped
+        if setting.processors:
+            custom = LogitsProcessorList(setting.processors)
+            for i, (row, ids) in enumerate(zip(rows, words, strict=True)):
+                try:
+                    scores[i : i + 1] = custom(ids, scores[i : i + 1].clone())
+                except Exception as error:
+                    errors[row] = error
+
+
+def _warpers(setting: Sampling) -> LogitsProcessorList:
+    """The filters of a setting."""
+    warpers = LogitsProcessorList()
+    if setting.temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(float(setting.temperature)))
+    if setting.top_k is not None:
+        warpers.append(TopKLogitsWarper(setting.top_k))
+    if setting.top_p is not None and setting.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(setting.top_p))
+    if setting.min_p is not None:
+        warpers.append(MinPLogitsWarper(setting.min_p))
+    return warpers
 
 
 def likeliest(logits: Tensor) -> Int64Array:
@@ -109,36 +143,34 @@ def likeliest(logits: Tensor) -> Int64Array:
     return logits.argmax(-1).cpu().numpy()
 
 
-def _is_plain(setting: Sampling, generated: int) -> bool:
-    """Whether the row's scores are its logits."""
-    return (
-        not setting.processors
-        and setting.repetition_penalty == 1.0
-        and generated >= setting.min_new_tokens
-    )
-
-
-def _groups(settings: Sequence[Sampling]) -> list[tuple[Sampling, list[int]]]:
-    """Rows of each setting object; requests of one call share it."""
-    by_identity: dict[int, list[int]] = {}
+def _groups(settings: Sequence[Sampling]) -> list[list[int]]:
+    """Rows whose scores are processed alike; seeds may differ."""
+    kinds: dict[int, Filters] = {}
+    groups: dict[Filters, list[int]] = {}
     for row, setting in enumerate(settings):
-        by_identity.setdefault(id(setting), []).append(row)
-    return [(settings[rows[0]], rows) for rows in by_identity.values()]
+        kind = kinds.get(id(setting))
+        if kind is None:
+            kind = kinds[id(setting)] = (
+                setting.greedy, setting.temperature, setting.top_k, setting.top_p, setting.min_p,
+                setting.repetition_penalty, setting.min_new_tokens, setting.processors,
+            )  # fmt: skip
+        groups.setdefault(kind, []).append(row)
+    return list(groups.values())
 
 
-def _draw(scores: Tensor, seed: int | None, streams: list[tuple[int, int]]) -> Tensor:
+def _draw(scores: Tensor, places: Sequence[tuple[int | None, int, int]]) -> Tensor:
     """Sample each row of scores [n, V] in proportion to exp(score).
 
     The largest of score - log(E), E exponential noise, is such a sample (Gumbel-max trick).
+
+    Args:
+        places: (seed, sample, position) of each row.
     """
-    noise = torch.empty(scores.shape, dtype=torch.float32, device="cpu")
-    if seed is None:
-        noise.exponential_()
-    else:
-        generator = torch.Generator()
-        for row, (sample, position) in zip(noise, streams, strict=True):
-            place = (seed * 3 + sample * 2**20 + position + 1) * _SEED_STRIDE
-            generator.manual_seed(place % 2**63)
+    noise = torch.empty(scores.shape, dtype=torch.float32, device="cpu").exponential_()
+    for row, place in zip(noise, places, strict=True):
+        if place[0] is not None:
+            digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             row.exponential_(generator=generator)
     return (scores - noise.to(scores.device).log()).argmax(-1)
 

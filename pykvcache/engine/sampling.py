@@ -5,7 +5,6 @@ Read next: scheduler.py.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,8 @@ class Sampling:
         max_new_tokens: most tokens to generate, at least 1.
         temperature: divides the logits; 0 = greedy, default 1 when another filter is given.
         top_p, top_k, min_p: filters, see the warpers of transformers.
-        repetition_penalty: above 1 makes tokens of prompt and output less likely.
+        repetition_penalty: above 1 makes tokens of prompt and output less likely; default: that of
+            the model's generation config.
         min_new_tokens: no end-of-text token before so many.
         seed: makes the tokens a function of the prompt and the seed alone, whatever else runs.
         n: samples of the prompt, which is computed once.
@@ -34,7 +34,8 @@ class Sampling:
             one, of the model's own distribution (before any processor); 0 = the chosen one only,
             None = nothing.
         processors: further callables (input_ids [1, length], scores [1, vocabulary]) -> scores,
-            applied to each row of the request before the others.
+            applied to each row between the penalty and the filters, as `generate` does. One that
+            raises ends its request with the finish reason "error".
 
     Raises:
         ValueError, TypeError: an argument is out of range; the message names it.
@@ -45,7 +46,7 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     min_new_tokens: int = 0
     seed: int | None = None
     n: int = 1
@@ -89,12 +90,18 @@ class Sampling:
                 raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
         if self.top_p == 0:
             raise ValueError("top_p must be above 0, got 0")
-        _ = self.stop_sequences
+        _check_list("stop", self.stop)
+        _check_list("processors", self.processors)
+        for processor in self.processors:
+            if not callable(processor):
+                raise TypeError(f"processors must be callable, got {processor!r}")
+        object.__setattr__(self, "stop", tuple(_stop_sequence(entry) for entry in self.stop))
+        object.__setattr__(self, "processors", tuple(self.processors))
 
-    @functools.cached_property
+    @property
     def stop_sequences(self) -> tuple[tuple[int, ...], ...]:
         """`stop`, every entry as a sequence."""
-        return tuple(_stop_sequence(entry) for entry in self.stop)
+        return self.stop  # type: ignore[return-value]
 
     @property
     def greedy(self) -> bool:
@@ -104,11 +111,17 @@ class Sampling:
         return self.top_p is None and self.top_k is None and self.min_p is None
 
 
+def _check_list(name: str, value: Any) -> None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list, got {value!r}")
+
+
 def _stop_sequence(entry: Any) -> tuple[int, ...]:
     tokens = (entry,) if isinstance(entry, int) else entry
-    if isinstance(tokens, str):
-        raise TypeError(f"stop must hold token ids or lists of them, got the string {entry!r}")
-    tokens = tuple(int(token) for token in tokens)
+    whole = isinstance(tokens, (list, tuple)) and all(isinstance(t, int) for t in tokens)
+    if not whole:
+        raise TypeError(f"stop must hold token ids or lists of them, got {entry!r}")
+    tokens = tuple(tokens)
     if not tokens:
         raise ValueError("stop must not hold an empty list")
     return tokens
@@ -124,13 +137,14 @@ class Output:
         token_ids: generated tokens; the one that ended the output included.
         logprobs: per token, the asked-for log-probabilities, the chosen token's among them;
             None when none were asked for.
-        finish_reason: "eos", "stop", "length" or "cancelled".
+        finish_reason: "eos", "stop", "length", "cancelled" or "error".
         prompt_tokens: length of the prompt.
         cached_tokens: prompt tokens whose keys and values were not computed for this output but
             found in the pool.
         preemptions: how often its blocks were taken away.
         queued, first_token, total: seconds from submit to the first step, to the first token, to
             the end.
+        error: what a processor of the request raised, or None.
     """
 
     prompt_index: int
@@ -144,6 +158,7 @@ class Output:
     queued: float = 0.0
     first_token: float = 0.0
     total: float = 0.0
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -13,84 +13,23 @@ Read first: request.py, blocks.py. Read next: engine.py.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from pykvcache.batch import Batch, Int64Array
-from pykvcache.cache import check_positive
 from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.queue import WaitingQueue
 from pykvcache.engine.request import Lanes, Request
+from pykvcache.engine.step import Options, Preemption, Step
 from pykvcache.errors import OutOfBlocks
-
-
-@dataclass(frozen=True)
-class Options:
-    """Limits of the scheduler.
-
-    Attributes:
-        token_budget: most tokens of a step.
-        max_running: most requests that have blocks and take part in steps.
-        head_room: share of the pool that stays free for running requests when one is admitted.
-        patience: arrivals that one unit of priority overtakes.
-    """
-
-    token_budget: int = 2048
-    max_running: int = 256
-    head_room: float = 0.05
-    patience: int = 1000
-
-    def check(self) -> None:
-        """Raise ValueError or TypeError when a limit is out of range; the message names it."""
-        for name in ("token_budget", "max_running", "patience"):
-            check_positive(name, getattr(self, name))
-        if not 0 <= self.head_room < 1:
-            raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")
-
-
-@dataclass(frozen=True)
-class Preemption:
-    """One entry of the log: who lost its blocks, in which step, and what that costs.
-
-    `tokens` had been computed; `method` is "recompute" or "swap", `seconds` the estimated cost.
-    """
-
-    order: int
-    step: int
-    tokens: int
-    method: str
-    seconds: float
-
-
-@dataclass
-class Step:
-    """What the next forward computes; row i is lanes[i].
-
-    Attributes:
-        lanes, starts, counts: int64 [B]; row i computes counts[i] tokens from position starts[i].
-        wanted: int64 [B], how many of a row's last tokens in this step give wanted logits.
-        batch: its metadata arrays: block tables, slots, lengths.
-        copies: per layer group int64 [N, 2], blocks to copy before anything is written.
-    """
-
-    lanes: Int64Array
-    starts: Int64Array
-    counts: Int64Array
-    wanted: Int64Array
-    batch: Batch
-    copies: list[Int64Array]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return int(self.counts.sum())
-
 
 SwapOut = Callable[[Request], bool]
 Cost = Callable[[int], float]
+
+
+MAX_TOKENS = 2**31 - 1  # lengths are int32
 
 
 class Scheduler:
@@ -121,15 +60,15 @@ class Scheduler:
         self.num_preemptions = self.recomputed_tokens = self.steps = 0
         self._swap_out, self._swap_in, self._cost = swap_out, swap_in, cost
         self._drop_swapped = drop_swapped
-        self._waiting: list[tuple[int, int, Request]] = []
-        self._num_waiting = self._arrivals = 0
+        self._waiting = WaitingQueue()
+        self._arrivals = 0
         self._allocator = blocks.allocator
         self._batch: Batch | None = None
 
     @property
     def num_waiting(self) -> int:
         """Requests that have no lane."""
-        return self._num_waiting
+        return len(self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -142,6 +81,8 @@ class Scheduler:
         Raises:
             ValueError: the message has the numbers.
         """
+        if request.limit > MAX_TOKENS:
+            raise ValueError(f"a request may have {MAX_TOKENS} tokens, got {request.limit}")
         stored = request.limit - 1  # the newest token is not computed before the next is wanted
         needed = self.blocks.needed(max(stored, 1))
         if needed > self._allocator.num_blocks:
@@ -156,7 +97,7 @@ class Scheduler:
         request.key = self._arrivals - request.priority * self.options.patience
         request.order = self._arrivals
         self.blocks.enqueue(request)
-        self._push(request)
+        self._waiting.push(request)
 
     def finish(self, request: Request) -> None:
         """The request ends, wherever it is; its blocks are given back."""
@@ -165,7 +106,7 @@ class Scheduler:
         if request.lane >= 0:
             self.lanes.remove(request.lane)
         elif request.order:
-            self._num_waiting -= 1  # its entry in the queue is dropped when it comes up
+            self._waiting.drop(request)
         request.done = True
         if request.swapped is not None and self._drop_swapped is not None:
             self._drop_swapped(request)
@@ -175,6 +116,7 @@ class Scheduler:
         """A running request ends but keeps its blocks, until `blocks.close`."""
         self.lanes.remove(request.lane)
         request.done = True
+        self.blocks.hold(request)
 
     def plan(self) -> Step | None:
         """Choose the next step and take its blocks; None when there is nothing to do.
@@ -190,16 +132,24 @@ class Scheduler:
             lanes, counts = self._with_less(lanes, counts)
             if not len(lanes):  # all its rows were preempted: others have room now
                 lanes, counts = self._choose(admit=False)
+        if self.num_running or self.num_waiting:
+            raise RuntimeError(
+                f"no step for {self.num_running} running and {self.num_waiting} waiting requests: "
+                "the scheduler has a defect"
+            )
         return None
 
     def undo(self, step: Step) -> None:
         """The step failed: its requests wait again, as if preempted, in their old order."""
-        for lane in step.lanes.tolist():
+        self._undo(step.lanes)
+
+    def _undo(self, lanes: Int64Array) -> None:
+        for lane in lanes.tolist():
             request = self.lanes.requests[lane]
             if request is not None:
                 self.lanes.remove(lane)
                 self.blocks.discard(request)
-                self._push(request)
+                self._waiting.push(request)
 
     def preempt(self, request: Request) -> None:
         """Take the blocks of a running request; it waits for its next turn."""
@@ -217,11 +167,7 @@ class Scheduler:
             self.num_preemptions += 1
             method = "swap" if swapped else "recompute"
             self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
-            self._push(request)
-
-    def _push(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.key, request.order, request))
-        self._num_waiting += 1
+            self._waiting.push(request)
 
     # Choosing rows.
 
@@ -283,21 +229,17 @@ class Scheduler:
         A request whose prompt another one computes right now lets those behind it pass; one that
         finds no blocks does not.
         """
-        held_back: list[tuple[int, int, Request]] = []
         head_room = int(self.options.head_room * self._allocator.num_blocks)
-        while self._waiting and budget > 0 and self.lanes.num_free:
-            entry = heapq.heappop(self._waiting)
-            request = entry[2]
-            if request.done:
-                continue
+        for request in self._waiting.in_order():
+            if budget <= 0 or not self.lanes.num_free:
+                break
             if not self.blocks.may_open(request):
-                held_back.append(entry)
                 continue
             alone = self.num_running == 0
             before = self._allocator.num_free
             if not self._start(request, free - promised - (0 if alone else head_room), alone):
-                held_back.append(entry)
                 break
+            self._waiting.drop(request)
             free -= before - self._allocator.num_free
             left = len(request.tokens) - request.computed
             count, free = self._chunk(request.lane, budget, free, not alone)
@@ -305,8 +247,6 @@ class Scheduler:
             promised += self.blocks.growth(request.computed + count, left - count)
             if count:
                 chunks.append((request.lane, count))
-        for entry in held_back:
-            heapq.heappush(self._waiting, entry)
 
     def _start(self, request: Request, room: int, alone: bool) -> bool:
         """Place a request if `room` blocks are enough for all its tokens, or if it is alone."""
@@ -338,7 +278,6 @@ class Scheduler:
             self.blocks.open(request)
         if request.preemptions == 0:
             request.cached = request.computed
-        self._num_waiting -= 1
         self.lanes.place(request)
         return True
 
@@ -361,6 +300,15 @@ class Scheduler:
             copies = self._batch.step(counts)
         except OutOfBlocks:
             return None
+        try:
+            return self._step(lanes, counts, copies)
+        except BaseException:  # the sequences have grown, but nothing will be written
+            self._undo(lanes)
+            raise
+
+    def _step(self, lanes: Int64Array, counts: Int64Array, copies: list[Int64Array]) -> Step:
+        """The step whose blocks were taken."""
+        assert self._batch is not None
         table = self.lanes
         starts = table.computed[lanes]
         table.computed[lanes] += counts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,8 @@ from pykvcache.engine.sampling import Output
 from pykvcache.pool_stats import PoolStats
 
 if TYPE_CHECKING:
-    from pykvcache.engine.scheduler import Preemption, Scheduler
+    from pykvcache.engine.scheduler import Scheduler
+    from pykvcache.engine.step import Preemption
     from pykvcache.engine.swap import SwapSpace
 
 KEPT = 10_000  # newest steps and outputs that times are taken from
@@ -84,8 +84,9 @@ class EngineStats:
 class Meter:
     """Adds up what the engine reports."""
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._preemptions, self._recomputed = scheduler.num_preemptions, scheduler.recomputed_tokens
+        self._first_step_number = scheduler.steps
         self._steps = self._rows = self._tokens = 0
         self._busy = 0.0
         self._finished = self._cancelled = 0
@@ -131,9 +132,9 @@ class Meter:
         return EngineStats(
             allocator.stats(),
             self._cached_tokens / self._prompt_tokens if self._prompt_tokens else 0.0,
-            scheduler.num_preemptions,
-            scheduler.recomputed_tokens,
-            tuple(scheduler.preemptions),
+            scheduler.num_preemptions - self._preemptions,
+            scheduler.recomputed_tokens - self._recomputed,
+            tuple(p for p in scheduler.preemptions if p.step > self._first_step_number),
             swap.used,
             swap.peak,
             scheduler.num_waiting,

@@ -38,10 +38,24 @@ class LazyTensor(torch.Tensor):
         def resolve(x: Any) -> Any:
             return x.dense() if isinstance(x, LazyTensor) else x
 
+        if func.overloadpacket is torch.ops.aten.to and _changes_nothing(args, kwargs or {}):
+            return args[0]  # in inference mode also such a call comes here
         return func(*tree_map(resolve, args), **tree_map(resolve, kwargs or {}))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype})"
+
+
+def _changes_nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `to` with these arguments names the device and dtype that the tensor has."""
+    tensor = args[0]
+    for wanted in (*args[1:], *kwargs.values()):
+        other = isinstance(wanted, Tensor)
+        device = wanted.device if other else wanted if isinstance(wanted, torch.device) else None
+        dtype = wanted.dtype if other else wanted if isinstance(wanted, torch.dtype) else None
+        if device not in (None, tensor.device) or dtype not in (None, tensor.dtype):
+            return False
+    return True
 
 
 class PagedKeys(LazyTensor):

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.cache import KVPool
 from pykvcache.hf.cache import PagedCache
 from pykvcache.hf.rows import Rows
+from pykvcache.weights import Fingerprint
 
 # Arguments of a forward that say nothing about keys and values but what is checked.
 PLAIN = {
@@ -36,7 +37,6 @@ PLAIN = {
     "output_hidden_states",
     "labels",
 }
-SAMPLED = 16  # elements of each parameter that are compared
 
 
 class SharedPrefixes:
@@ -150,32 +150,3 @@ def _share(rows: Rows, ids: Int64Array, pads: list[int]) -> tuple[Int64Array | N
             return seqs, seen
         allocator.free(seqs)  # a shorter prefix needs other blocks of its window
     return None, 0
-
-
-class Fingerprint:
-    """Tells whether the weights of a model are still the same.
-
-    Version counters and addresses show every ordinary change. Writing through `.data` changes
-    neither, so some elements of each tensor are compared, too.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        tensors = [*model.parameters(), *model.buffers()]
-        self.marks = [(tensor.data_ptr(), _version(tensor)) for tensor in tensors]
-        samples: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.numel() and tensor.is_contiguous() and not tensor.is_meta:
-                some = tensor.detach().view(-1)[:: -(-tensor.numel() // SAMPLED)]
-                samples.setdefault((tensor.dtype, tensor.device), []).append(some)
-        self.samples = [torch.cat(group).view(torch.uint8) for group in samples.values()]
-
-    def same(self, other: Fingerprint) -> bool:
-        """Whether nothing has changed since `other`."""
-        return self.marks == other.marks and all(
-            torch.equal(mine, theirs)
-            for mine, theirs in zip(self.samples, other.samples, strict=True)
-        )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import resource
+import signal
+import time
 from typing import Any
 
 import pytest
 import torch
-from families import make_model
+import transformers
+from families import DECODER, make_model, randomize
 from workload import (
     NEW_TOKENS,
     assert_empty,
@@ -184,6 +188,77 @@ def test_changed_weights_are_noticed() -> None:
         assert output.cached_tokens == 0, name
 
 
+def test_weights_that_change_between_submit_and_step_are_noticed() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    other = {name: value * 1.3 for name, value in make_model("llama").state_dict().items()}
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4, token_budget=8)
+    prompt = make_prompts()[4]
+    engine.generate([prompt], max_new_tokens=4)
+    handle = engine.submit(prompt, max_new_tokens=8)
+    model.load_state_dict(other)
+    output = handle.result()[0]
+    assert (output.token_ids, output.cached_tokens) == (one_by_one(model, prompt, 8), 0)
+    engine.submit(prompt, max_new_tokens=8)  # begins under these weights
+    engine.step()
+    engine.step()
+    model.load_state_dict(make_model("llama").state_dict())
+    late = engine.submit(prompt, max_new_tokens=8).result()[0]
+    assert (late.token_ids, late.cached_tokens) == (one_by_one(model, prompt, 8), 0)
+
+
+def test_rotary_embeddings_that_look_at_the_whole_forward_bound_a_request() -> None:
+    config = transformers.Phi3Config(
+        **DECODER,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 1.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
+    )
+    model = randomize(transformers.Phi3ForCausalLM(config))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompts = [random_prompt(n, n) for n in (5, 22)]
+    for _ in range(2):
+        outputs = engine.generate(prompts, max_new_tokens=10)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert output.token_ids == one_by_one(model, prompt)
+    assert outputs[1].cached_tokens == 21  # these embeddings write a buffer in every forward
+    with pytest.raises(ValueError, match="longer than the 32 positions of the original range"):
+        engine.generate([random_prompt(30, 1)], max_new_tokens=4)
+
+
+def test_an_interrupt_inside_the_planner_or_the_end_of_a_request_loses_nothing() -> None:
+    """A real SIGINT; it is handled when the requests are in order again."""
+    for name in ("plan", "finish"):
+        engine = make_engine()
+        scheduler = engine._scheduler
+        original = getattr(scheduler, name)
+
+        def interrupting(*args: Any, original: Any = original) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            return original(*args)
+
+        setattr(scheduler, name, interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+        delattr(scheduler, name)
+        assert_empty(engine)
+        outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+        assert [output.token_ids for output in outputs] == expected("llama")
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+def test_tiny_pools_serve_what_fits(num_blocks: int) -> None:
+    engine = make_engine(num_blocks=num_blocks)
+    prompt = make_prompts()[2]
+    output = engine.generate([prompt], max_new_tokens=min(4 * num_blocks, NEW_TOKENS))[0]
+    assert output.token_ids == expected("llama")[2][: 4 * num_blocks]
+
+
 def test_salts_keep_prefixes_apart() -> None:
     engine = make_engine()
     prompt = make_prompts()[4]
@@ -207,6 +282,12 @@ BAD = {
     r"prompts\[0\] must be integers, got float": lambda e: e.generate([[1.5]]),
     "sampling has 1 entries for 2 prompts": lambda e: e.generate([[1], [2]], [Sampling()]),
     "sampling must be a Sampling": lambda e: e.generate([[1]], [3]),
+    "sampling must be a Sampling or a list of them, got 5": lambda e: e.generate([[1]], 5),
+    r"prompts\[0\] must be a list of token ids": lambda e: e.generate([[[1], [2, 3]]]),
+    "completions must be a list": lambda e: e.score([1], None),
+    "priority must be within": lambda e: e.submit([1], priority=10**17),
+    "salt must fit 64 bits": lambda e: e.submit([1], salt=2**63),
+    "on_token must be callable": lambda e: e.submit([1], on_token=5),
     "sampling or max_new_tokens": lambda e: e.generate([[1]], Sampling(), max_new_tokens=3),
     "max_new_tokens must be at least 1, got 0": lambda e: e.generate([[1]], max_new_tokens=0),
     "priority must be an int": lambda e: e.generate([[1]], priority="high"),
@@ -237,6 +318,8 @@ def test_bad_requests_are_refused_before_anything_starts(message: str) -> None:
         ({"token_budget": 0}, "token_budget must be at least 1"),
         ({"max_running": 0}, "max_running must be at least 1"),
         ({"head_room": 1.0}, "head_room must be at least 0 and below 1"),
+        ({"head_room": "a"}, "head_room must be a number"),
+        ({"max_running": 10**12}, "max_running must be at most 65536"),
         ({"kv_dtype": "int3"}, "kv_dtype must be"),
         ({"backend": "metal"}, "backend"),
     ],
@@ -257,7 +340,9 @@ def test_bad_engines_are_refused(arguments: dict[str, Any], message: str) -> Non
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"logprobs": -1}, "logprobs must be at least 0"),
         ({"seed": "x"}, "seed must be an int"),
-        ({"stop": "word"}, "stop must hold token ids"),
+        ({"stop": "word"}, "stop must be a list"),
+        ({"stop": 5}, "stop must be a list"),
+        ({"processors": [5]}, "processors must be callable"),
         ({"stop": [[]]}, "stop must not hold an empty list"),
         ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens is 9 but max_new_tokens 3"),
     ],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import VOCAB, make_model
 from workload import assert_empty, expected, make_engine, make_prompts, random_prompt
 
+import pykvcache
 from pykvcache import Sampling
 from pykvcache.engine import Event
 
@@ -81,11 +84,63 @@ def test_repetition_penalty_and_processors_see_the_text() -> None:
     assert seen == [PROMPT, [*PROMPT, 7], [*PROMPT, 7, 7]]
 
 
+def test_the_order_of_processors_and_the_penalty_of_the_config_are_those_of_generate() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    model.generation_config.repetition_penalty = 1.7
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+
+    def fold(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.abs() - 3
+
+    for processors in ([], [fold]):
+        outputs = engine.generate(make_prompts(), Sampling(max_new_tokens=8, processors=processors))
+        for prompt, output in zip(make_prompts(), outputs, strict=True):
+            tokens = model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=8,
+                do_sample=False,
+                logits_processor=transformers.LogitsProcessorList(processors),
+            )
+            assert output.token_ids == tokens[0, len(prompt) :].tolist()
+
+
+def test_seeds_and_samples_are_independent() -> None:
+    sampling = [Sampling(max_new_tokens=30, temperature=50.0, seed=s, n=2) for s in range(3)]
+    outputs = make_engine(num_blocks=300).generate([PROMPT] * 3, sampling)
+    runs = [output.token_ids for output in outputs]
+    for i, one in enumerate(runs):
+        for other in runs[i + 1 :]:
+            for shift in range(-8, 9):
+                pairs = zip(one[max(shift, 0) :], other[max(-shift, 0) :], strict=False)
+                assert sum(a == b for a, b in pairs) < 8
+
+
+def test_a_processor_that_raises_ends_its_own_request_only() -> None:
+    def bad(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > len(PROMPT) + 1:
+            raise ZeroDivisionError("from the processor")
+        return scores
+
+    engine = make_engine()
+    guilty = engine.submit(PROMPT, Sampling(max_new_tokens=9, processors=[bad]))
+    outputs = engine.generate(make_prompts(), max_new_tokens=10)
+    assert [output.token_ids for output in outputs] == expected("llama")
+    assert guilty.outputs[0].finish_reason == "error" and len(guilty.outputs[0].token_ids) == 2
+    with pytest.raises(ZeroDivisionError, match="from the processor"):
+        guilty.result()
+    with pytest.raises(ZeroDivisionError):
+        engine.generate([PROMPT], Sampling(max_new_tokens=9, processors=[bad]))
+    with pytest.raises(ZeroDivisionError):
+        list(engine.stream([PROMPT], Sampling(max_new_tokens=9, processors=[bad])))
+    assert_empty(engine)
+
+
 def test_ends() -> None:
     greedy = expected("llama")[1]
     prompt = make_prompts()[1]
-    engine = make_engine()
-    engine._loop._eos = torch.tensor([greedy[4]]).numpy()  # this model has no end-of-text token
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    model.generation_config.eos_token_id = [greedy[4], 5000]  # read when requests come
     first = greedy.index(greedy[4])
     cases = [
         (Sampling(max_new_tokens=10), greedy[: first + 1], "eos"),
@@ -104,10 +159,10 @@ def test_ends() -> None:
 
 
 def test_min_new_tokens_bars_the_end() -> None:
-    engine = make_engine()
     greedy = expected("llama")[1]
-    engine._loop._sampler._eos = [greedy[0]]
-    engine._loop._eos = torch.tensor([greedy[0]]).numpy()
+    model = copy.deepcopy(make_model("llama"))
+    model.generation_config.eos_token_id = greedy[0]
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
     sampling = Sampling(max_new_tokens=10, min_new_tokens=4)
     output = engine.generate([make_prompts()[1]], sampling)[0]
     assert len(output.token_ids) >= 5 and greedy[0] not in output.token_ids[:4]
@@ -152,6 +207,34 @@ def test_scores_are_the_models(family: str, settings: dict[str, Any]) -> None:
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 13])
+def test_scoring_again_finds_everything(length: int) -> None:
+    engine, prompt = make_engine(), random_prompt(length, 77)
+    first = engine.score(prompt, [[9, 8, 7], [6]])
+    engine.generate([prompt], max_new_tokens=4)
+    again = engine.score(prompt, [[9, 8, 7], [6]])
+    for one, other in zip(first, again, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_scores_fit_the_smallest_pool_that_holds_one() -> None:
+    engine = make_engine(num_blocks=4, head_room=0.0)
+    completions = [random_prompt(n, n) for n in (5, 6, 5)]
+    prompt = random_prompt(11, 3)
+    scores = engine.score(prompt, completions)
+    wanted = make_engine().score(prompt, completions)
+    for one, other in zip(scores, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert_empty(engine)
+
+
+def test_scores_beside_a_request_whose_prompt_looks_like_a_number() -> None:
+    engine = make_engine()
+    handle = engine.submit([2], max_new_tokens=4)
+    assert len(engine.score([5, 6, 7], [[9, 4]])[0].logprobs) == 2
+    assert len(handle.result()[0].token_ids) == 4
+
+
 def test_scores_compute_the_prompt_once() -> None:
     engine = make_engine(prefix_cache=False)
     prompt, completions = random_prompt(40, 1), [random_prompt(3, n) for n in range(10)]
@@ -174,6 +257,19 @@ def test_streams_yield_every_token_once() -> None:
     assert [received[i] for i in range(len(received))] == expected("llama")
     assert all(ends[i].token_ids == tokens for i, tokens in received.items())
     assert len({event.prompt_index for event in events[:10]}) > 1  # not one after the other
+    assert_empty(engine)
+
+
+def test_streams_lose_nothing_when_others_run_the_engine() -> None:
+    engine = make_engine()
+    stream = engine.stream(make_prompts()[:2], max_new_tokens=10)
+    first = next(stream).token_id
+    engine.generate(make_prompts()[2:5], max_new_tokens=10)
+    tokens = [event.token_id for event in stream if event.prompt_index == 0]
+    assert [first, *tokens] == expected("llama")[0]
+    unread = engine.stream(make_prompts()[:2], max_new_tokens=4)
+    assert engine.stats().waiting == 2
+    del unread
     assert_empty(engine)
 
 

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pykvcache import BlockAllocator
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.request import Request
-from pykvcache.engine.scheduler import Options, Scheduler, Step
+from pykvcache.engine.scheduler import Scheduler
+from pykvcache.engine.step import Options, Step
 
 
 def fake_token(text: list[int]) -> int:

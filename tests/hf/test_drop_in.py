@@ -456,14 +456,15 @@ def test_backward_through_blocks_is_an_error_whatever_is_trained(
         logits.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
-def test_triton_backend_generates_the_same_tokens(family: str) -> None:
-    if ops.backends()["triton"] != "ready":
-        pytest.skip(ops.backends()["triton"])
+def test_gpu_backends_generate_the_same_tokens(family: str, backend: str) -> None:
+    if ops.backends()[backend] != "ready":
+        pytest.skip(ops.backends()[backend])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = copy.deepcopy(make_model(family)).to(device)
     options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     inputs = {name: x.to(device) for name, x in inputs_for(model).items()}
     before = model.generate(**inputs, **options)
-    with pykvcache.patched(model, backend="triton"):
+    with pykvcache.patched(model, backend=backend):
         assert torch.equal(model.generate(**inputs, **options), before)

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -264,6 +265,21 @@ def test_a_small_pool_evicts_and_stays_right() -> None:
     with pytest.raises(OutOfBlocks):
         twins.patched.generate(prompt(99, 50), max_new_tokens=1)
     twins.generate(prompt(0, 11))
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_blocks": 60}], ids=["growing", "fixed"])
+def test_threads_share_prefixes(settings: dict[str, int]) -> None:
+    twins = Twins(**settings)
+    prompts = [torch.cat([prompt(i % 3, 13), prompt(10 + i % 5, 6)], 1) for i in range(24)]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = [twins.plain.generate(ids, **options).tolist() for ids in prompts]
+    twins.patched.generate(prompts[0], **options)
+    with ThreadPoolExecutor(3) as threads:
+        tokens = threads.map(lambda ids: twins.patched.generate(ids, **options).tolist(), prompts)
+        assert list(tokens) == expected
+    gc.collect()
+    twins.allocator.check_integrity()
+    assert twins.allocator.num_sequences == 0 and twins.allocator.stats().hit_tokens > 100
 
 
 def test_hidden_states_are_asked_for_all_tokens() -> None:

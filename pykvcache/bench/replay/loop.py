@@ -1,9 +1,9 @@
 """Continuous batching over a space: requests join and leave at every step.
 
-First come, first served. A step in which requests join computes their prompts and nothing else
-(prefill first); other steps give every row one token. When the rows have no room for another token,
-the newest is preempted: its memory is taken back, it goes to the front of the queue, and everything
-it had cached is computed again when it returns.
+First come, first served, unless rules.py is told otherwise. A step in which requests join computes
+their prompts and nothing else (prefill first); other steps give every row one token. When the rows
+have no room for another token, the newest is preempted: its memory is taken back, it goes to the
+front of the queue, and everything it had cached is computed again when it returns.
 
 Steps without joining, leaving or preemption are taken together. Their durations and lengths are
 known in closed form, so averages over time are those of step-by-step replay. Read next: padded.py.
@@ -103,9 +103,9 @@ class Replay:
         live = int(rows.length.sum())
         duration = self.result.seconds.add_step(self.cost, live, tokens) + self._swap()
         usage = self.space.now(rows)
-        self.result.running.add(duration, live, usage, rows.count)
-        if self.queue.head(self.clock) is not None:
-            self.result.waiting.add(duration, live, usage, rows.count)
+        waits = self.queue.head(self.clock) is not None
+        window = self.result.waiting if waits else self.result.calm
+        window.add(duration, live, usage, rows.count)
         self.clock += duration
         self._finish()
 
@@ -126,9 +126,8 @@ class Replay:
         live = live_before + rows.count * np.arange(1, steps + 1)
         durations = cost.base + cost.per_kv_token * live
         durations[0] += self._swap()
-        self.result.running.add(durations, live, usage, rows.count)
-        if waits:
-            self.result.waiting.add(durations, live, usage, rows.count)
+        window = self.result.waiting if waits else self.result.calm
+        window.add(durations, live, usage, rows.count)
         seconds.base += cost.base * steps
         seconds.kv += cost.per_kv_token * float(live.sum())
         self.clock += float(durations.sum())

@@ -99,10 +99,9 @@ class PaddedReplay:
         usage: Usage,
         active: NDArray[np.int64],
     ) -> None:
-        self.result.running.add(durations, live, usage, active)
         starts = self.clock + durations.cumsum() - durations
         waits = starts >= self.queue.next_arrival
-        if waits.any():
-            assert not isinstance(usage.allocated, int) and not isinstance(usage.internal, int)
-            part = Usage(usage.allocated[waits], usage.internal[waits], 0)
-            self.result.waiting.add(durations[waits], live[waits], part, active[waits])
+        assert not isinstance(usage.allocated, int) and not isinstance(usage.internal, int)
+        for window, steps in ((self.result.waiting, waits), (self.result.calm, ~waits)):
+            part = Usage(usage.allocated[steps], usage.internal[steps], 0)
+            window.add(durations[steps], live[steps], part, active[steps])

@@ -55,7 +55,8 @@ class Paged:
         if steps == 0:
             return 0, Usage(0, 0, 0)
         slack, last = self._ends(rows)
-        enters = np.clip(last - rows.length, 0, steps)  # step in which the last block is taken
+        # The step in which a row takes its last block, or `steps` if it does not get there.
+        enters = np.minimum(np.maximum(last - rows.length, 0), steps)
         internal = np.bincount(enters, slack, steps + 1)[:steps].cumsum()
         self.allocator.append(rows.handle, steps)
         used = self.allocator.num_blocks - free + taken[:steps]

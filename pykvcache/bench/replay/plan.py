@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pykvcache.bench.replay.cases import Case, choose_cases, run_case
+from pykvcache.bench.replay.cases import BLOCK_SIZES, Case, choose_cases, run_case
 from pykvcache.bench.replay.configs import ModelConfig, load_config
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
@@ -87,7 +87,8 @@ class Plan:
         Raises:
             ValueError: one line that names the argument and the numbers.
         """
-        cases = choose_cases(policies, block_sizes)
+        fitting = [size for size in BLOCK_SIZES if size <= budget.slots]
+        cases = choose_cases(policies, block_sizes or fitting)
         if rules.scheduler == "engine" and importlib.util.find_spec("transformers") is None:
             raise ValueError("scheduler engine needs transformers: pip install 'pykvcache[hf]'")
         max_len = workload.max_len

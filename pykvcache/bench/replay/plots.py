@@ -98,7 +98,11 @@ def draw_bars(axes: Any, results: Sequence[Result], title: str) -> None:
     axes.set_yticks(lines, [result.label for result in results])
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("share of the KV cache, averaged over the time in which requests wait (%)")
+    axes.set_xlabel(
+        "share of the KV cache, averaged over the time in which requests wait (%)"
+        if any(result.waiting.seconds for result in results)
+        else "share of the allocated part of the KV cache; no request had to wait (%)"
+    )
     axes.set_title(title, loc="left", fontsize=11, pad=30)
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(SHARES), frameon=False, fontsize=9,

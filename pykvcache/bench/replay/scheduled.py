@@ -23,7 +23,8 @@ from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import PREFIX_BLOCK, Request
 from pykvcache.engine import request as engine
 from pykvcache.engine.blocks import RequestBlocks
-from pykvcache.engine.scheduler import Options, Scheduler, Step
+from pykvcache.engine.scheduler import Scheduler
+from pykvcache.engine.step import Options, Step
 
 LOOKAHEAD = 256  # requests that the scheduler sees, so that the queue of a long trace stays short
 
@@ -110,9 +111,9 @@ class ScheduledReplay:
         reserved = int((np.minimum(lanes.limit[active] - 1, room) - cached).sum())
         live = self.allocator.stats().live if self._prefixes else int(cached.sum())
         usage = Usage(allocated, max(0, allocated - live - reserved), 0)
-        result.running.add(parts, live, usage, len(active))
-        if self.scheduler.num_waiting or self.queue.head(self.clock) is not None:
-            result.waiting.add(parts, live, usage, len(active))
+        waits = self.scheduler.num_waiting or self.queue.head(self.clock) is not None
+        window = result.waiting if waits else result.calm
+        window.add(parts, live, usage, len(active))
         result.peak_batch = max(result.peak_batch, len(active))
         self.clock += parts
 

@@ -34,7 +34,7 @@ class Window:
         self, seconds: float | NDArray[np.floating[Any]], live: PerStep, usage: Usage, rows: PerStep
     ) -> None:
         """Add steps of these durations."""
-        total = float(np.sum(seconds))
+        total = seconds if isinstance(seconds, float) else float(seconds.sum())
         self.seconds += total
 
         def integral(values: PerStep) -> float:
@@ -74,9 +74,9 @@ class Seconds:
 class Result:
     """What one policy did with a trace.
 
-    Shares are averages over the time in which a request waits, and of the whole budget. If none
-    ever waits, they are averages over all time, of what is allocated: memory that nobody wants is
-    no waste.
+    Shares are averages over the time in which a request waits (`waiting`; `calm` is the rest in
+    which rows run), and of the whole budget. If none ever waits, they are averages over all time,
+    of what is allocated: memory that nobody wants is no waste.
     """
 
     policy: str
@@ -84,7 +84,7 @@ class Result:
     slots: int
     seconds: Seconds = field(default_factory=Seconds)
     waiting: Window = field(default_factory=Window)
-    running: Window = field(default_factory=Window)
+    calm: Window = field(default_factory=Window)
     requests: int = 0
     refused: int = 0
     output_tokens: int = 0
@@ -102,7 +102,7 @@ class Result:
     @property
     def window(self) -> Window:
         """What the shares are averages over."""
-        return self.waiting if self.waiting.seconds else self.running
+        return self.waiting if self.waiting.seconds else self.calm
 
     def shares(self) -> dict[str, float]:
         """The five shares in percent; multiples of 2**-20, so that they sum to exactly 100."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from pykvcache.bench.replay.synthetic import DEFAULT_COUNT, SYNTHETIC, check_sigma
 from pykvcache.bench.traces import TRACES, Request, read_trace
 
+ALIASES = {"mooncake": "mooncake-conv"}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -44,6 +46,8 @@ class Workload:
             check_sigma(self.sigma)
             lengths = replace(SYNTHETIC[self.trace], sigma=self.sigma)
             return lengths.draw(DEFAULT_COUNT if self.limit is None else self.limit, self.seed)
+        if self.trace in ALIASES:
+            return islice(read_trace(ALIASES[self.trace]), self.limit)
         if self.trace not in TRACES and not Path(self.trace).is_file():
             names = ", ".join([*TRACES, *SYNTHETIC])
             raise ValueError(f"trace must be a file or one of {names}, got {self.trace!r}")

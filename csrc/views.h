@@ -1,19 +1,18 @@
 // From checked tensors to the plain views that kernels take. Torch-facing; included by launchers
-// only.
+// of every device.
 #pragma once
 
 #include <optional>
 
 #include "check.h"
-#include "cpu/numeric.h"
 #include "params.h"
 
 namespace pykvcache {
 
 // Last dimension of a contiguous run; a pool must have 4 dims and be contiguous in the last.
 inline CacheView cache_view(const Tensor& cache, const char* name, Dim* num_blocks, Dim* heads,
-                            Dim* block_size, Dim* head_dim) {
-  check_cpu(cache, name);
+                            Dim* block_size, Dim* head_dim, const Place& place) {
+  check_place(cache, name, place);
   check_shape(cache, name, {num_blocks, heads, block_size, head_dim});
   check_last_dim_contiguous(cache, name);
   if (*block_size < 1) fail("block_size must be at least 1, got ", *block_size);
@@ -29,10 +28,11 @@ inline CacheView cache_view(const Tensor& cache, const char* name, Dim* num_bloc
 }
 
 inline ScaleView scale_view(const std::optional<Tensor>& scale, const char* name,
-                            const CacheView& cache, int64_t heads, int64_t block_size) {
+                            const CacheView& cache, int64_t heads, int64_t block_size,
+                            const Place& place) {
   ScaleView view;
   if (!scale) return view;
-  check_cpu(*scale, name);
+  check_place(*scale, name, place);
   check_dtype(*scale, name, ScalarType::Float);
   const auto is = [&](std::initializer_list<int64_t> shape) {
     if (scale->dim() != static_cast<int64_t>(shape.size())) return false;
@@ -61,6 +61,22 @@ inline ScaleView scale_view(const std::optional<Tensor>& scale, const char* name
   }
   view.data = static_cast<float*>(scale->mutable_data_ptr());
   return view;
+}
+
+inline TokenView token_view(const Tensor& x, const char* name, Dim* tokens, Dim* heads,
+                            Dim* head_dim, const Place& place) {
+  check_place(x, name, place);
+  check_shape(x, name, {tokens, heads, head_dim});
+  check_last_dim_contiguous(x, name);
+  const DType dtype = to_dtype(x, name);
+  if (dtype == DType::kFloat8E4M3 || dtype == DType::kBool)
+    fail(name, " must be float32, float16 or bfloat16, got ", dtype_name(x.scalar_type()));
+  return {x.const_data_ptr(), dtype, x.stride(0), x.stride(1)};
+}
+
+template <class T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
 }
 
 }  // namespace pykvcache

@@ -1,0 +1,51 @@
+// Compiles decode for one class of head dims, KV_HEAD_DIM.
+#include "cuda/decode.cuh"
+#include "cuda/dispatch.h"
+#include "cuda/kernels.h"
+
+namespace pykvcache::cuda {
+namespace {
+
+template <class T, class KV>
+__global__ void __launch_bounds__(Decode<T, KV, KV_HEAD_DIM>::kThreads,
+                                  Decode<T, KV, KV_HEAD_DIM>::kResidentCtas)
+    decode_kernel(const __grid_constant__ KernelParams params) {
+  Decode<T, KV, KV_HEAD_DIM>().run(params);
+}
+
+// function(kernel, threads, shared bytes)
+template <class Function>
+auto with_kernel(const KernelParams& params, Function&& function) {
+  return dispatch_tensor_cores(params.attention, [&](auto q, auto kv) {
+    using T = typename decltype(q)::type;
+    using KV = typename decltype(kv)::type;
+    using Kernel = Decode<T, KV, KV_HEAD_DIM>;
+    return function(&decode_kernel<T, KV>, Kernel::kThreads, Kernel::kSharedBytes);
+  });
+}
+
+}  // namespace
+
+template <>
+int HeadDim<KV_HEAD_DIM>::decode_shared_bytes(const KernelParams& params) {
+  return with_kernel(params, [](auto, int, int shared_bytes) { return shared_bytes; });
+}
+
+template <>
+int HeadDim<KV_HEAD_DIM>::resident_decode_ctas(const KernelParams& params) {
+  return with_kernel(params, [](auto kernel, int threads, int shared_bytes) {
+    return resident_ctas(kernel, threads, shared_bytes);
+  });
+}
+
+template <>
+void HeadDim<KV_HEAD_DIM>::decode(const KernelParams& params, Stream stream) {
+  const dim3 grid{
+      static_cast<unsigned>(params.programs),
+      static_cast<unsigned>(params.attention.num_kv_heads * params.decode_rows / kRowTile)};
+  with_kernel(params, [&](auto kernel, int threads, int shared_bytes) {
+    launch(kernel, grid, threads, shared_bytes, stream, params);
+  });
+}
+
+}  // namespace pykvcache::cuda

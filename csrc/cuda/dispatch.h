@@ -1,0 +1,42 @@
+// From dtypes at run time to types at compile time.
+#pragma once
+
+#include <stdexcept>
+
+#include "cuda/ptx.cuh"
+#include "params.h"
+
+namespace pykvcache::cuda {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// function(Type<T>) with T = float, Half or BFloat16.
+template <class Function>
+auto dispatch_float(DType dtype, Function&& function) {
+  if (dtype == DType::kFloat16) return function(Type<Half>());
+  if (dtype == DType::kBFloat16) return function(Type<BFloat16>());
+  return function(Type<float>());
+}
+
+// function(Type<KV>) with any dtype of a cache.
+template <class Function>
+auto dispatch_cache(DType dtype, Function&& function) {
+  if (dtype == DType::kFloat8E4M3) return function(Type<Float8>());
+  return dispatch_float(dtype, function);
+}
+
+// function(Type<T>, Type<KV>) for what tensor cores take: T is 2 bytes, KV is T or Float8.
+template <class Function>
+auto dispatch_tensor_cores(const AttentionParams& p, Function&& function) {
+  const auto with_q = [&](auto q) {
+    if (p.k.dtype == DType::kFloat8E4M3) return function(q, Type<Float8>());
+    return function(q, q);
+  };
+  if (p.q_dtype == DType::kFloat16) return with_q(Type<Half>());
+  return with_q(Type<BFloat16>());
+}
+
+}  // namespace pykvcache::cuda

@@ -1,0 +1,155 @@
+// From the block pool to shared memory: a warp copies 16 keys at a time, K and V, asynchronously.
+//
+// Lane r finds the address of key r in K, lane 16 + r in V; the lanes that copy its chunks get it
+// by a shuffle, so no address is computed twice. Block ids are fetched one call ahead (next_): the
+// copies would wait for them otherwise. Rows of keys that are not there, and dims past the head's,
+// are zeros: whatever the pool holds, 0 * NaN never enters a sum.
+#pragma once
+
+#include "cuda/shared_tile.cuh"
+#include "cuda/warp_attention.cuh"
+
+namespace pykvcache::cuda {
+
+constexpr int kGroupKeys = 16;
+
+// Shared memory of `kKeys` keys. Scales and presence follow the rows.
+template <class KV, int kDim, int kKeys>
+struct KeyStage {
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(KV));
+  static constexpr int kSideBytes = kKeys * kRowBytes;
+  static constexpr int kRowsBytes = 2 * kSideBytes;
+  static constexpr int kGroups = kKeys / kGroupKeys;
+
+  struct Extras {
+    float scales[2][kKeys];     // of K and V, if one a slot
+    uint32_t present[kGroups];  // bit per key
+  };
+
+  unsigned char* rows;
+  Extras* extras;
+
+  __device__ __forceinline__ KeyTile tile(int32_t begin, int group, int groups) const {
+    const int key = group * kGroupKeys;
+    uint32_t present = extras->present[group];
+    for (int i = 1; i < groups; ++i) present |= extras->present[group + i] << (i * kGroupKeys);
+    return {rows + key * kRowBytes,
+            rows + kSideBytes + key * kRowBytes,
+            extras->scales[0] + key,
+            extras->scales[1] + key,
+            begin,
+            present};
+  }
+};
+
+template <class KV, int kDim>
+class KeyCopier {
+ public:
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(KV));
+  static constexpr int kChunks = kRowBytes / kChunk;  // of a row, a power of two
+  static constexpr int kRowsAtOnce = 32 / kChunks;
+  static_assert(kRowsAtOnce >= 1);
+  static constexpr unsigned kAll = 0xffffffffu;
+
+  __device__ __forceinline__ KeyCopier(const KernelParams& params, int lane)
+      : params_(params), lane_(lane) {}
+
+  // Begins at position `first` of a sequence; later calls of copy() take `step` keys more each.
+  __device__ __forceinline__ void start(const Sequence& sequence, int32_t kv_head, int32_t first,
+                                        int32_t step) {
+    sequence_ = sequence;
+    kv_head_ = kv_head;
+    position_ = first + lane_ % kGroupKeys;
+    step_ = step;
+    next_ = sequence_.locate(params_.block_size, position_);
+  }
+
+  // Issues the copies of the next 16 keys into rows [16 group, 16 group + 16) of a stage.
+  template <class Stage>
+  __device__ __forceinline__ void copy(const Stage& stage, int group) {
+    const AttentionParams& p = params_.attention;
+    const BlockSlot place = next_;
+    position_ += step_;
+    next_ = sequence_.locate(params_.block_size, position_);
+    const uint32_t present = __ballot_sync(kAll, place.block >= 0);
+    if (lane_ == 0) stage.extras->present[group] = present & 0xffffu;
+    const CacheView& mine = lane_ < kGroupKeys ? p.k : p.v;
+    const int64_t offset =
+        place.block < 0 ? -1 : cache_offset(mine, place.block, kv_head_, place.slot);
+    const int first_row = group * kGroupKeys;
+    copy_side(p.k, stage.rows, offset, 0, first_row, p.head_dim);
+    copy_side(p.v, stage.rows + Stage::kSideBytes, offset, kGroupKeys, first_row, p.v_head_dim);
+    copy_scales(stage, place, first_row);
+  }
+
+ private:
+  __device__ __forceinline__ void copy_side(const CacheView& cache, unsigned char* rows,
+                                            int64_t offset, int owners, int first_row,
+                                            int64_t dim) const {
+    const auto* base = static_cast<const KV*>(cache.data);
+    const int used = static_cast<int>(dim) * static_cast<int>(sizeof(KV)) / kChunk;
+    const int chunk = lane_ % kChunks;
+#pragma unroll
+    for (int i = 0; i < kGroupKeys; i += kRowsAtOnce) {
+      const int row = i + lane_ / kChunks;
+      const int64_t from = __shfl_sync(kAll, offset, owners + row);
+      const bool real = from >= 0 && chunk < used;
+      const KV* source = base + (real ? from + chunk * (kChunk / static_cast<int>(sizeof(KV))) : 0);
+      copy_async_16(rows + chunk_offset<kRowBytes>(first_row + row, chunk), source, real);
+    }
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void copy_scales(const Stage& stage, const BlockSlot& place,
+                                              int first_row) const {
+    const AttentionParams& p = params_.attention;
+    const int side = lane_ / kGroupKeys;
+    const ScaleView& scale = side == 0 ? p.k_scale : p.v_scale;
+    if (scale.kind != ScaleKind::kSlot) return;
+    const bool real = place.block >= 0;
+    const float* source =
+        real ? block_scales(scale, place.block, kv_head_) + place.slot : scale.data;
+    copy_async_4(&stage.extras->scales[side][first_row + lane_ % kGroupKeys], source, real);
+  }
+
+  const KernelParams& params_;
+  Sequence sequence_;
+  BlockSlot next_;
+  int32_t kv_head_;
+  int32_t position_;
+  int32_t step_;
+  int lane_;
+};
+
+// Query rows [first, first + count) of a sequence into shared memory, by all threads of the CTA;
+// rows that are not there are zeros. Visible to others after the caller's barrier.
+template <class T, class KV, int kDim>
+__device__ __forceinline__ void stage_queries(const KernelParams& params, const WarpRows& rows,
+                                              int count, unsigned char* to) {
+  using Tile = SharedTile<T, KV, kDim>;
+  const AttentionParams& p = params.attention;
+  for (int i = threadIdx.x; i < count * (kDim / 16); i += blockDim.x) {
+    const int row = i / (kDim / 16), part = i % (kDim / 16);  // 16 dims, 2 chunks
+    alignas(16) uint32_t words[8] = {};
+    if (rows.first + row < rows.end) {
+      const QueryRow query = query_row(params, rows.sequence, rows.kv_head, rows.first + row);
+      const T* from = static_cast<const T*>(p.q) +
+                      (rows.sequence.q_begin + query.token) * p.q_stride_token +
+                      query.head * p.q_stride_head + part * 16;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (part * 16 + half * 8 >= p.head_dim) continue;
+        const uint4 loaded = *reinterpret_cast<const uint4*>(from + half * 8);
+        const uint32_t read[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
+#pragma unroll
+        for (int w = 0; w < 4; ++w) words[Tile::swizzled_word(half * 4 + w)] = read[w];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<uint4*>(to + chunk_offset<Tile::kQueryBytes>(row, 2 * part + half)) = {
+          words[half * 4], words[half * 4 + 1], words[half * 4 + 2], words[half * 4 + 3]};
+  }
+}
+
+}  // namespace pykvcache::cuda

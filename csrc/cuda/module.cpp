@@ -1,0 +1,37 @@
+// pykvcache._C_cuda: the module object. Operators register themselves with torch when the library
+// is loaded (attention.cu, cache_ops.cu).
+#include <Python.h>
+
+#include "registration.h"
+
+namespace {
+
+PyObject* list_signatures(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (const std::string& text : pykvcache::signatures()) {
+    PyObject* item = PyUnicode_FromString(text.c_str());
+    PyList_Append(list, item);
+    Py_DECREF(item);
+  }
+  return list;
+}
+
+PyMethodDef methods[] = {
+    {"signatures", list_signatures, METH_NOARGS, "C++ signature of every registered operator."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
+                          "_C_cuda",
+                          "CUDA part of pykvcache.",
+                          -1,
+                          methods,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C_cuda() {
+  return PyModule_Create(&module_def);
+}

@@ -1,0 +1,164 @@
+// Prefill: sequences with many query rows, one CTA for each tile of them, keys not split.
+// FlashAttention-2 (Dao, 2023) over blocks.
+//
+//   grid (query tiles of all rows, HKV), block: 4 warps of 16 kRowTiles query rows each
+//
+// A tile holds kRows consecutive rows of the q_len * G rows of a sequence (row r: token r / G, head
+// r % G). How many tiles a sequence has is known on the device only, so the grid is an upper bound:
+// sequence b's tiles begin at number cu_seqlens_q[b] * G / kRows + b, which leaves at most one gap
+// after each. Tiles are taken from the end, where causal rows see the most keys.
+//
+// K and V go through a ring of kStages stages of kTileKeys keys that all warps share; each warp
+// copies 16 keys of a stage. Read first: warp_attention.cuh, key_copy.cuh.
+#pragma once
+
+#include "cuda/key_copy.cuh"
+#include "cuda/plan.cuh"
+
+namespace pykvcache::cuda {
+
+template <class T, class KV, int kDim>
+struct Prefill {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
+  static constexpr int kRows = kWarps * kRowTile * kRowTiles;
+  static constexpr int kTileKeys = kDim <= 128 ? 64 : 32;
+  // Keys that a warp takes at once: with 32, kDim 128 spills registers on sm_100.
+  static constexpr int kStepKeys = kDim == 128 ? 16 : 32;
+  static constexpr int kStages = kDim <= 64 ? 3 : 2;
+
+  using Stage = KeyStage<KV, kDim, kTileKeys>;
+  using Attention = WarpAttention<T, KV, kDim, kRowTiles, false>;
+  using Tile = SharedTile<T, KV, kDim>;
+  static_assert(Stage::kGroups <= kWarps);
+
+  // Shared memory: q, the stages, what belongs to the stages.
+  static constexpr int kQueryBytes = kRows * Tile::kQueryBytes;
+  static constexpr int kSharedBytes =
+      kQueryBytes +
+      kStages * (Stage::kRowsBytes + static_cast<int>(sizeof(typename Stage::Extras)));
+
+  unsigned char* shared = dynamic_shared();
+  int lane = threadIdx.x % 32;
+  int warp = threadIdx.x / 32;
+
+  __device__ __forceinline__ Stage stage(int index) const {
+    unsigned char* stages = shared + kQueryBytes;
+    auto* extras = reinterpret_cast<typename Stage::Extras*>(stages + kStages * Stage::kRowsBytes);
+    return {stages + index * Stage::kRowsBytes, extras + index};
+  }
+
+  __device__ __forceinline__ static int64_t first_tile(const KernelParams& params, int32_t row) {
+    return params.attention.cu_seqlens_q[row] * static_cast<int64_t>(params.group.divisor) / kRows +
+           row;
+  }
+
+  // The last sequence whose tiles begin at or before `tile`.
+  __device__ __forceinline__ static int32_t sequence_of(const KernelParams& params, int64_t tile) {
+    int32_t low = 0, high = static_cast<int32_t>(params.attention.batch) - 1;
+    while (low < high) {
+      const int32_t middle = (low + high + 1) / 2;
+      if (first_tile(params, middle) <= tile)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    return low;
+  }
+
+  // Keys [begin, end) that some row of the tile sees; rows are in order of position.
+  __device__ __forceinline__ static KeyRange tile_keys(const KernelParams& params,
+                                                       const WarpRows& rows) {
+    const int32_t last = rows.first + kRows < rows.end ? rows.first + kRows : rows.end;
+    const int32_t lowest = query_row(params, rows.sequence, rows.kv_head, rows.first).position;
+    const int32_t highest = query_row(params, rows.sequence, rows.kv_head, last - 1).position;
+    const AttentionParams& p = params.attention;
+    return {visible_keys(p, rows.sequence, lowest > 0 ? lowest : 0).begin,
+            visible_keys(p, rows.sequence, highest).end};
+  }
+
+  __device__ __forceinline__ void run(const KernelParams& params) const {
+    const AttentionParams& p = params.attention;
+    const int64_t tile = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
+    WarpRows rows;
+    const int32_t row = sequence_of(params, tile);
+    rows.sequence = load_sequence(p, row);
+    rows.kv_head = blockIdx.y;
+    rows.end = rows.sequence.q_len * static_cast<int32_t>(params.group.divisor);
+    const int64_t first = (tile - first_tile(params, row)) * kRows;
+    if (first >= rows.end || rows.end <= params.decode_rows) return;
+    rows.first = static_cast<int32_t>(first);
+    stage_queries<T, KV, kDim>(params, rows, kRows, shared);
+    const KeyRange keys = tile_keys(params, rows);
+    rows.first += warp * kRowTile * kRowTiles;
+    Attention attention;
+    attention.start(params, rows, lane);
+    walk(params, rows, keys, attention);
+    attention.finish();
+    write(params, rows, attention);
+  }
+
+  __device__ __forceinline__ void walk(const KernelParams& params, const WarpRows& rows,
+                                       const KeyRange& keys, Attention& attention) const {
+    const int32_t first = keys.begin / kTileKeys * kTileKeys;
+    const int32_t count = keys.end > first ? (keys.end - first + kTileKeys - 1) / kTileKeys : 0;
+    const float scale = params.attention.scale * head_scale(params.attention.k_scale, rows.kv_head);
+    const unsigned char* q = shared + warp * kRowTile * kRowTiles * Tile::kQueryBytes;
+    KeyCopier<KV, kDim> copier(params, lane);
+    copier.start(rows.sequence, rows.kv_head, first + warp * kGroupKeys, kTileKeys);
+    const auto copy = [&](int32_t i, int into) {
+      if (i < count && warp < Stage::kGroups) copier.copy(stage(into), warp);
+      copy_commit();
+    };
+    for (int i = 0; i < kStages - 1; ++i) copy(i, i);
+    int current = 0, refilled = kStages - 1;
+    for (int32_t i = 0; i < count; ++i) {
+      // This thread's part of tile i is there;
+      KV_OMITTABLE(prefill_wait, copy_wait<kStages - 2>());
+      // so are all parts, and q; and all have read the stage that is refilled now.
+      KV_OMITTABLE(prefill_barrier, __syncthreads());
+      copy(i + kStages - 1, refilled);
+#pragma unroll 1
+      for (int step = 0; step < kTileKeys / kStepKeys; ++step) {
+        const KeyTile tile =
+            stage(current).tile(first + i * kTileKeys + step * kStepKeys,
+                                step * (kStepKeys / kGroupKeys), kStepKeys / kGroupKeys);
+        attention.template attend<kStepKeys>(params, rows, q, tile, scale, lane);
+      }
+      refilled = current;
+      current = current + 1 == kStages ? 0 : current + 1;
+    }
+    copy_wait<0>();
+  }
+
+  __device__ __forceinline__ void write(const KernelParams& params, const WarpRows& rows,
+                                        Attention& attention) const {
+    const AttentionParams& p = params.attention;
+    const float value_scale = head_scale(p.v_scale, rows.kv_head);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t row = rows.first + Attention::row_of(m, half, lane);
+        if (row >= rows.end) continue;
+        const QueryRow query = query_row(params, rows.sequence, rows.kv_head, row);
+        const int64_t place = output_place(p, rows.sequence, query);
+        SoftmaxState& state = attention.state[m][half];
+        const float rescale = p.sinks != nullptr ? state.add_sink(p.sinks[query.head]) : 1.0f;
+        const float factor = state.normalizer() * rescale * value_scale;
+        T* out = static_cast<T*>(p.out) + place * p.v_head_dim;
+#pragma unroll
+        for (int tile = 0; tile < kDim / 8; ++tile)
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int d = Tile::value_dim(tile, lane, c);
+            if (d < p.v_head_dim)
+              out[d] = from_float<T>(attention.values[m][tile][2 * half + c] * factor);
+          }
+        if (lane % 4 == 0) p.lse[place] = state.lse();
+      }
+  }
+};
+
+}  // namespace pykvcache::cuda

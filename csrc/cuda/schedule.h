@@ -1,0 +1,91 @@
+// From the arguments of a call to its launches: which kernels, how much workspace, in which order.
+// No torch header and no waiting for the device, so that a call can be captured in a graph.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/capability.h"
+#include "cuda/kernels.h"
+
+namespace pykvcache::cuda {
+
+// function(HeadDim<class>())
+template <class Function>
+auto dispatch_head_dim([[maybe_unused]] int head_dim, Function&& function) {
+  if constexpr (kLargestHeadDim >= 256)
+    if (head_dim == 256) return function(HeadDim<256>());
+  if constexpr (kLargestHeadDim >= 128)
+    if (head_dim == 128) return function(HeadDim<128>());
+  return function(HeadDim<64>());
+}
+
+// Sequences of up to this many query rows are decode's: one row tile, or one token of a larger
+// group. It does not depend on the batch.
+inline int32_t decode_rows(int64_t group) {
+  return static_cast<int32_t>(std::max<int64_t>(1, (group + kRowTile - 1) / kRowTile) * kRowTile);
+}
+
+inline KernelParams kernel_params(const AttentionParams& p) {
+  KernelParams params;
+  params.attention = p;
+  params.block_size = Divisor(p.block_size);
+  params.group = Divisor(p.num_heads / p.num_kv_heads);
+  params.decode_rows = decode_rows(p.num_heads / p.num_kv_heads);
+  params.piece_units = p.deterministic ? kFixedUnits : 1;
+  return params;
+}
+
+struct Schedule {
+  KernelParams params;
+  int head_dim = 0;  // class of the tensor-core kernels; 0: plain
+  bool decodes = false;
+  bool prefills = false;
+  int64_t slots = 0;  // pieces that decode may leave in the workspace
+
+  int64_t part_lse_count() const {
+    return slots * params.attention.num_kv_heads * params.decode_rows;
+  }
+  int64_t part_values_count() const { return part_lse_count() * params.attention.v_head_dim; }
+};
+
+// max_blocks: columns of the block table.
+inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, int64_t max_blocks) {
+  Schedule s;
+  s.params = kernel_params(p);
+  const int limit = shared_bytes_of_device();
+  s.head_dim = choose_kernel(p, [&](const Capability& kernel) {
+                 if (kernel.head_dim == 0) return true;
+                 if (kernel.head_dim > kLargestHeadDim) return false;
+                 return dispatch_head_dim(kernel.head_dim, [&](auto dim) {
+                   return std::max(dim.decode_shared_bytes(s.params),
+                                   dim.prefill_shared_bytes(s.params)) <= limit;
+                 });
+               }).head_dim;
+  if (s.head_dim == 0) return s;
+  const int64_t longest = max_seqlen_q * s.params.group.divisor;  // query rows
+  s.prefills = longest > s.params.decode_rows;
+  s.decodes = !(s.prefills && p.num_tokens == p.batch * max_seqlen_q);  // all of them are that long
+  s.params.merged_rows = static_cast<int32_t>(std::min<int64_t>(longest, s.params.decode_rows));
+  const int64_t columns = p.num_kv_heads * s.params.decode_rows / kRowTile;
+  const int ctas =
+      dispatch_head_dim(s.head_dim, [&](auto dim) { return dim.resident_decode_ctas(s.params); });
+  s.params.programs = static_cast<int32_t>(std::max<int64_t>(1, ctas / columns));
+  const int64_t piece_keys = int64_t{kFixedUnits} * kUnit;
+  s.slots = p.deterministic
+                ? p.batch * ((max_blocks * p.block_size + piece_keys - 1) / piece_keys + 1)
+                : s.params.programs + p.batch;
+  return s;
+}
+
+// Needs params.plan (made here unless `has_plan`), part_values and part_lse if it decodes.
+inline void run(const Schedule& s, bool has_plan, Stream stream) {
+  if (s.head_dim == 0) return attend_plainly(s.params, stream);
+  if (s.decodes && !has_plan) plan(s.params, stream);
+  dispatch_head_dim(s.head_dim, [&](auto dim) {
+    if (s.decodes) dim.decode(s.params, stream);
+    if (s.prefills) dim.prefill(s.params, stream);
+  });
+  if (s.decodes) merge_pieces(s.params, stream);
+}
+
+}  // namespace pykvcache::cuda

@@ -1,0 +1,3 @@
+"""The CUDA part; see csrc/cuda/module.cpp."""
+
+def signatures() -> list[str]: ...

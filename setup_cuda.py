@@ -1,0 +1,122 @@
+"""What setup.py needs to know to build pykvcache._C_cuda: whether, with which nvcc, for which GPUs.
+
+PYKVCACHE_CUDA unset: built when torch is a CUDA build and a toolkit of the same major version is
+there, else skipped with a reason; 0: never; 1: what is missing is an error. TORCH_CUDA_ARCH_LIST
+names the GPUs, as for torch's own extensions. No GPU has to be there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+HEAD_DIMS = (64, 128, 256)  # classes that the tensor-core kernels are compiled for
+SMALLEST_ARCH = 80
+
+
+def find_toolkit() -> Path | None:
+    """The folder that holds bin/nvcc and include/cuda_runtime.h."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        # The one on PATH may be a script that calls another: ask it where it runs from.
+        plan = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True,
+                              text=True)  # fmt: skip
+        candidates += re.findall(r"TOP=(\S+)", plan.stderr)
+    for candidate in filter(None, candidates):
+        if (Path(candidate) / "include" / "cuda_runtime.h").exists():
+            return Path(candidate).resolve()
+    return None
+
+
+def toolkit_version(toolkit: Path) -> tuple[int, int]:
+    text = subprocess.run([toolkit / "bin" / "nvcc", "--version"], capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip
+    major, minor = re.findall(r"release (\d+)\.(\d+)", text)[0]
+    return int(major), int(minor)
+
+
+def torch_cuda_version(torch_dir: Path) -> str | None:
+    """ "12.8", or None for a CPU build; read without importing torch."""
+    version: str | None = runpy.run_path(str(torch_dir / "version.py"))["cuda"]
+    return version
+
+
+def why_not(torch_dir: Path) -> str | None:
+    """Why `_C_cuda` is not built; None if it is. Raises SystemExit if PYKVCACHE_CUDA=1."""
+    wanted = os.environ.get("PYKVCACHE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"pykvcache: PYKVCACHE_CUDA must be unset, 0 or 1, got {wanted!r}")
+    reason = "PYKVCACHE_CUDA is 0" if wanted == "0" else _missing(torch_dir)
+    if reason and wanted == "1":
+        raise SystemExit(f"pykvcache: PYKVCACHE_CUDA is 1, but {reason}")
+    return reason
+
+
+def _missing(torch_dir: Path) -> str | None:
+    version = torch_cuda_version(torch_dir)
+    if version is None:
+        return "the installed torch is built without CUDA"
+    toolkit = find_toolkit()
+    if toolkit is None:
+        return f"there is no CUDA toolkit (torch has CUDA {version}); set CUDA_HOME"
+    major = toolkit_version(toolkit)[0]
+    if major != int(version.split(".")[0]):
+        return f"torch has CUDA {version} but the toolkit in {toolkit} is CUDA {major}"
+    return None
+
+
+def architectures(toolkit: Path) -> list[str]:
+    """ "8.0", "9.0", "12.0+PTX": TORCH_CUDA_ARCH_LIST, else the GPU's, else the common ones."""
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return re.split(r"[ ;]+", listed.strip())
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            return ["{}.{}".format(*torch.cuda.get_device_capability())]
+    except ImportError:
+        pass
+    newest = ["10.0", "12.0"] if toolkit_version(toolkit) >= (12, 8) else []
+    common = ["8.0", "9.0", *newest]
+    return [*common[:-1], f"{common[-1]}+PTX"]
+
+
+def gencode_flags(archs: list[str]) -> str:
+    """nvcc's -gencode options; 9.0 is always 9.0a, which later kernels need."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        if int(number.rstrip("af")) < SMALLEST_ARCH:
+            raise SystemExit(f"pykvcache: CUDA kernels need compute capability 8.0, got {arch}")
+        number = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+def nvcc_flags(torch_dir: Path) -> str:
+    """Everything but -gencode. USE_CUDA opens the part of the stable ABI that has streams."""
+    return (
+        f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC -DNDEBUG -DUSE_CUDA "
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -I{ROOT / 'csrc'} "
+        f"-isystem {torch_dir / 'include'}"
+    )
+
+
+def sources() -> list[tuple[Path, str, str]]:
+    """(source, object name, extra flags) of `_C_cuda`; attention kernels once per class of dims."""
+    folder = ROOT / "csrc" / "cuda"
+    found = [(folder / "module.cpp", "module", "")]
+    for source in sorted(folder.glob("*.cu")):
+        if source.stem in ("decode_kernels", "prefill_kernels"):
+            for dim in HEAD_DIMS:
+                found.append((source, f"{source.stem}_{dim}", f"-DKV_HEAD_DIM={dim}"))
+        else:
+            found.append((source, source.stem, ""))
+    return found

@@ -1,0 +1,29 @@
+// Prints the dynamic shared memory of every attention kernel: name<types>, class of dims, bytes.
+#include <cstdio>
+
+#include "cuda/decode.cuh"
+#include "cuda/plain.cuh"
+#include "cuda/prefill.cuh"
+
+using namespace pykvcache::cuda;
+
+template <class T, class KV, int kDim>
+void print(const char* types) {
+  std::printf("decode_kernel<%s> %d %d\n", types, kDim, Decode<T, KV, kDim>::kSharedBytes);
+  std::printf("prefill_kernel<%s> %d %d\n", types, kDim, Prefill<T, KV, kDim>::kSharedBytes);
+}
+
+template <int kDim>
+void print_all() {
+  print<Half, Half, kDim>("Half, Half");
+  print<Half, Float8, kDim>("Half, Float8");
+  print<BFloat16, BFloat16, kDim>("BFloat16, BFloat16");
+  print<BFloat16, Float8, kDim>("BFloat16, Float8");
+}
+
+int main() {
+  print_all<64>();
+  print_all<128>();
+  print_all<256>();
+  std::printf("plain_kernel 0 %d\n", Plain<float>::kSharedBytes);
+}

@@ -1,0 +1,118 @@
+"""Compile the CUDA sources without a GPU and print what each kernel needs of the chip.
+
+    python tests/cuda_resources.py [sm_80 sm_90a sm_100] [--head-dims 64 128 256]
+
+One line a kernel: registers, static and dynamic shared memory, spilled bytes. Exits with 1 if
+something does not compile, or if a kernel for head dims 64 or 128 spills. Launchers are compiled
+against the installed torch, whatever that was built for. Needs nvcc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from cuda_host import build
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+MAY_SPILL = ("256",)
+
+
+def compile_source(nvcc: str, arch: str, source: str, extra: str, flags: list[str]) -> str:
+    """ptxas' report; raises RuntimeError with nvcc's message."""
+    number = arch.removeprefix("sm_")
+    with tempfile.NamedTemporaryFile(suffix=".o") as out:
+        command = [
+            nvcc, *flags, *extra.split(), f"-gencode=arch=compute_{number},code={arch}",
+            "-Xptxas=-v", "-c", str(ROOT / source), "-o", out.name,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source} {extra} for {arch}:\n{done.stdout}{done.stderr}")
+    return done.stderr
+
+
+def kernels_in(report: str) -> list[tuple[str, int, int, int]]:
+    """(name<types>, registers, static shared bytes, spilled bytes) of each kernel in a report."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores"
+        r".*?Used (\d+) registers([^\n]*)",
+        report,
+        re.DOTALL,
+    )
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(name for name, *_ in found), capture_output=True, text=True,
+        check=True,
+    ).stdout.splitlines()  # fmt: skip
+    rows = []
+    for name, (_, spilled, registers, rest) in zip(names, found, strict=True):
+        short = re.sub(r"\(anonymous namespace\)::|pykvcache::(cuda::)?", "", name)
+        short = re.sub(r"^void |\(\w+\)$", "", short)
+        shared = re.search(r"(\d+) bytes smem", rest)
+        rows.append((short, int(registers), int(shared[1]) if shared else 0, int(spilled)))
+    return rows
+
+
+def dynamic_shared_bytes() -> dict[tuple[str, str], int]:
+    """Of (kernel, head dim): what the launchers ask for."""
+    program = build.shared_bytes()
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    rows = re.findall(r"^(.*) (\d+) (\d+)$", lines, re.MULTILINE)
+    return {(kernel, dim): int(size) for kernel, dim, size in rows}
+
+
+def find_nvcc() -> tuple[str, list[str]] | None:
+    """nvcc and the flags that setup.py gives it; None if there is no toolkit."""
+    setup = runpy.run_path(str(ROOT / "setup_cuda.py"))
+    toolkit = setup["find_toolkit"]()
+    if toolkit is None:
+        return None
+    return str(toolkit / "bin" / "nvcc"), setup["nvcc_flags"](Path(torch.__file__).parent).split()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES))
+    parser.add_argument("--head-dims", nargs="*", type=int, default=list(build.HEAD_DIMS))
+    options = parser.parse_args(arguments)
+    found = find_nvcc()
+    if found is None:
+        print("no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set")
+        return 2
+    sources = build.kernel_sources(tuple(options.head_dims))
+    sources += [(f"csrc/cuda/{name}.cu", "") for name in ("attention", "cache_ops")]
+    jobs = [(arch, *source) for arch in options.architectures for source in sources]
+    shared = dynamic_shared_bytes()
+    bad = 0
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        reports = [pool.submit(compile_source, found[0], *job, found[1]) for job in jobs]
+        for (arch, _, extra), report in zip(jobs, reports, strict=True):
+            dim = extra.removeprefix("-DKV_HEAD_DIM=")
+            try:
+                kernels = kernels_in(report.result())
+            except RuntimeError as error:
+                print(error)
+                bad += 1
+                continue
+            for name, registers, static, spilled in kernels:
+                dynamic = shared.get((name, dim), shared.get((name.split("<")[0], "0"), 0))
+                print(
+                    f"{arch:7} {name:42} {dim:>4} registers {registers:3} "
+                    f"shared {static + dynamic:6} spilled {spilled}",
+                    flush=True,
+                )
+                bad += spilled > 0 and dim not in MAY_SPILL
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Every CUDA source compiles without a GPU, and the important kernels do not spill.
+
+Run with `-s` to see registers, shared memory and spills; `python tests/cuda_resources.py` compiles
+everything for every architecture, where this leaves some classes of head dims out.
+"""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tests" / "cuda_resources.py"
+SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup_cuda.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SETUP["find_toolkit"]() is None, reason="there is no CUDA toolkit")
+@pytest.mark.parametrize(
+    ("arch", "dims"), [("sm_80", (128,)), ("sm_90a", (64, 128)), ("sm_100", (128,))]
+)
+def test_compiles_without_spills(arch: str, dims: tuple[int, ...]) -> None:
+    command = [sys.executable, str(SCRIPT), arch, "--head-dims", *map(str, dims)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.stdout.count("attention") == 0  # no kernel lives in a launcher
+    assert done.stdout.count("_kernel<BFloat16, Float8>") == 2 * len(dims)
+    assert done.stdout.count("registers") == 8 * len(dims) + 28
+
+
+def test_architectures_become_flags() -> None:
+    flags = SETUP["gencode_flags"](["8.0", "9.0", "12.0+PTX"])
+    assert flags.split() == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    with pytest.raises(SystemExit, match=r"need compute capability 8.0, got 7.5"):
+        SETUP["gencode_flags"](["7.5"])
+
+
+def why_not(version: str | None, toolkit: tuple[int, int] | None, wanted: str = "") -> str | None:
+    changes = {
+        "torch_cuda_version": lambda _: version,
+        "find_toolkit": lambda: Path("toolkit") if toolkit else None,
+        "toolkit_version": lambda _: toolkit,
+    }
+    function = SETUP["why_not"]
+    with (
+        mock.patch.dict(function.__globals__, changes),
+        mock.patch.dict("os.environ", {"PYKVCACHE_CUDA": wanted}),
+    ):
+        reason: str | None = function(Path("torch"))
+        return reason
+
+
+def test_cuda_is_built_when_torch_and_toolkit_agree() -> None:
+    assert why_not("13.0", (13, 1)) is None
+    assert why_not("13.0", (13, 1), "0") == "PYKVCACHE_CUDA is 0"
+    assert "built without CUDA" in str(why_not(None, (13, 1)))
+    assert "no CUDA toolkit" in str(why_not("13.0", None))
+    assert "torch has CUDA 12.8 but the toolkit" in str(why_not("12.8", (13, 0)))
+    with pytest.raises(SystemExit, match=r"PYKVCACHE_CUDA is 1, but torch has CUDA 12\.8"):
+        why_not("12.8", (13, 0), "1")
+    with pytest.raises(SystemExit, match="must be unset, 0 or 1"):
+        why_not("13.0", (13, 0), "yes")
+
+
+def test_every_source_is_built() -> None:
+    built = {source.name for source, *_ in SETUP["sources"]()}
+    present = {file.name for file in (ROOT / "csrc/cuda").glob("*.c*") if file.suffix != ".cuh"}
+    assert built == present
+    from cuda_host import build
+
+    emulated = {Path(name).name for name, _ in build.kernel_sources(build.HEAD_DIMS)}
+    assert emulated | {"attention.cu", "cache_ops.cu", "module.cpp"} == present
+    assert SETUP["HEAD_DIMS"] == build.HEAD_DIMS

@@ -1,0 +1,173 @@
+"""The CUDA kernels as host C++: what the case table does not show, and the sanitizers.
+
+The case table itself runs on backend "cuda" in test_paged_attention.py, test_cache_ops.py and
+test_contract.py; see tests/cuda_host/build.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import build
+from op_cases import BF16, F16, F32, Case
+from op_cases import build as build_case
+
+from pykvcache import ops
+
+if ops.LOADERS["cuda"] is not build.load:
+    pytest.skip("there is a GPU: nothing is emulated", allow_module_level=True)
+if ops.backends()["cuda"] != "ready":
+    pytest.skip(ops.backends()["cuda"], allow_module_level=True)
+
+FP8 = torch.float8_e4m3fn
+ASAN = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DKV_HOST_THREADS"
+CASE_OF = {"decode": 4, "prefill": 0, "plain": 5, "plan": -1}  # of driver.cpp
+OMITTABLE = {
+    name
+    for file in (build.ROOT / "csrc/cuda").glob("*.cuh")
+    for name in re.findall(r" KV_OMITTABLE\((\w+), ", file.read_text())
+}
+TSAN = "-O1 -fsanitize=thread -DKV_HOST_THREADS"
+
+
+@pytest.fixture
+def ctas() -> Iterator[None]:
+    """Restores the number of CTAs that the emulated device runs at once."""
+    yield
+    build.control().kv_emulation_set_ctas(8)
+
+
+@pytest.mark.usefixtures("ctas")
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_any_number_of_ctas(count: int, dtype: torch.dtype) -> None:
+    """Rows in one piece, in several, and pieces of several rows in one CTA."""
+    build.control().kv_emulation_set_ctas(count)
+    rows = ((1, 700), (1, 0), (2, 130), (1, 5), (0, 9), (1, 64))
+    data = build_case(Case("pieces", rows=rows, sinks=True, dtype=dtype))
+    expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
+    got = ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    tolerance = 1e-5 if dtype == F32 else 2e-2
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("storage", [None, FP8], ids=["same", "float8"])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_tensor_cores_read_shared_memory_without_bank_conflicts(
+    dim: int, storage: torch.dtype | None
+) -> None:
+    control = build.control()
+    case = Case("banks", rows=((1, 70), (40, 90)), head_dim=dim, dtype=F16, cache_dtype=storage)
+    data = build_case(case)
+    conflicts, products = (
+        control.kv_emulation_bank_conflicts(),
+        control.kv_emulation_matrix_products(),
+    )
+    ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    assert control.kv_emulation_matrix_products() > products
+    assert control.kv_emulation_bank_conflicts() == conflicts
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("float"),
+        Case("wide", head_dim=320, dtype=BF16),
+        Case("unaligned", head_dim=20, dtype=BF16),
+        Case("channels", scales="channel", cache_dtype=FP8, dtype=BF16),
+        Case("mixed", cache_dtype=F32, dtype=F16),
+    ],
+    ids=str,
+)
+def test_the_plain_kernel_takes_what_tensor_cores_do_not(case: Case) -> None:
+    products = build.control().kv_emulation_matrix_products()
+    data = build_case(case)
+    ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    assert build.control().kv_emulation_matrix_products() == products
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_plan_counts_the_units_of_decode_rows(deterministic: bool) -> None:
+    unit = 1024 if deterministic else 64
+    q_lens, lengths = [1, 4, 5, 0, 1, 1], [10 * unit, unit + 1, 3 * unit, 99, 0, 1]
+    starts = torch.tensor([0, *q_lens]).cumsum(0).int()
+    plan = ops.plan(
+        torch.tensor(lengths).int(), starts, 5, 8, 2, 64, deterministic=deterministic,
+        backend="cuda",
+    )  # fmt: skip
+    units = [10, 2, 0, 0, 1, 1]  # 5 queries of 4 heads are prefill's; 0 queries have no result
+    assert plan.diff().tolist() == units and plan[0] == 0
+
+
+def test_plan_of_many_rows_leaves_out_what_a_window_hides() -> None:
+    rows = 700  # more than the threads of the kernel
+    starts = torch.arange(rows + 1).int()
+    plan = ops.plan(
+        torch.full((rows,), 20 * 64).int(), starts, 1, 2, 2, 64, window=2 * 64, backend="cuda"
+    )
+    assert plan.tolist() == list(range(0, 2 * rows + 1, 2))
+
+
+def run_driver(flags: str, *omission: str | int) -> subprocess.CompletedProcess[str]:
+    """The driver's cases; `omission` is a barrier or wait to leave out, and the case to run."""
+    try:
+        program = build.driver(flags)
+    except RuntimeError as error:
+        if re.search(r"lib[at]san|lubsan|unsupported option|-l[at]san", str(error)):
+            pytest.skip("the compiler has no sanitizers")
+        raise
+    command = [str(program), *map(str, omission)]
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    options: dict[str, Any] = {"env": environment, "text": True, "capture_output": True}
+    done = subprocess.run(command, timeout=500, **options)
+    if "unexpected memory mapping" in done.stderr:  # older ThreadSanitizers and much randomness
+        if shutil.which("setarch") is None:
+            pytest.skip("ThreadSanitizer does not run with this address space randomisation")
+        done = subprocess.run(["setarch", "-R", *command], timeout=500, **options)
+        if "setarch: failed" in done.stderr:
+            pytest.skip("ThreadSanitizer does not run with this address space randomisation")
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [ASAN, TSAN], ids=["address-undefined", "thread"])
+def test_kernels_are_clean_under_sanitizers(flags: str) -> None:
+    done = run_driver(flags)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.count("largest error") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("barrier", sorted(name for name in OMITTABLE if name.endswith("_barrier")))
+def test_a_missing_barrier_is_a_race(barrier: str) -> None:
+    """Every barrier of every kernel, left out in turn; a pointer read too early may crash first."""
+    done = run_driver(TSAN, barrier, CASE_OF[barrier.split("_")[0]])
+    assert done.returncode != 0 and re.search("data race|SEGV", done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", sorted(n for n in OMITTABLE if n.endswith("_wait")))
+def test_a_missing_wait_for_copies_is_a_wrong_result(wait: str) -> None:
+    done = run_driver(ASAN, wait, CASE_OF[wait.split("_")[0]])
+    assert done.returncode != 0 and "WRONG" in done.stdout
+
+
+def test_every_barrier_can_be_left_out() -> None:
+    bare = [
+        line
+        for file in (build.ROOT / "csrc/cuda").glob("*.cuh")
+        for line in file.read_text().splitlines()
+        if re.search(r"__sync(threads|warp)\(|copy_wait<k", line)
+        and "KV_OMITTABLE" not in line
+        and not line.lstrip().startswith("//")
+    ]
+    assert bare == []
+    assert {"decode_wait", "prefill_wait", "decode_warp_barrier"} < OMITTABLE
