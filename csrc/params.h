@@ -62,6 +62,14 @@ struct BiasView {
   int64_t stride_key = 0;
 };
 
+// Choices that change how fast a kernel runs; 0 = the kernel's own. See cpu/launches.h.
+struct Launch {
+  int64_t tile = 0;    // decode: tokens of a tile
+  int64_t stages = 0;  // decode: steps that prefetching runs ahead
+  int64_t splits = 0;  // decode: items that a thread is given at first, where rows are cut
+  int64_t rows = 0;    // general kernel: query rows that pass over the keys together
+};
+
 struct AttentionParams {
   const void* q = nullptr;  // [T, HQ, D]
   int64_t q_stride_token = 0;
@@ -93,6 +101,7 @@ struct AttentionParams {
   int64_t window = 0;  // 0 = none; counts the current token
   int64_t chunk = 0;   // 0 = none
   bool deterministic = false;
+  Launch launch;
 };
 
 }  // namespace pykvcache

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykvcache import fakes, reference
+from pykvcache import fakes, launch_table, reference
 
 SCHEMAS: dict[str, str] = {
     "write_kv": (
@@ -132,6 +132,9 @@ def _load_cpu() -> str:
     except ImportError as error:
         return f"not built or not loadable ({error}); build it with: pip install -e ."
     _check_signatures(_C.signatures(), "cpu")
+    if not hasattr(_C, "set_launches"):
+        raise ImportError("pykvcache._C is older than its sources; rebuild with: pip install -e .")
+    launch_table.use_on_cpu(launch_table.user_table())
     return "ready"
 
 

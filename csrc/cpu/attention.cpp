@@ -9,11 +9,14 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <span>
 #include <tuple>
+#include <vector>
 
 #include "attention_arguments.h"
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
+#include "cpu/launches.h"
 #include "cpu/partition.h"
 #include "registration.h"
 
@@ -53,7 +56,9 @@ void check_rows(const AttentionParams& p, int64_t max_blocks, int64_t max_seqlen
   check_row_values(p, max_blocks, max_seqlen_q);
 }
 
-void attend(const AttentionParams& p) {
+void attend(const AttentionParams& given) {
+  AttentionParams p = given;
+  p.launch = choose_launch(given);
   thread_local Partition partition;
   thread_local ThreadBuffer partial_buffer;
   const KernelTable& table = kernels();
@@ -93,6 +98,39 @@ void attend(const AttentionParams& p) {
     work(0, 1);
   else
     torch::stable::parallel_for(0, partition.num_threads(), 1, work);
+}
+
+LaunchReport explain_launch(DType dtype, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                            std::span<const int64_t> seq_lens,
+                            std::span<const int64_t> query_lens) {
+  const std::vector<int32_t> lengths(seq_lens.begin(), seq_lens.end());
+  std::vector<int32_t> starts(1, 0);
+  for (const int64_t count : query_lens) starts.push_back(starts.back() + static_cast<int>(count));
+  AttentionParams p;
+  p.q_dtype = p.k.dtype = p.v.dtype = dtype;
+  p.num_heads = heads;
+  p.num_kv_heads = kv_heads;
+  p.head_dim = p.v_head_dim = head_dim;
+  p.batch = static_cast<int64_t>(lengths.size());
+  p.num_tokens = starts.back();
+  p.seq_lens = lengths.data();
+  p.cu_seqlens_q = starts.data();
+  p.launch = choose_launch(p);
+  const KernelTable& table = kernels();
+  Partition partition;
+  partition.cut(p, torch::stable::get_num_threads(), table.prefill_query_tile(p));
+  LaunchReport report{};
+  report.threads = partition.num_threads();
+  report.items = static_cast<int64_t>(partition.items().size());
+  for (const WorkItem& item : partition.items()) report.decode_items += item.decode;
+  report.cut_rows = static_cast<int64_t>(partition.merges().size());
+  for (const Merge& merge : partition.merges())
+    report.most_splits = std::max(report.most_splits, merge.num_splits);
+  const DecodeShape shape = table.decode_shape(p);
+  report.tile = shape.tile;
+  report.stages = shape.stages;
+  report.query_tile = table.prefill_query_tile(p);
+  return report;
 }
 
 namespace {

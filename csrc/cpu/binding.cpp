@@ -4,7 +4,11 @@
 
 #include <new>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
+#include "cpu/kernels.h"
+#include "cpu/launches.h"
 #include "cpu/layer_step.h"
 #include "cpu/probe.h"
 #include "python/types.h"
@@ -126,7 +130,58 @@ PyObject* read_memory(PyObject*, PyObject* args) {
   });
 }
 
+// Integers of LaunchEntry, entry after entry.
+PyObject* replace_launches(PyObject*, PyObject* integers) {
+  return guarded([&] {
+    constexpr size_t kFields = sizeof(LaunchEntry) / sizeof(int64_t);
+    const IntArgument fields("entries", integers);
+    if (fields.size() % kFields != 0)
+      throw std::invalid_argument("an entry is " + std::to_string(kFields) + " integers");
+    std::vector<LaunchEntry> entries(fields.size() / kFields);
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const auto field = [&](size_t k) { return fields[i * kFields + k]; };
+      entries[i] = {field(0), field(1), field(2),
+                    field(3), field(4), {field(5), field(6), field(7), field(8)}};
+      if (field(0) != LaunchEntry::kDecode && field(0) != LaunchEntry::kPrefill)
+        throw std::invalid_argument("phase must be 0 (decode) or 1 (prefill)");
+    }
+    set_launches(std::move(entries));
+    return none();
+  });
+}
+
+// (dtype, HQ, HKV, D, seq_lens, query_lens): how a call with these rows is launched.
+PyObject* explain(PyObject*, PyObject* args) {
+  return guarded([&] {
+    PyObject *dtype, *seq_lens, *query_lens;
+    long long heads, kv_heads, dim;
+    if (!PyArg_ParseTuple(args, "OLLLOO", &dtype, &heads, &kv_heads, &dim, &seq_lens, &query_lens))
+      throw ErrorIsSet{};
+    const IntArgument lengths("seq_lens", seq_lens), queries("query_lens", query_lens);
+    if (lengths.size() != queries.size() || heads < 1 || kv_heads < 1 || heads % kv_heads != 0 ||
+        dim < 1 || dim > kMaxHeadDim)
+      throw std::invalid_argument("no such call");
+    const LaunchReport report =
+        explain_launch(to_dtype(dtype), heads, kv_heads, dim, lengths, queries);
+    Owned found(PyDict_New());
+    const auto set = [&](const char* key, int64_t value) {
+      found.set(key, PyLong_FromLongLong(value));
+    };
+    set("threads", report.threads);
+    set("items", report.items);
+    set("decode_items", report.decode_items);
+    set("cut_rows", report.cut_rows);
+    set("most_splits", report.most_splits);
+    set("tile", report.tile);
+    set("stages", report.stages);
+    set("query_tile", report.query_tile);
+    return found.release();
+  });
+}
+
 PyMethodDef functions[] = {
+    {"set_launches", replace_launches, METH_O, "Replace the launch table of the CPU kernels."},
+    {"explain_launch", explain, METH_VARARGS, "How a call of paged_attention is launched."},
     {"read_regions", read_memory, METH_VARARGS, "Plain loads of memory regions, for measuring."},
     {nullptr, nullptr, 0, nullptr}};
 

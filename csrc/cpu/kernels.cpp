@@ -5,6 +5,7 @@
 #define KV_TABLE(isa)          \
   {isa::decode,                \
    isa::decode_scratch_bytes,  \
+   isa::decode_shape,          \
    isa::prefill,               \
    isa::prefill_scratch_bytes, \
    isa::prefill_query_tile,    \

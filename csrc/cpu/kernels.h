@@ -24,11 +24,18 @@ struct AttentionItem {
   float* partial_lse = nullptr;
 };
 
+// Tokens of a decode tile, and the steps that prefetching runs ahead.
+struct DecodeShape {
+  int64_t tile;
+  int64_t stages;
+};
+
 struct KernelTable {
   // Few query rows per KV head (q_len * G <= kMaxDecodeRows), K, V and q of one dtype, no bias and
   // no scales. Streams all heads of the item block by block.
   void (*decode)(const AttentionParams&, const AttentionItem&, void* scratch);
   int64_t (*decode_scratch_bytes)(const AttentionParams&);
+  DecodeShape (*decode_shape)(const AttentionParams&);  // that decode runs with
   // Any item of one KV head.
   void (*prefill)(const AttentionParams&, const AttentionItem&, void* scratch);
   int64_t (*prefill_scratch_bytes)(const AttentionParams&);
@@ -47,6 +54,7 @@ const KernelTable& kernels();
   namespace isa {                                                                             \
   void decode(const AttentionParams&, const AttentionItem&, void*);                           \
   int64_t decode_scratch_bytes(const AttentionParams&);                                       \
+  DecodeShape decode_shape(const AttentionParams&);                                           \
   void prefill(const AttentionParams&, const AttentionItem&, void*);                          \
   int64_t prefill_scratch_bytes(const AttentionParams&);                                      \
   int64_t prefill_query_tile(const AttentionParams&);                                         \

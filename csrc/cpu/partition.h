@@ -65,6 +65,7 @@ class Partition {
   static constexpr double kMinParallelCost = 512 << 10;
   static constexpr double kMinItemCost = 256 << 10;
   static constexpr double kFlopsPerByte = 15;
+  static constexpr int64_t kItemsPerThread = 2;
   static constexpr int64_t kCutTokens = 64;  // cuts are at multiples of this
   // Tokens, when deterministic. A query tile has enough work by itself, and merging costs.
   static constexpr int64_t kFixedSplit = 512;
@@ -132,7 +133,7 @@ class Partition {
       for (int64_t at = (begin / step + 1) * step; at < end; at += step) bounds_.push_back(at);
     } else if (num_threads_ > 1) {
       while (begin < end) {
-        const double target = target_cost(segment, left);
+        const double target = target_cost(p, segment, left);
         if (segment.cost(begin, end) < 1.5 * target) break;
         const auto tokens = static_cast<int64_t>(target / segment.cost_per_key);
         const int64_t bound = (begin + tokens) / kCutTokens * kCutTokens + kCutTokens;
@@ -146,9 +147,11 @@ class Partition {
   }
 
   // The general kernel's segments are long enough by themselves unless there are few.
-  double target_cost(const Segment& segment, double left) const {
+  double target_cost(const AttentionParams& p, const Segment& segment, double left) const {
+    const int64_t pieces =
+        segment.decode && p.launch.splits > 0 ? p.launch.splits : kItemsPerThread;
     const double share =
-        (segment.decode ? left : total_cost_) / static_cast<double>(2 * num_threads_);
+        (segment.decode ? left : total_cost_) / static_cast<double>(pieces * num_threads_);
     return std::max(kMinItemCost, share);
   }
 

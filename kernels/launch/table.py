@@ -2,8 +2,9 @@
 
 One section per architecture ("sm_90", "gfx942", ...); what a section leaves out is the default's.
 An entry serves head dims up to `max_dim` and elements of up to `max_bytes`; the first that fits is
-taken. Nothing is tuned at run time. Decode's `tile` depends on the head dim alone, because the plan
-of a step is made before the dtype is known.
+taken. Entries of the user's launch table (pykvcache/launch_table.py) come first. Nothing is tuned
+at run time. Decode's `tile` depends on the head dim alone, because the plan of a step is made
+before the dtype is known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 import triton
+
+from pykvcache import launch_table
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETER = "interpreter"
@@ -32,11 +35,23 @@ class Choice:
 
 
 @functools.cache
-def _sections() -> dict[str, dict[str, Any]]:
+def _packaged() -> dict[str, dict[str, Any]]:
     sections: dict[str, dict[str, Any]] = json.loads(
         Path(__file__).with_name("table.json").read_text()
     )
     return sections
+
+
+_user_table: dict[str, dict[str, Any]] | None = None  # None: not looked for yet
+
+
+def use(user_table: dict[str, Any]) -> None:
+    """Take this as the user's table from the next call on."""
+    global _user_table
+    launch_table.check_table(user_table)
+    _user_table = user_table
+    for cached in (_section, choose, decode_tile, decode_programs):
+        cached.cache_clear()
 
 
 @functools.cache
@@ -50,15 +65,22 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@functools.cache
 def _section(name: str) -> dict[str, Any]:
-    return {**_sections()["default"], **_sections().get(name, {})}
+    packaged = {**_packaged()["default"], **_packaged().get(name, {})}
+    user = (launch_table.user_table() if _user_table is None else _user_table).get(name, {})
+    return {
+        **packaged,
+        **user,
+        **{phase: [*user.get(phase, ()), *packaged[phase]] for phase in launch_table.PHASES},
+    }
 
 
 @functools.cache
 def choose(phase: str, arch: str, head_dim: int, element_bytes: int) -> Choice:
     """The launch of "decode" or "prefill" for K of this head dim and elements of this size."""
     for entry in _section(arch)[phase]:
-        if head_dim <= entry["max_dim"] and element_bytes <= entry.get("max_bytes", 8):
+        if launch_table.fits(entry, head_dim, element_bytes):
             return Choice(entry["tile"], entry["warps"], entry["stages"], entry.get("rows", 0))
     raise ValueError(f"table.json has no {phase} entry for head dim {head_dim}")
 

@@ -29,7 +29,8 @@ class Heads:
 class Case:
     """One attention call: decode of one token a row, or causal prefill of whole prompts.
 
-    `length` is the KV length of each of the `batch` rows.
+    `length` is the KV length of each of the `batch` rows. A "chunk" is a causal call of `queries`
+    tokens a row, the last of `length`.
     """
 
     phase: str
@@ -37,6 +38,7 @@ class Case:
     dtype: torch.dtype
     batch: int
     length: int
+    queries: int = 0
 
     @property
     def name(self) -> str:
@@ -44,11 +46,11 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return NAMES[self.dtype]
 
     @property
     def query_len(self) -> int:
-        return 1 if self.phase == "decode" else self.length
+        return {"decode": 1, "prefill": self.length}.get(self.phase, self.queries)
 
     @property
     def kv_bytes(self) -> int:
@@ -61,11 +63,15 @@ class Case:
         """Both matrix products; a causal prefill needs half of the square."""
         pairs = self.batch * self.length * self.query_len
         full = 4 * pairs * self.heads.num_heads * self.heads.head_dim
-        return full if self.phase == "decode" else full // 2
+        if self.phase == "prefill":
+            return full // 2
+        unseen = self.batch * self.query_len * (self.query_len - 1) // 2
+        return full - 4 * unseen * self.heads.num_heads * self.heads.head_dim
 
 
 HEADS = {"gqa": Heads("gqa", 32, 8, 128), "mha": Heads("mha", 16, 16, 64)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 DECODE_SIZES = ((1, 1024), (1, 4096), (1, 32768), (8, 1024), (8, 4096), (32, 1024), (32, 4096))
 QUICK_DECODE_SIZES = ((1, 4096), (8, 4096))
 PREFILL_SIZES = ((1, 2048), (1, 8192))

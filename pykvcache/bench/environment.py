@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pykvcache import __version__, ops
+from pykvcache import __version__, launch_table, ops
 
 PACKAGES = ("pykvcache", "torch", "transformers", "triton", "numpy")
 
@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
         "commit": commit(),
         "versions": versions(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": cpu_name(),
+        "cpu": launch_table.processor(),
         "cpu_isa": cpu_isa(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -42,16 +42,6 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found | {"pykvcache": __version__, "torch": torch.__version__}
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def cpu_isa() -> str | None:

@@ -4,8 +4,9 @@ Every call of a contender touches another copy of its K and V until COLD_BYTES h
 layers of a model do; a single copy would sit in the processor's caches and flatter. Blocks lie in
 one pool as pykvcache/cache.py lays them out, in shuffled order. `folded` is SDPA with the query
 heads of a KV head moved to the query axis: it reads each KV head once and is the honest baseline
-for decode. `loads` are plain vector loads of the same bytes without any attention, of blocks in the
-order of memory and in the shuffled order: the second is what a paged decode kernel could reach.
+for decode. Other peers are in peers.py. `loads` are plain vector loads of the same bytes without
+any attention, of blocks in the order of memory and in the shuffled order: the second is what a
+paged decode kernel could reach. On a GPU decode calls are replayed from CUDA graphs.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Result:
     rate: float
     peak: float
     speedup: float
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         case = self.case
@@ -57,6 +59,10 @@ class Result:
             "threads": self.threads,
             "contender": self.contender,
             **asdict(self.timing),
+            "device": self.device,
+            "gb_per_second": case.kv_bytes / self.timing.median / 1e9,
+            "gflop_per_second": case.flops / self.timing.median / 1e9,
+            "intensity": case.flops / case.kv_bytes,
             "rate": self.rate,
             "peak": self.peak,
             "speedup": self.speedup,
@@ -69,30 +75,62 @@ class Workload:
     Args:
         case: what is called.
         block_sizes: one paged contender each.
-        backend: of the paged contenders.
+        backends: of the paged contenders; the first is not named in them.
+        device: where everything is.
+        peers: names in peers.PEERS; what cannot run is in `missing`, with the reason.
     """
 
-    def __init__(self, case: Case, block_sizes: Sequence[int], backend: str = "cpu") -> None:
+    def __init__(
+        self,
+        case: Case,
+        block_sizes: Sequence[int],
+        backends: Sequence[str] = ("cpu",),
+        device: str = "cpu",
+        peers: Sequence[str] = (),
+    ) -> None:
         torch.manual_seed(SEED)
-        self.backend = backend
+        self.device = torch.device(device)
         heads = case.heads
         self.case = case
         self.copies = -(-COLD_BYTES // case.kv_bytes)
         query = (case.batch, heads.num_heads, case.query_len, heads.head_dim)
         kv = (case.batch, heads.num_kv_heads, case.length, heads.head_dim)
-        self.q = torch.randn(query).to(case.dtype)
-        self.k = torch.randn(kv).to(case.dtype).expand(self.copies, *kv).contiguous()
-        self.v = torch.randn(kv).to(case.dtype).expand(self.copies, *kv).contiguous()
+        self.q = self._random(query)
+        self.k = self._random(kv).expand(self.copies, *kv).contiguous()
+        self.v = self._random(kv).expand(self.copies, *kv).contiguous()
         self.packed_q = self.q.transpose(1, 2).flatten(0, 1).contiguous()  # [T, HQ, D]
-        self.seq_lens = torch.full((case.batch,), case.length, dtype=torch.int32)
+        self.seq_lens = torch.full((case.batch,), case.length, dtype=torch.int32).to(self.device)
         steps = torch.arange(case.batch + 1, dtype=torch.int32)
-        self.cu_seqlens_q = steps * case.query_len
+        self.cu_seqlens_q = (steps * case.query_len).to(self.device)
+        self.mask = None
+        if case.phase == "chunk":
+            seen = torch.arange(case.length)[None] - torch.arange(case.query_len)[:, None]
+            self.mask = (seen <= case.length - case.query_len).to(self.device)
         self.contenders: dict[str, Contender] = {"sdpa": self.sdpa}
         self.readers: dict[str, Contender] = {}  # compute nothing, so nothing to check
         if case.phase == "decode" and heads.group > 1:
             self.contenders["folded"] = self.folded
+        self.missing: dict[str, str] = {}
+        self._add_peers(peers)
         for block_size in block_sizes:
-            self.contenders[f"paged {block_size}"] = self.paged(block_size)
+            for i, backend in enumerate(backends):
+                name = f"paged {block_size}" + (f" {backend}" if i else "")
+                self.contenders[name] = self.paged(block_size, backend)
+        if self.device.type == "cuda" and case.phase == "decode":
+            self.replay_graphs()
+
+    def _random(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape).to(self.case.dtype).to(self.device)
+
+    def _add_peers(self, names: Sequence[str]) -> None:
+        """Those of peers.PEERS that run here; a peer that fails is no reason to stop."""
+        from pykvcache.bench.peers import PEERS, Missing
+
+        for name in names:
+            try:
+                self.contenders |= PEERS[name](self)
+            except Missing as reason:
+                self.missing[name] = str(reason)
 
     @property
     def baseline(self) -> str:
@@ -104,6 +142,7 @@ class Workload:
             self.q,
             self.k[copy],
             self.v[copy],
+            attn_mask=self.mask,
             is_causal=self.case.phase == "prefill",
             enable_gqa=self.case.heads.group > 1,
         )
@@ -114,17 +153,17 @@ class Workload:
         q = self.q.view(self.case.batch, heads.num_kv_heads, heads.group, heads.head_dim)
         return scaled_dot_product_attention(q, self.k[copy], self.v[copy]).view_as(self.q)
 
-    def paged(self, block_size: int) -> Contender:
+    def paged(self, block_size: int, backend: str = "cpu") -> Contender:
         """`ops.paged_attention` over shuffled blocks; its output is [T, HQ, D]."""
         case, heads = self.case, self.case.heads
         per_row = -(-case.length // block_size)
         tables = torch.randperm(self.copies * case.batch * per_row, dtype=torch.int32)
         tables = tables.view(self.copies, case.batch, per_row)
         half = heads.num_kv_heads * block_size * heads.head_dim
-        storage = torch.zeros(tables.numel(), 2 * half, dtype=case.dtype)
+        storage = torch.zeros(tables.numel(), 2 * half, dtype=case.dtype, device=self.device)
         shape = (tables.numel(), heads.num_kv_heads, block_size, heads.head_dim)
         k_cache, v_cache = (part.view(shape) for part in storage.split(half, dim=1))
-        if case.phase == "decode" and self.backend == "cpu":
+        if case.phase == "decode" and backend == "cpu":
             in_order = torch.arange(tables.numel(), dtype=torch.int32).view_as(tables)
             if not self.readers:
                 self.readers["loads in order"] = peaks.block_reader(storage, in_order)
@@ -132,6 +171,7 @@ class Workload:
         for copy in range(self.copies):
             _fill(k_cache, tables[copy], self.k[copy])
             _fill(v_cache, tables[copy], self.v[copy])
+        tables = tables.to(self.device)
 
         def run(call: int) -> Tensor:
             out, _ = ops.paged_attention(
@@ -142,11 +182,21 @@ class Workload:
                 self.seq_lens,
                 self.cu_seqlens_q,
                 case.query_len,
-                backend=self.backend,
+                backend=backend,
             )
             return out
 
         return run
+
+    def replay_graphs(self) -> None:
+        """Replace the contenders by graphs of them, except those that cannot be captured."""
+        from pykvcache.bench.gpu import as_graphs
+
+        for name, run in self.contenders.items():
+            try:
+                self.contenders[name] = as_graphs(run, self.copies)
+            except RuntimeError as error:
+                self.missing[f"graph of {name}"] = str(error).partition("\n")[0]
 
     def check(self) -> None:
         """Raise WrongResult unless every contender meets the reference.
@@ -157,9 +207,9 @@ class Workload:
         errors = {}
         for name, run in self.contenders.items():
             out = run(self.copies - 1)
-            if not name.startswith("paged"):
+            if out.dim() == 4:  # [B, HQ, q, D]
                 out = out.transpose(1, 2).flatten(0, 1)
-            errors[name] = (out[queries].float() - expected).abs().max().item()
+            errors[name] = (out[queries].float().cpu() - expected).abs().max().item()
         rounding = torch.finfo(self.case.dtype).eps * expected.abs().max().item()
         allowed = 2 * errors["sdpa"] + rounding
         for name, error in errors.items():
@@ -176,7 +226,7 @@ class Workload:
         last queries, which are prefills of their own that end there.
         """
         case = self.case
-        caches = self.k[0].float(), self.v[0].float()
+        caches = self.k[0].float().cpu(), self.v[0].float().cpu()
         table = torch.arange(case.batch, dtype=torch.int32)[:, None]
         count = min(CHECKED_QUERIES, case.query_len)
         ends = sorted({count, max(count, case.query_len // 2), case.query_len})
@@ -185,10 +235,10 @@ class Workload:
             rows = torch.arange(case.batch)[:, None] * case.query_len
             queries = (rows + torch.arange(end - count, end)).flatten()
             out, _ = ops.paged_attention(
-                self.packed_q[queries].float(),
+                self.packed_q[queries].float().cpu(),
                 *caches,
                 table,
-                self.seq_lens - (case.query_len - end),
+                self.seq_lens.cpu() - (case.query_len - end),
                 torch.arange(case.batch + 1, dtype=torch.int32) * count,
                 count,
                 backend="reference",
@@ -208,18 +258,28 @@ def _fill(cache: Tensor, table: Tensor, rows: Tensor) -> None:
 
 
 def measure(
-    case: Case, block_sizes: Sequence[int], thread_counts: Sequence[int], seconds: float
+    case: Case,
+    block_sizes: Sequence[int],
+    thread_counts: Sequence[int],
+    seconds: float,
+    backends: Sequence[str] = ("cpu",),
+    device: str = "cpu",
+    peers: Sequence[str] = (),
+    missing: dict[str, str] | None = None,
 ) -> Iterator[Result]:
     """Per thread count: check a case, then time contenders and peak in one interleaved run.
 
-    Leaves torch with the last thread count.
+    Leaves torch with the last thread count. `missing` gets the peers that could not run.
 
     Raises:
         WrongResult: before anything is timed.
     """
-    workload = Workload(case, block_sizes)
-    for threads in thread_counts:
-        torch.set_num_threads(threads)
+    workload = Workload(case, block_sizes, backends, device, peers)
+    if missing is not None:
+        missing |= workload.missing
+    for threads in thread_counts if device == "cpu" else (0,):
+        if threads:
+            torch.set_num_threads(threads)
         workload.check()
         yield from _timed(workload, threads, seconds)
 
@@ -227,13 +287,23 @@ def measure(
 def _timed(workload: Workload, threads: int, seconds: float) -> Iterator[Result]:
     case = workload.case
     decode = case.phase == "decode"
-    peak_contenders = peaks.read_contenders() if decode else peaks.gemm_contenders(case.dtype)
     shown = workload.contenders | workload.readers
-    timings = interleave(shown | peak_contenders, seconds)
-    peak = peaks.read_bandwidth(timings) if decode else peaks.gemm_rate(timings)
+    on_gpu = workload.device.type == "cuda"
+    if on_gpu:
+        from pykvcache.bench import gpu
+
+        peak_contenders = gpu.peak_contenders(case, workload.device)
+        timings = interleave(shown | peak_contenders, seconds, gpu.elapsed)
+    else:
+        peak_contenders = peaks.read_contenders() if decode else peaks.gemm_contenders(case.dtype)
+        timings = interleave(shown | peak_contenders, seconds)
+    if decode:
+        peak = gpu.copy_rate(timings, case) if on_gpu else peaks.read_bandwidth(timings)
+    else:
+        peak = gpu.gemm_rate(timings) if on_gpu else peaks.gemm_rate(timings)
     work = case.kv_bytes if decode else case.flops
     baseline = timings[workload.baseline].median
     for name in shown:
         timing = timings[name]
         rate, speedup = work / timing.median, baseline / timing.median
-        yield Result(case, threads, name, timing, rate, peak, speedup)
+        yield Result(case, threads, name, timing, rate, peak, speedup, workload.device.type)

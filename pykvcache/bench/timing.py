@@ -46,23 +46,37 @@ class Timing:
         return Timing(self.median / count, self.p10 / count, self.p90 / count, self.samples)
 
 
-def interleave(contenders: Mapping[str, Contender], seconds: float) -> dict[str, Timing]:
+def elapsed(run: Contender, first: int, count: int) -> float:
+    """Seconds of calls number `first` to first + count - 1, by the host's clock."""
+    start = time.perf_counter()
+    for call in range(first, first + count):
+        run(call)
+    return time.perf_counter() - start
+
+
+def interleave(
+    contenders: Mapping[str, Contender],
+    seconds: float,
+    elapsed: Callable[[Contender, int, int], float] = elapsed,
+) -> dict[str, Timing]:
     """Time short calls in turn, until a round ends later than `seconds` (and MIN_ROUNDS are done).
 
     Contenders are warmed up; a sample is the mean of as many calls as fill MIN_SAMPLE_SECONDS.
+
+    Args:
+        contenders: by name.
+        seconds: of the whole run.
+        elapsed: times a run of calls; `gpu.elapsed` where calls return before they are done.
     """
-    calls = {name: _calls_per_sample(run) for name, run in contenders.items()}
+    calls = {name: _calls_per_sample(run, elapsed) for name, run in contenders.items()}
     numbers = dict.fromkeys(contenders, 0)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     started = time.perf_counter()
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
         for name in _turn_order(contenders, rounds):
-            run, count, number = contenders[name], calls[name], numbers[name]
-            start = time.perf_counter()
-            for call in range(number, number + count):
-                run(call)
-            samples[name].append((time.perf_counter() - start) / count)
+            count, number = calls[name], numbers[name]
+            samples[name].append(elapsed(contenders[name], number, count) / count)
             numbers[name] = number + count
         rounds += 1
     return {name: Timing.of(samples[name]) for name in contenders}
@@ -99,14 +113,11 @@ def _turn_order(contenders: Mapping[str, Contender], number: int) -> list[str]:
     return names[first:] + names[:first]
 
 
-def _calls_per_sample(run: Contender) -> int:
+def _calls_per_sample(run: Contender, elapsed: Callable[[Contender, int, int], float]) -> int:
     """Calls that fill a sample; running them also warms the contender up."""
     count = 1
     while True:
-        start = time.perf_counter()
-        for call in range(count):
-            run(call)
-        elapsed = time.perf_counter() - start
-        if elapsed >= MIN_SAMPLE_SECONDS:
+        seconds = elapsed(run, 0, count)
+        if seconds >= MIN_SAMPLE_SECONDS:
             return count
-        count = max(2 * count, int(1.2 * count * MIN_SAMPLE_SECONDS / max(elapsed, 1e-6)))
+        count = max(2 * count, int(1.2 * count * MIN_SAMPLE_SECONDS / max(seconds, 1e-6)))

@@ -7,6 +7,7 @@ A wrong argument is one line on standard error and exit code 2.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,15 @@ def run(app: typer.Typer) -> int:
         if not hasattr(error, "format_message"):  # click's errors; which click depends on typer
             raise
         return _fail(error.format_message(), 2)
+
+
+def single(command: Callable[..., None]) -> typer.Typer:
+    """A typer application of one command, for an entry point of its own."""
+    import typer
+
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    return app
 
 
 def _fail(message: str, code: int) -> int:

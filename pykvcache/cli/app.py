@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from pykvcache.cli.bench import app as bench
 from pykvcache.cli.demo import demo
 from pykvcache.cli.info import info
 from pykvcache.cli.replay import replay
+from pykvcache.cli.tune import tune
 
 app = typer.Typer(
     name="pykvcache",
@@ -31,3 +33,7 @@ def show_help(context: typer.Context) -> None:
 app.command(epilog="Example: python -m pykvcache info --json")(info)
 app.command(epilog="Example: python -m pykvcache demo --batch 8 --plot blocks.png")(demo)
 app.command(epilog=REPLAY_EXAMPLE)(replay)
+app.command(epilog="Example: python -m pykvcache tune --model-config qwen3-4b --plot tune.png")(
+    tune
+)
+app.add_typer(bench, name="bench")

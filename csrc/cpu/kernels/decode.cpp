@@ -11,6 +11,7 @@
 #include "cpu/kernels/line.h"
 #include "cpu/kernels/paged.h"
 #include "cpu/kernels/softmax.h"
+#include "cpu/numeric.h"
 #include "cpu/visible.h"
 
 namespace pykvcache::KV_ISA {
@@ -316,6 +317,10 @@ void decode(const AttentionParams& p, const AttentionItem& item, void* scratch) 
     default:
       return Decode<float>(p, item, scratch).run();
   }
+}
+
+DecodeShape decode_shape(const AttentionParams& p) {
+  return decode_shape_of(p.launch, max_of(p.head_dim, p.v_head_dim) * element_size(p.q_dtype));
 }
 
 int64_t decode_scratch_bytes(const AttentionParams& p) {

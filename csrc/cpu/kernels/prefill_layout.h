@@ -15,7 +15,8 @@ constexpr int64_t kQueryRows = 512;
 constexpr int64_t kWideQueryRows = 256;
 
 KV_INLINE int64_t queries_per_item(const AttentionParams& p) {
-  const int64_t rows = p.head_dim + p.v_head_dim <= 256 ? kQueryRows : kWideQueryRows;
+  int64_t rows = p.head_dim + p.v_head_dim <= 256 ? kQueryRows : kWideQueryRows;
+  if (p.launch.rows > 0) rows = p.launch.rows;
   return max_of<int64_t>(1, rows * p.num_kv_heads / p.num_heads);
 }
 

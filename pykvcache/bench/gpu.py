@@ -1,0 +1,155 @@
+"""Timing on a GPU: its own clock, cold caches, graph replay, and what it can do at most.
+
+Nothing here runs without one; the functions mirror timing.py and peaks.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pykvcache.bench.cases import Case, Heads
+from pykvcache.bench.timing import Contender, Timing, interleave
+
+if TYPE_CHECKING:
+    from pykvcache.bench.tune.explain import CallSpec, Explanation
+
+GEMM_SIZE = 8192
+L2_FLUSH_BYTES = 256 * 2**20
+WARM_CALLS = 3
+
+
+@functools.cache
+def _flush_buffer(device: int) -> Tensor:
+    return torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=f"cuda:{device}")
+
+
+def elapsed(run: Contender, first: int, count: int) -> float:
+    """Seconds of `count` calls by CUDA events; the L2 cache is flushed before each call.
+
+    The events stand around the call alone, so the flush is not timed.
+    """
+    buffer = _flush_buffer(torch.cuda.current_device())
+    pairs = []
+    for call in range(first, first + count):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        buffer.zero_()
+        start.record()
+        run(call)
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return sum(float(start.elapsed_time(end)) for start, end in pairs) * 1e-3
+
+
+def as_graphs(run: Contender, copies: int) -> Contender:
+    """One CUDA graph for each copy of the data; a call replays that of its number."""
+    graphs: list[tuple[torch.cuda.CUDAGraph, Any]] = []
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for copy in range(min(copies, WARM_CALLS)):
+            run(copy)
+    torch.cuda.current_stream().wait_stream(side)
+    for copy in range(copies):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run(copy)
+        graphs.append((graph, out))
+
+    def replay(call: int) -> Any:
+        graph, out = graphs[call % copies]
+        graph.replay()
+        return out
+
+    return replay
+
+
+def copy_contender(total_bytes: int, device: torch.device) -> Contender:
+    """A copy on the device that reads half of `total_bytes` and writes the other half."""
+    source = torch.ones(max(1, total_bytes // 8), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return lambda _: target.copy_(source)
+
+
+def gemm_contender(dtype: torch.dtype, device: torch.device) -> Contender:
+    a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda _: torch.mm(a, b, out=out)
+
+
+def peak_contenders(case: Case, device: torch.device) -> dict[str, Contender]:
+    """For decode a copy of as many bytes as K and V have; for the rest a matrix multiply."""
+    if case.phase == "decode":
+        return {"copy": copy_contender(case.kv_bytes, device)}
+    return {"gemm": gemm_contender(case.dtype, device)}
+
+
+def copy_rate(timings: Mapping[str, Timing], case: Case) -> float:
+    """Bytes a second, read and written, of the copy."""
+    return case.kv_bytes / timings["copy"].median
+
+
+def gemm_rate(timings: Mapping[str, Timing]) -> float:
+    return 2 * float(GEMM_SIZE) ** 3 / timings["gemm"].median
+
+
+def copy_bandwidth(total_bytes: int) -> float:
+    """Bytes a second of a copy that moves this total, now."""
+    device = torch.device("cuda")
+    timings = interleave({"copy": copy_contender(total_bytes, device)}, 0.3, elapsed)
+    return total_bytes / timings["copy"].median
+
+
+def explain_on_gpu(spec: CallSpec, seconds: float) -> Explanation:
+    """`tune.explain.explain` on the current GPU, with the best backend that is ready."""
+    from pykvcache import ops
+    from pykvcache.bench.kernels import Workload
+    from pykvcache.bench.tune.explain import Explanation
+    from pykvcache.bench.tune.shapes import DTYPES
+
+    device = torch.device("cuda")
+    backend = ops.table("auto", "cuda").backend
+    heads = Heads("call", spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    phase = "decode" if spec.query_len == 1 else "chunk"
+    case = Case(phase, heads, DTYPES[spec.dtype], spec.batch, spec.length, spec.query_len)
+    workload = Workload(case, [spec.block_size], [backend], "cuda")
+    workload.check()
+    name = f"paged {spec.block_size}"
+    contenders = {
+        name: workload.contenders[name],
+        "copy": copy_contender(max(spec.bytes, 2**20), device),
+        "gemm": gemm_contender(case.dtype, device),
+    }
+    timings = interleave(contenders, seconds, elapsed)
+    kernel, launch = describe_launch(spec, device, backend)
+    bandwidth = max(spec.bytes, 2**20) / timings["copy"].median
+    rate, timing = gemm_rate(timings), timings[name]
+    return Explanation(spec, backend, kernel, launch, bandwidth, rate, timing)
+
+
+def describe_launch(
+    spec: CallSpec, device: torch.device, backend: str
+) -> tuple[str, dict[str, int]]:
+    """Kernel and launch of a call on a GPU; what the compiled backend chooses is its own."""
+    if backend != "triton":
+        return f"{backend} on {torch.cuda.get_device_name(device)}", {}
+    from pykvcache.bench.tune.shapes import DTYPES
+    from pykvcache.kernels.launch import operators, table
+
+    arch = table.architecture(device)
+    group = spec.num_heads // spec.num_kv_heads
+    decodes = spec.query_len * group <= operators.decode_rows(group)
+    phase = "decode" if decodes else "prefill"
+    choice = table.choose(phase, arch, spec.head_dim, DTYPES[spec.dtype].itemsize)
+    found = {"tile": choice.tile, "stages": choice.stages, "warps": choice.warps}
+    if decodes:
+        found["tile"] = table.decode_tile(arch, spec.head_dim)
+        found["programs"] = table.decode_programs(device, spec.num_kv_heads)
+    else:
+        found["rows"] = choice.rows
+    return f"{phase}_kernel (kernels/attention/{phase}.py), {arch}", found

@@ -1,0 +1,159 @@
+"""Other attention that the kernel benchmark times, where it is installed and works on the device.
+
+A peer is a function of a `kernels.Workload` that returns contenders by name, or raises Missing with
+one line that says why it cannot run. All read the contiguous K and V of the workload, or the same
+blocks. What they return is checked like everything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from pykvcache.bench.timing import Contender
+
+if TYPE_CHECKING:
+    from pykvcache.bench.kernels import Workload
+
+FLASHINFER_PAGE = 16
+FLASHINFER_WORKSPACE = 128 * 2**20
+SDPA_BACKENDS = {"sdpa flash": "FLASH_ATTENTION", "sdpa cudnn": "CUDNN_ATTENTION"}
+
+
+class Missing(Exception):
+    """Why a peer cannot run."""
+
+
+def flex(workload: Workload) -> dict[str, Contender]:
+    """FlexAttention, compiled; causal by a block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    case, copies = workload.case, workload.copies
+    if case.phase == "chunk":
+        raise Missing("is measured for decode and prefill only")
+    mask: Any = None
+    if case.phase == "prefill":
+
+        def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return q >= k
+
+        size = case.length
+        mask = create_block_mask(causal, None, None, size, size, device=str(workload.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(call: int) -> Tensor:
+        copy = (call + copies // 3) % copies
+        with torch.no_grad():
+            found: Tensor = compiled(
+                workload.q,
+                workload.k[copy],
+                workload.v[copy],
+                block_mask=mask,
+                enable_gqa=case.heads.group > 1,
+            )
+        return found
+
+    try:
+        run(0)
+    except Exception as error:  # a compiler's failure has any type
+        raise Missing(f"does not run here: {_one_line(error)}") from error
+    return {"flex": run}
+
+
+def sdpa_backends(workload: Workload) -> dict[str, Contender]:
+    """SDPA with FlashAttention and with cuDNN, each by itself; on a GPU."""
+    if workload.device.type != "cuda":
+        raise Missing("needs a GPU")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    found: dict[str, Contender] = {}
+    for name, backend in SDPA_BACKENDS.items():
+        chosen = getattr(SDPBackend, backend)
+
+        def run(call: int, chosen: Any = chosen) -> Tensor:
+            copy = (call + workload.copies // 3) % workload.copies
+            with sdpa_kernel(chosen):
+                return scaled_dot_product_attention(
+                    workload.q,
+                    workload.k[copy],
+                    workload.v[copy],
+                    is_causal=workload.case.phase == "prefill",
+                    enable_gqa=workload.case.heads.group > 1,
+                )
+
+        try:
+            run(0)
+        except RuntimeError:
+            continue  # not for this dtype, head dim or grouping
+        found[name] = run
+    if not found:
+        raise Missing("neither takes this case")
+    return found
+
+
+def flashinfer(workload: Workload) -> dict[str, Contender]:
+    """FlashInfer over pages of FLASHINFER_PAGE tokens, one planned wrapper a copy; on a GPU."""
+    if workload.device.type != "cuda":
+        raise Missing("needs a GPU")
+    if importlib.util.find_spec("flashinfer") is None:
+        raise Missing("is not installed")
+    import flashinfer as library
+
+    case, heads, device = workload.case, workload.case.heads, workload.device
+    if case.dtype == torch.float32:
+        raise Missing("takes no float32")
+    pages = -(-case.length // FLASHINFER_PAGE)
+    shape = (case.batch * pages, heads.num_kv_heads, FLASHINFER_PAGE, heads.head_dim)
+    indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * pages
+    last = torch.full((case.batch,), (case.length - 1) % FLASHINFER_PAGE + 1, dtype=torch.int32)
+    wrappers, caches = [], []
+    for copy in range(workload.copies):
+        order = torch.randperm(shape[0], dtype=torch.int32)
+        sides = []
+        for dense in (workload.k[copy], workload.v[copy]):
+            cache = torch.zeros(shape, dtype=case.dtype, device=device)
+            for row in range(case.batch):
+                blocks = order[row * pages : (row + 1) * pages].long().to(device)
+                room = pages * FLASHINFER_PAGE - case.length
+                padded = torch.nn.functional.pad(dense[row], (0, 0, 0, room))
+                parts = padded.view(heads.num_kv_heads, pages, FLASHINFER_PAGE, heads.head_dim)
+                cache[blocks] = parts.transpose(0, 1)
+            sides.append(cache)
+        workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
+        sizes = (heads.num_heads, heads.num_kv_heads, heads.head_dim, FLASHINFER_PAGE)
+        dtypes = {"q_data_type": case.dtype, "kv_data_type": case.dtype}
+        if case.phase == "decode":
+            wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+            wrapper.plan(indptr, order.to(device), last.to(device), *sizes, **dtypes)
+        else:
+            wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+            starts = workload.cu_seqlens_q
+            wrapper.plan(
+                starts, indptr, order.to(device), last.to(device), *sizes, causal=True, **dtypes
+            )
+        wrappers.append(wrapper)
+        caches.append((sides[0], sides[1]))
+
+    def run(call: int) -> Tensor:
+        copy = call % workload.copies
+        found: Tensor = wrappers[copy].run(workload.packed_q, caches[copy])
+        return found
+
+    return {"flashinfer": run}
+
+
+PEERS: dict[str, Callable[[Workload], dict[str, Contender]]] = {
+    "flex": flex,
+    "sdpa-backends": sdpa_backends,
+    "flashinfer": flashinfer,
+}
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]

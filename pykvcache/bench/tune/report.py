@@ -1,0 +1,69 @@
+"""Tables and sentences about a tuning run."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pykvcache.bench.tune.plan import Tuning
+
+
+def tuning_table(found: Tuning) -> Table:
+    """A line a block size; > is the recommended one, = those that count as equally fast."""
+    request = found.request
+    title = (
+        f"{request.shape.name}, {request.shape.dtype}, {request.memory} of KV cache; tokens/s of "
+        "attention and weights alone, to compare block sizes"
+    )
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    columns = ("block size", "waste %", "live %", "mean batch", "GB/s", "ns a token", "p10", "p90")
+    for column in (*columns, "prefill us", "tokens/s", "of best"):
+        table.add_column(column, justify="right")
+    table.add_column("launch", no_wrap=True)
+    rows = found.to_json()
+    best = max(row["throughput"] for row in rows)
+    for row in rows:
+        table.add_row(
+            ">" if row["chosen"] else "=" if row["tied"] else "",
+            str(row["block_size"]),
+            f"{row['waste']:.2f}",
+            f"{row['live']:.1f}",
+            f"{row['mean_batch']:.1f}",
+            f"{row['decode_gb_per_second']:.1f}",
+            *(f"{row[f'decode_{key}']:.0f}" for key in ("ns_per_token", "p10", "p90")),
+            f"{row['prefill_ns_per_token'] / 1e3:.1f}",
+            f"{row['throughput']:.2f}",
+            f"{100 * row['throughput'] / best:.1f} %",
+            ", ".join(f"{key}={value}" for key, value in row["launch"].items()) or "default",
+        )
+    return table
+
+
+def reasons(found: Tuning) -> list[str]:
+    """Why the recommended block size was chosen, in sentences."""
+    outcome, objective, request = found.outcome, found.objective, found.request
+    size = outcome.block_size
+    demand = objective.demands[size]
+    parts = objective.parts(size, outcome.times[size])
+    shares = [100 * part / sum(parts) for part in parts]
+    others = [str(other) for other in outcome.tied if other != size]
+    tolerance = f"{100 * request.tolerance:.3g} %"
+    if others:
+        first = (
+            f"block size {size}: as fast as {', '.join(others)} within {tolerance}, and of these "
+            f"it wastes least ({demand.waste:.2f} % of the allocated slots)"
+        )
+    else:
+        first = f"block size {size}: fastest by more than {tolerance}"
+    rows = f", rows {found.rows} in prefill" if found.rows else ""
+    lines = [
+        first,
+        f"time goes to reading the weights ({shares[0]:.0f} %), decode ({shares[1]:.0f} %) and "
+        f"prompts ({shares[2]:.0f} %); mean batch {demand.mean_batch:.1f}",
+        f"launch: {outcome.choice.launch}{rows}",
+        f"{outcome.rounds} rounds over {len(outcome.samples)} candidates, read bandwidth "
+        f"{found.bandwidth / 1e9:.1f} GB/s",
+    ]
+    if not outcome.settled:
+        lines.append("not everything was decided in this time; more --seconds would decide it")
+    return lines

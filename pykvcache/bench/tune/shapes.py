@@ -1,0 +1,107 @@
+"""What the tuner must know of a model: its heads, its layers, and how many weights a step reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pykvcache.bench.replay.configs import ModelConfig, known_configs, load_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of a model: layers of HQ query and HKV key heads, all D wide."""
+
+    name: str
+    layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    parameters: float | None
+    """Weights that a step reads; None = not known."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * self.torch_dtype.itemsize
+
+    @property
+    def weight_bytes(self) -> float | None:
+        return None if self.parameters is None else self.parameters * self.torch_dtype.itemsize
+
+    def config(self) -> ModelConfig:
+        """For the replay: bytes of a token with this dtype."""
+        elements = 2 * self.num_kv_heads * self.head_dim
+        return ModelConfig(self.name, self.layers, elements, self.torch_dtype.itemsize)
+
+
+def load_shape(name: str, dtype: str) -> Shape:
+    """The shape of a packaged model, or of a Hugging Face config.json or its folder.
+
+    Raises:
+        ValueError: unknown model or dtype, or one whose cache has no heads (latents).
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    config = load_config(name)  # raises for what cannot be read
+    row: dict[str, Any] | None = known_configs().get(name.lower())
+    if row is None:
+        return _from_file(config, _fields(name), dtype)
+    if "latent_dim" in row:
+        raise ValueError(f"{name} caches latents, which tune does not measure")
+    return Shape(
+        config.name, row["layers"], row["heads"], row["kv_heads"], row["head_dim"], dtype,
+        1e9 * row["billions"],
+    )  # fmt: skip
+
+
+def _fields(name: str) -> dict[str, Any]:
+    path = Path(name)
+    fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    text: dict[str, Any] = fields.get("text_config") or fields
+    return text
+
+
+def _from_file(config: ModelConfig, fields: dict[str, Any], dtype: str) -> Shape:
+    if fields.get("kv_lora_rank"):
+        raise ValueError(f"{config.name} caches latents, which tune does not measure")
+    heads = _first(fields, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    hidden = _first(fields, "hidden_size", "n_embd", "d_model")
+    head_dim = fields.get("head_dim") or (hidden or 0) // (heads or 1)
+    if not heads or not head_dim:
+        raise ValueError(f"{config.name} must have num_attention_heads and head_dim or hidden_size")
+    kv_heads = config.token_elements // (2 * head_dim)
+    shape = (heads, kv_heads, head_dim)
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{config.name}: {heads} heads do not divide into {kv_heads} KV heads")
+    return Shape(config.name, config.layers, *shape, dtype, _parameters(fields, hidden, *shape))
+
+
+def _first(fields: dict[str, Any], *names: str) -> int | None:
+    return next((fields[name] for name in names if fields.get(name)), None)
+
+
+def _parameters(
+    fields: dict[str, Any], hidden: int | None, heads: int, kv_heads: int, head_dim: int
+) -> float | None:
+    """Of a dense decoder with a gated MLP; an estimate."""
+    inner = _first(fields, "intermediate_size", "n_inner", "ffn_dim")
+    layers = _first(fields, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    if not (hidden and inner and layers):
+        return None
+    attention = 2 * hidden * head_dim * (heads + kv_heads)
+    experts = _first(fields, "num_experts", "num_local_experts") or 1
+    return float(layers * (attention + 3 * hidden * inner * experts)) + float(
+        hidden * fields.get("vocab_size", 0)
+    )

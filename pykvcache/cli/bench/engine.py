@@ -1,0 +1,166 @@
+"""`python -m pykvcache bench engine`: many requests through the engine.
+
+Requests of mixed or long lengths beside a padded `generate` and transformers' own batching; what a
+step costs outside the model; how many requests run at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from pykvcache.bench.generate import WORKLOADS
+from pykvcache.bench.progress import task_progress
+from pykvcache.bench.throughput import (
+    Capacity,
+    Overhead,
+    Result,
+    measure,
+    measure_capacity,
+    measure_overhead,
+)
+from pykvcache.cli.bench.options import Compare, FailAbove, Json, Output, integers
+
+CAPACITIES = ((500, 65_536), (2000, 262_144))  # requests, tokens of the pool
+
+
+def result_table(results: list[Result]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("workload", "contender"):
+        table.add_column(column)
+    for column in ("CPU s", "p10", "p90", "output tokens/s", "speed-up"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for name, timing in result.timings.items():
+            table.add_row(
+                result.workload,
+                name,
+                *(f"{seconds:.2f}" for seconds in (timing.median, timing.p10, timing.p90)),
+                f"{result.output_tokens / timing.median:,.0f}",
+                f"{result.speedup(name):.2f}x",
+            )
+    return table
+
+
+def capacity_table(found: list[Capacity]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    columns = ("budget tokens", "requests", "padded", "engine", "ratio", "peak", "preempted")
+    for column in (*columns, "peak / budget bytes"):
+        table.add_column(column, justify="right")
+    for c in found:
+        table.add_row(
+            f"{c.budget_tokens:,}",
+            str(c.requests),
+            f"{c.padded:.1f}",
+            f"{c.engine:.1f}",
+            f"{c.engine / c.padded:.2f}x",
+            str(c.engine_peak),
+            str(c.preemptions),
+            f"{c.peak_bytes / c.budget_bytes:.3f}",
+        )
+    return table
+
+
+def overhead_table(found: list[Overhead]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("rows", "plan us", "settle us", "rest us", "outside us", "step us", "us a row"):
+        table.add_column(column, justify="right")
+    for o in found:
+        times = (o.plan, o.settle, o.rest, o.outside, o.step)
+        table.add_row(str(o.rows), *(f"{time:.0f}" for time in times), f"{o.outside / o.rows:.2f}")
+    return table
+
+
+def engine(
+    workload: Annotated[str, typer.Option(help="mixed, long or all.")] = "all",
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 3,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    generate_batch: Annotated[
+        bool, typer.Option(help="Also transformers' generate_batch, which takes minutes.")
+    ] = False,
+    capacity: Annotated[bool, typer.Option(help="Count requests at once instead.")] = False,
+    overhead: Annotated[bool, typer.Option(help="Time a step outside the model instead.")] = False,
+    rows: Annotated[str, typer.Option(help="With --overhead: numbers of rows.")] = "1,8,32,256",
+    steps: Annotated[int, typer.Option(min=10, help="With --overhead: steps of each.")] = 200,
+    json: Json = None,
+    compare: Compare = None,
+    fail_above: FailAbove = None,
+) -> None:
+    """Compare the engine with a padded batch, tokens checked first."""
+    if workload not in ("all", *WORKLOADS):
+        names = ", ".join(WORKLOADS)
+        raise typer.BadParameter(f"--workload is one of {names}, all; got {workload!r}")
+    if capacity and overhead:
+        raise typer.BadParameter("--capacity and --overhead are two measurements; give one")
+    counts = integers("--rows", rows)
+    torch.set_num_threads(threads)
+    output = Output(json, compare, fail_above)
+    if capacity:
+        measure_capacities(output)
+    elif overhead:
+        measure_overheads(output, counts, steps)
+    else:
+        chosen = list(WORKLOADS) if workload == "all" else [workload]
+        measure_throughput(output, chosen, repeats, generate_batch)
+
+
+def overhead(
+    rows: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,8,32,256",
+    steps: Annotated[int, typer.Option(min=10, help="Steps of each.")] = 200,
+    json: Json = None,
+) -> None:
+    """Measure the engine's own code."""
+    counts = integers("--rows", rows)
+    torch.set_num_threads(1)
+    measure_overheads(Output(json), counts, steps)
+
+
+def measure_throughput(
+    output: Output, workloads: list[str], repeats: int, generate_batch: bool
+) -> None:
+    results: list[Result] = []
+    complete = True
+    try:
+        total = len(workloads) * repeats * (2 + generate_batch)
+        with task_progress("running", total) as advance:
+            for name in workloads:
+                results.append(measure(WORKLOADS[name], repeats, generate_batch, advance))
+    except KeyboardInterrupt:
+        complete = False
+        output.interrupted()
+    output.console.print(result_table(results))
+    output.finish([result.to_json() for result in results], complete)
+
+
+def measure_capacities(output: Output) -> None:
+    found: list[Capacity] = []
+    complete = True
+    try:
+        with task_progress("counting", len(CAPACITIES)) as advance:
+            for count, budget in CAPACITIES:
+                found.append(measure_capacity(count, budget))
+                advance()
+    except KeyboardInterrupt:
+        complete = False
+        output.interrupted()
+    output.console.print(capacity_table(found))
+    output.finish([asdict(entry) for entry in found], complete)
+
+
+def measure_overheads(output: Output, counts: list[int], steps: int) -> None:
+    found: list[Overhead] = []
+    complete = True
+    try:
+        with task_progress("stepping", len(counts)) as advance:
+            for count in counts:
+                found.append(measure_overhead(count, steps))
+                advance()
+    except KeyboardInterrupt:
+        complete = False
+        output.interrupted()
+    output.console.print(overhead_table(found))
+    output.finish([asdict(entry) for entry in found], complete)

@@ -1,0 +1,117 @@
+"""`python -m pykvcache bench kernels`: paged attention beside its peers on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from pykvcache import ops
+from pykvcache.bench import cases, tables
+from pykvcache.bench.kernels import Result, measure
+from pykvcache.bench.peers import PEERS
+from pykvcache.bench.progress import task_progress
+from pykvcache.cli.bench.options import (
+    Compare,
+    FailAbove,
+    Json,
+    Output,
+    check_plot,
+    chosen,
+    integers,
+)
+
+NO_PEERS = "none"
+
+
+def kernels(
+    threads: Annotated[str, typer.Option(help="Thread counts (CPU).")] = "1,2",
+    block_sizes: Annotated[str, typer.Option(help="Block sizes.")] = "16,32,64",
+    phases: Annotated[str, typer.Option(help="decode, prefill.")] = "decode,prefill",
+    heads: Annotated[str, typer.Option(help="gqa (32/8 x 128), mha (16/16 x 64).")] = "gqa,mha",
+    dtypes: Annotated[str, typer.Option(help="bf16, fp32.")] = "bf16,fp32",
+    seconds: Annotated[float, typer.Option(help="Time for each case.")] = 3.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few sizes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
+    peers: Annotated[
+        str, typer.Option(help="flex, sdpa-backends, flashinfer, all that can run, or none.")
+    ] = "all",
+    json: Json = None,
+    compare: Compare = None,
+    fail_above: FailAbove = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Roofline, GB/s by context, by block size.")
+    ] = None,
+) -> None:
+    """Time paged attention beside torch SDPA and others; no figure of a wrong result is shown.
+
+    GB/s of KV in decode and GFLOP/s in prefill, each also as a share of what the device did in the
+    same interleaved run. docs/measuring.md has the method.
+    """
+    selected = cases.select(
+        chosen("--phases", phases, ("decode", "prefill")),
+        chosen("--heads", heads, tuple(cases.HEADS)),
+        chosen("--dtypes", dtypes, tuple(cases.DTYPES)),
+        quick,
+    )
+    thread_counts = integers("--threads", threads)
+    sizes = integers("--block-sizes", block_sizes)
+    names = peer_names(peers)
+    device, backends = choose_device(device)
+    if plot is not None:
+        check_plot()
+        if plot.exists() and not plot.is_dir():
+            raise typer.BadParameter(f"--plot: {plot} is not a folder")
+    output = Output(json, compare, fail_above)
+    results: list[Result] = []
+    missing: dict[str, str] = {}
+    complete = True
+    try:
+        with task_progress("measuring", len(selected)) as advance:
+            for case in selected:
+                found = measure(
+                    case, sizes, thread_counts, seconds, backends, device, names, missing
+                )
+                for result in found:
+                    results.append(result)
+                advance(title=case.name)
+    except KeyboardInterrupt:
+        complete = False
+        output.interrupted()
+    for phase in ("decode", "prefill"):
+        if of_phase := [result for result in results if result.case.phase == phase]:
+            output.console.print(tables.kernel_table(of_phase), soft_wrap=True)
+    for name, reason in missing.items():
+        output.console.print(f"not measured: {name} {reason}", soft_wrap=True)
+    if plot is not None and results:
+        from pykvcache.bench.plots import plot_kernels
+
+        plot.mkdir(parents=True, exist_ok=True)
+        for path in plot_kernels([result.to_json() for result in results], plot):
+            output.console.print(f"plot: {path}")
+    output.finish([result.to_json() for result in results], complete)
+
+
+def peer_names(peers: str) -> tuple[str, ...]:
+    """Peers to try."""
+    if peers in ("all", NO_PEERS):
+        return tuple(PEERS) if peers == "all" else ()
+    return chosen("--peers", peers, tuple(PEERS))
+
+
+def choose_device(device: str) -> tuple[str, list[str]]:
+    """The device, and the backends of ours that are ready for it."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"--device must be cpu or cuda, got {device!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch sees no GPU")
+    states = ops.backends()
+    ours = [name for name in ops.AUTO_ORDER[device] if states[name] == "ready"]
+    if not ours:
+        first = ops.AUTO_ORDER[device][0]
+        raise typer.BadParameter(f"no backend for {device}: {first} is {states[first]}")
+    return device, ours

@@ -1,0 +1,113 @@
+"""What the bench commands have in common: options, saving, comparing."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pykvcache.bench import environment, tables
+from pykvcache.bench.compare import change_table, compare, read_results
+
+Json = Annotated[str | None, typer.Option(metavar="FILE", help="Also save; - = standard output.")]
+Compare = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Show what changed since that --json file.")
+]
+FailAbove = Annotated[
+    float | None,
+    typer.Option(metavar="RATIO", help="With --compare: exit code 1 if new / old is above this."),
+]
+
+
+class Output:
+    """Where a command prints and saves; made before any work, so that wrong files are found first.
+
+    Raises:
+        typer.BadParameter: a file cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        json: str | None,
+        compare_with: str | None = None,
+        fail_above: float | None = None,
+    ) -> None:
+        self._json, self._fail_above = json, fail_above
+        if fail_above is not None and compare_with is None:
+            raise typer.BadParameter("--fail-above needs --compare")
+        if fail_above is not None and not fail_above > 0:
+            raise typer.BadParameter(f"--fail-above must be more than 0, got {fail_above}")
+        if json is not None and json != "-":
+            check_folder("--json", Path(json))
+        try:
+            self._old = None if compare_with is None else read_results(compare_with)
+        except ValueError as error:
+            raise typer.BadParameter(f"--compare: {error}") from error
+        self.console: Console = tables.open_console(stderr=json == "-")
+        line = tables.environment_line(environment.describe())
+        self.console.print(line, soft_wrap=True)
+
+    def interrupted(self) -> None:
+        self.console.print("interrupted; what was measured so far:")
+
+    def finish(self, rows: Sequence[dict[str, Any]], complete: bool = True) -> None:
+        """Save and compare; exit code 1 beyond --fail-above, 130 after Ctrl-C."""
+        if self._json is not None and rows:
+            tables.save_json(self._json, rows)
+        is_slower = self._old is not None and bool(rows) and self._compare(rows)
+        if not complete:
+            raise typer.Abort
+        if is_slower:
+            raise typer.Exit(1)
+
+    def _compare(self, rows: Sequence[dict[str, Any]]) -> bool:
+        assert self._old is not None
+        new = {"environment": environment.describe(), "results": list(rows)}
+        found = compare(self._old, new)
+        for warning in found.warnings:
+            self.console.print(f"warning: other device, ratios mean little: {warning}")
+        if not found.changes:
+            self.console.print("warning: nothing in the old file was measured now")
+        else:
+            self.console.print(change_table(found), soft_wrap=True)
+        for word, names in (("not measured now", found.gone), ("new", found.added)):
+            if names:
+                self.console.print(f"{word}: {len(names)}", style="dim")
+        return self._fail_above is not None and found.worst > self._fail_above
+
+
+def check_folder(option: str, path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{option}: there is no folder {path.absolute().parent}")
+
+
+def check_plot(option: str = "--plot") -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter(f"{option} needs matplotlib: pip install 'pykvcache[plot]'")
+
+
+def integers(option: str, text: str) -> list[int]:
+    """ "1,2" -> [1, 2]."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(
+            f"{option} must be positive integers with commas between, got {text!r}"
+        )
+    return numbers
+
+
+def chosen(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Names with commas between, all of them known."""
+    names = tuple(part.strip() for part in text.split(","))
+    if unknown := sorted(set(names) - set(known)):
+        raise typer.BadParameter(
+            f"{option} knows {', '.join(known)}, got {', '.join(map(repr, unknown))}"
+        )
+    return names

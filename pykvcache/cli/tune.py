@@ -1,0 +1,198 @@
+"""`python -m pykvcache tune`: a block size and a launch table for a model, a trace, this device."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from pykvcache import launch_table
+from pykvcache.bench import environment, tables
+from pykvcache.bench.progress import task_progress
+from pykvcache.bench.replay.workload import Workload
+from pykvcache.bench.tune.explain import CallSpec, Explanation
+from pykvcache.bench.tune.explain import explain as explain_call
+from pykvcache.bench.tune.plan import BLOCK_SIZES, Request, Tuning
+from pykvcache.bench.tune.plan import tune as run_tuning
+from pykvcache.bench.tune.report import reasons, tuning_table
+from pykvcache.bench.tune.shapes import load_shape
+from pykvcache.cli.bench.kernels import choose_device
+from pykvcache.cli.bench.options import check_folder, check_plot, integers
+
+STANDARD_OUTPUT = "-"
+
+
+def tune(
+    model_config: Annotated[
+        str, typer.Option(help="A known model or a config.json.")
+    ] = "llama-3.1-8b",
+    trace: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A packaged or synthetic trace, CSV or JSONL.")
+    ] = "azure-conv",
+    dtype: Annotated[str, typer.Option(help="Of the cache: bf16, fp16 or fp32.")] = "bf16",
+    block_sizes: Annotated[str, typer.Option(help="Candidates.")] = ",".join(map(str, BLOCK_SIZES)),
+    memory: Annotated[str, typer.Option(help="Of the KV cache, such as 8GiB.")] = "8GiB",
+    requests: Annotated[int, typer.Option(min=1, help="Of the trace, at most.")] = 2000,
+    max_len: Annotated[int | None, typer.Option(help="Longest prompt + output.")] = None,
+    seconds: Annotated[float, typer.Option(help="For the race between candidates.")] = 60.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's number.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Percent of tokens/s that count as equal; then waste decides.")
+    ] = 3.0,
+    step_ms: Annotated[
+        float | None, typer.Option(help="Cost of a step beside attention; reading the weights.")
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure every candidate to the end.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Launch table; the user's. - = standard output."),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also save a row a block size; - = stdout.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw speed against waste.")
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CALL",
+            help="Explain a call: B=8,L=4096,HQ=32,HKV=8,D=128,block_size=16,dtype=bf16,q=1.",
+        ),
+    ] = None,
+) -> None:
+    """Measure the kernels, replay the trace, and recommend one block size with its reasons.
+
+    Writes the launch table that the kernels read (docs/tuning.md). --explain says for one call
+    which kernel and launch run, the bytes and FLOPs, the floor and what was achieved.
+    """
+    device, _ = choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        if explain is not None:
+            show_explanation(CallSpec.parse(explain), device, json)
+            return
+        path = check_files(out, json, plot)
+        if not 0 <= tolerance < 50:
+            raise ValueError(f"tolerance must be 0 to 50 percent, got {tolerance}")
+        if not seconds > 0:
+            raise ValueError(f"seconds must be more than 0, got {seconds}")
+        if step_ms is not None and step_ms < 0:
+            raise ValueError(f"step_ms must be 0 or more, got {step_ms}")
+        request = Request(
+            load_shape(model_config, dtype),
+            Workload(trace, max_len, requests),
+            memory,
+            sorted(set(integers("--block-sizes", block_sizes))),
+            seconds,
+            tolerance / 100,
+            None if step_ms is None else step_ms / 1e3,
+            device,
+            exhaustive,
+        )
+        console = tables.open_console(stderr=STANDARD_OUTPUT in (out, json))
+        console.print(tables.environment_line(environment.describe()), soft_wrap=True)
+        with task_progress("tuning", round(seconds)) as advance:
+            found = run_tuning(request, advance)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from error
+    show(console, found)
+    save(console, found, path, json, plot)
+
+
+def check_files(out: str | None, json: str | None, plot: Path | None) -> Path | None:
+    """The launch table's file, None for standard output; raises before any work is done."""
+    if STANDARD_OUTPUT == out == json:
+        raise ValueError("--out and --json cannot both go to standard output")
+    if json not in (None, STANDARD_OUTPUT):
+        check_folder("--json", Path(str(json)))
+    if plot is not None:
+        check_plot()
+        check_folder("--plot", plot)
+    if out == STANDARD_OUTPUT:
+        return None
+    path = launch_table.user_path() if out is None else Path(out)
+    if out is not None:
+        check_folder("--out", path)
+    if path.exists():
+        launch_table.read_table(path)  # entries of other models stay
+    return path
+
+
+def show(console: Console, found: Tuning) -> None:
+    console.print(tuning_table(found), soft_wrap=True)
+    for line in reasons(found):
+        console.print(line, soft_wrap=True)
+
+
+def save(
+    console: Console, found: Tuning, path: Path | None, json: str | None, plot: Path | None
+) -> None:
+    """Write the launch table, the rows and the picture."""
+    table = dict(found.table)
+    for name, section in table.items():
+        table[name] = {"device": device_name(name), **section} if name == "cpu" else section
+    if path is None:
+        sys.stdout.write(json_module.dumps(table, indent=2) + "\n")
+    elif not table:
+        console.print("launch table: not written, the kernels' own choices were best")
+    else:
+        old = launch_table.read_table(path) if path.exists() else {}
+        merged = launch_table.merge_tables(table, old)
+        merged["about"] = {
+            "written_by": "python -m pykvcache tune",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "model": found.request.shape.name,
+            "block_size": found.outcome.block_size,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json_module.dumps(merged, indent=2) + "\n")
+        used = path == launch_table.user_path()
+        how = (
+            "read by every process from now on"
+            if used
+            else (f"read when {launch_table.VARIABLE} names it")
+        )
+        console.print(f"launch table: {path}, {how}", soft_wrap=True)
+    if json is not None:
+        tables.save_json(json, found.to_json())
+    if plot is not None:
+        from pykvcache.bench.tune.plots import plot_tuning
+
+        plot_tuning(found, plot)
+        console.print(f"plot: {plot}")
+
+
+def device_name(section: str) -> str:
+    return launch_table.processor() if section == "cpu" else section
+
+
+def show_explanation(spec: CallSpec, device: str, json: str | None) -> None:
+    found: Explanation = explain_call(spec, device=device)
+    console = tables.open_console(stderr=json == STANDARD_OUTPUT)
+    for name, text in [*found.lines(), ("launch table", used_table())]:
+        console.print(f"{name:14}{text}", soft_wrap=True)
+    rows: list[dict[str, Any]] = [found.to_json()]
+    if json is not None:
+        tables.save_json(json, rows)
+
+
+def used_table() -> str:
+    """Which launch table this process reads."""
+    found, path = launch_table.find_user_table()
+    if path is None:
+        return "none; the kernels' own choices"
+    device = found.get("cpu", {}).get("device")
+    if device is not None and device != launch_table.processor():
+        return f"{path}, of another processor ({device}): its CPU section is not used"
+    return str(path)

@@ -1,0 +1,241 @@
+"""`pykvcache bench`: results, files, comparison with an earlier run, plots, wrong arguments."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pykvcache import cli
+from pykvcache.bench import allocator as allocator_code
+from pykvcache.bench import cases, kernels, peaks, peers, plots
+from pykvcache.bench.cases import Case, Heads
+from pykvcache.bench.compare import compare, duration, read_results, times_of
+from pykvcache.bench.timing import WrongResult
+
+kernels_command = importlib.import_module("pykvcache.cli.bench.kernels")  # not the function
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = Heads("gqa", 4, 2, 16)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `pykvcache bench ...` in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pykvcache", "bench", *arguments])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernel cases that take milliseconds."""
+    monkeypatch.setattr(peaks, "READ_BYTES", 2**20)
+    monkeypatch.setattr(peaks, "GEMM_SIZE", 64)
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
+    monkeypatch.setitem(cases.HEADS, "gqa", SMALL)
+    monkeypatch.setattr(cases, "QUICK_DECODE_SIZES", ((1, 64), (2, 128)))
+    monkeypatch.setattr(cases, "QUICK_PREFILL_SIZES", ((1, 64),))
+
+
+QUICK = ("kernels", "--quick", "--heads", "gqa", "--dtypes", "fp32", "--threads", "1")
+QUICK += ("--seconds", "0.01", "--block-sizes", "8,16", "--device", "cpu", "--peers", "none")
+
+
+def test_kernels_saves_compares_and_draws(run, small, tmp_path: Path) -> None:
+    first, folder = tmp_path / "first.json", tmp_path / "plots"
+    code, out, err = run(*QUICK, "--json", str(first), "--plot", str(folder))
+    assert code == 0, err
+    assert "paged 16" in out and "% of read" in out and "% of GEMM" in out
+    saved = json.loads(first.read_text())
+    assert {"commit", "versions", "cpu", "threads"} <= set(saved["environment"])
+    row = next(r for r in saved["results"] if r["contender"] == "paged 16")
+    assert row["gb_per_second"] == pytest.approx(row["rate"] / 1e9)
+    assert row["intensity"] == pytest.approx(2 * 2 / 4)  # group of 2, float32
+    for name in ("roofline", "decode-by-context", "decode-by-block-size"):
+        assert (folder / f"{name}.png").stat().st_size > 10_000
+
+    code, out, err = run(*QUICK, "--compare", str(first), "--fail-above", "1000000")
+    assert code == 0, err
+    assert "new / old" in out and "warning" not in out
+    for row in saved["results"]:
+        row["median"], row["p10"], row["p90"] = (row[k] / 1e6 for k in ("median", "p10", "p90"))
+    saved["environment"]["cpu"] = "another"
+    first.write_text(json.dumps(saved))
+    code, out, _ = run(*QUICK, "--compare", str(first), "--fail-above", "1.1")
+    assert code == 1
+    assert "slower" in out and "warning: other device" in out and "'another'" in out
+
+
+def test_no_figure_of_a_wrong_result(run, small, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self) -> None:
+        raise WrongResult("paged 16 is off by 1")
+
+    monkeypatch.setattr(kernels.Workload, "check", wrong)
+    code, out, err = run(*QUICK)
+    assert code == 1 and "paged 16 is off by 1" in err
+    assert "% of read" not in out
+
+
+def test_interrupt_keeps_what_is_done(
+    run, small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = kernels.measure
+
+    def stops(case: Case, *args, **kwargs):
+        if case.batch == 2:
+            raise KeyboardInterrupt
+        yield from measure(case, *args, **kwargs)
+
+    monkeypatch.setattr(kernels_command, "measure", stops)
+    saved = tmp_path / "rows.json"
+    code, out, _ = run(*QUICK, "--json", str(saved))
+    assert code == 130 and "interrupted" in out
+    rows = json.loads(saved.read_text())["results"]
+    assert {row["batch"] for row in rows} == {1}
+
+
+def test_allocator_command(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = dict(list(allocator_code.CALLS.items())[:2])
+    monkeypatch.setattr(allocator_code, "CALLS", few)
+    saved = tmp_path / "rows.json"
+    options = ("allocator", "--num-blocks", "200000", "--repeats", "3", "--seconds", "0.05")
+    code, out, err = run(*options, "--json", str(saved))
+    assert code == 0, err
+    assert "fork of 1,000 tokens" in out
+    rows = json.loads(saved.read_text())["results"]
+    assert {row["where"] for row in rows} == {"in C++", "call"}
+    assert run(*options, "--compare", str(saved))[0] == 0
+
+
+def test_engine_overhead_command(run, tmp_path: Path) -> None:
+    saved = tmp_path / "rows.json"
+    code, out, err = run(
+        "engine", "--overhead", "--rows", "1,4", "--steps", "10", "--json", str(saved)
+    )
+    assert code == 0, err
+    found = dict(times_of(json.loads(saved.read_text())["results"]))
+    assert "outside us" in out
+    assert set(found) == {
+        f"rows={n} {k}" for n in (1, 4) for k in ("plan", "settle", "rest", "step")
+    }
+
+
+def results(median: float, **environment: object) -> dict:
+    row = {"phase": "decode", "contender": "paged 16", "median": median}
+    row |= {"p10": 0.9 * median, "p90": 1.1 * median}
+    return {"environment": {"cpu": "x", "threads": 1} | environment, "results": [row]}
+
+
+def test_comparison_tells_change_from_noise() -> None:
+    same = compare(results(1.0), results(1.05))
+    assert same.changes[0].verdict == "" and same.worst == 1.05 and not same.warnings
+    assert compare(results(1.0), results(1.15)).changes[0].verdict == "slower, spreads overlap"
+    assert compare(results(1.0), results(2.0)).changes[0].verdict == "slower"
+    assert compare(results(1.0), results(0.5)).changes[0].verdict == "faster"
+    other = compare(results(1.0), results(1.0, cpu="y", threads=2))
+    assert other.warnings == ["cpu was 'x' and is 'y'", "threads was 1 and is 2"]
+    moved = results(1.0)
+    moved["results"][0]["contender"] = "paged 32"
+    found = compare(results(1.0), moved)
+    assert not found.changes and len(found.gone) == len(found.added) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["kernels-quick-cpu-zen5", "generate-cpu-zen5", "allocator-cpu-zen5"]
+)
+def test_kept_results_can_be_compared(name: str) -> None:
+    kept = read_results(ROOT / "benchmarks" / "results" / f"{name}.json")
+    found = compare(kept, kept)
+    assert len(found.changes) == len(list(times_of(kept["results"]))) > 5
+    assert found.worst == 1.0
+
+
+def test_durations() -> None:
+    shown = [duration(seconds) for seconds in (2.5, 3.1e-3, 4.35e-6, 45e-9, None)]
+    assert shown == ["2.5 s", "3.1 ms", "4.35 us", "45 ns", ""]
+
+
+def test_peers_that_cannot_run_say_why() -> None:
+    case = Case("decode", SMALL, torch.float32, 1, 32)
+    workload = kernels.Workload(case, [16], peers=("sdpa-backends", "flashinfer"))
+    assert workload.missing == {"sdpa-backends": "needs a GPU", "flashinfer": "needs a GPU"}
+
+    def broken(*args: object, **kwargs: object) -> object:
+        raise RuntimeError("no compiler\nlong story")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *args, **kwargs: broken)
+        with pytest.raises(peers.Missing, match=r"does not run here: no compiler$"):
+            peers.flex(workload)
+
+
+@pytest.mark.slow
+def test_flex_is_a_checked_contender() -> None:
+    case = Case("decode", SMALL, torch.float32, 1, 160)
+    workload = kernels.Workload(case, [16], peers=("flex",))
+    if "flex" in workload.missing:
+        pytest.skip(workload.missing["flex"])
+    workload.check()
+    assert "flex" in workload.contenders
+
+
+def test_chunks_are_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
+    case = Case("chunk", SMALL, torch.float32, 2, 100, 30)
+    kernels.Workload(case, [16]).check()
+    assert case.flops == 4 * 2 * sum(range(71, 101)) * 4 * 16
+
+
+def test_plots_need_no_more_than_one_kind(tmp_path: Path) -> None:
+    row = {"phase": "prefill", "heads": "gqa", "dtype": "bf16", "batch": 1, "length": 64}
+    row |= {"threads": 1, "contender": "paged 16", "intensity": 100.0, "gflop_per_second": 50.0}
+    row |= {"gb_per_second": 1.0, "peak": 1e11}
+    assert [path.name for path in plots.plot_kernels([row], tmp_path)] == ["roofline.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kernels", "--threads", "0"), "--threads must be positive integers"),
+        (("kernels", "--phases", "encode"), "--phases knows decode, prefill, got 'encode'"),
+        (("kernels", "--peers", "mine"), "--peers knows flex"),
+        (("kernels", "--device", "tpu"), "--device must be cpu or cuda"),
+        (("kernels", "--json", "/no/such/folder/x"), "--json: there is no folder"),
+        (("kernels", "--compare", "/no/such/file"), "--compare: /no/such/file cannot be read"),
+        (("kernels", "--fail-above", "1.1"), "--fail-above needs --compare"),
+        (("engine", "--workload", "x"), "--workload is one of"),
+        (("engine", "--capacity", "--overhead"), "two measurements"),
+        (("generate", "--workload", "x"), "--workload is one of"),
+        (("allocator", "--num-blocks", "3"), "200000"),
+        (("prefix", "--trace", "nothing"), "nothing"),
+        (("nothing",), "nothing"),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"environment": {}, "results": [{}]}'])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"old.json (is no JSON|must have|has no times)"):
+        read_results(path)
+
+
+@pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator"])
+def test_help_has_an_example(run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Example: python -m pykvcache bench" in out

@@ -1,0 +1,521 @@
+"""The tuner: the race, the objective, launch tables and what they change, the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from array import array
+from pathlib import Path
+
+import pytest
+import torch
+
+from pykvcache import _C, cli, launch_table, ops
+from pykvcache.bench.replay.cases import PAGED, Case, run_case
+from pykvcache.bench.replay.cost import StepCost
+from pykvcache.bench.replay.rules import Rules
+from pykvcache.bench.replay.workload import Workload
+from pykvcache.bench.timing import WrongResult
+from pykvcache.bench.tune import measure, plan
+from pykvcache.bench.tune.explain import CallSpec, Explanation, describe_launch
+from pykvcache.bench.tune.measure import Bench, fit_lengths, launches_for, table_of
+from pykvcache.bench.tune.objective import Demand, Objective
+from pykvcache.bench.tune.search import DEFAULT, MIN_ROUNDS, Candidate, Launch, Race
+from pykvcache.bench.tune.shapes import Shape, load_shape
+
+SIZES = (4, 16, 64, 256)
+GRID = [DEFAULT, *(Launch(tile, stages) for tile in (16, 32, 64) for stages in (1, 2, 3))]
+SPEC = "B=8,L=4096,HQ=32,HKV=8,D=128,block_size=16,dtype=bf16"
+SMALL = Shape("small", 2, 4, 2, 16, "fp32", 1e5)
+
+
+@pytest.fixture(autouse=True)
+def _restore_launches():
+    yield
+    launch_table.use_on_cpu({})
+
+
+class FakeDevice:
+    """Times of candidates that are known, with noise that hits a whole round, and a clock."""
+
+    def __init__(self, seconds: dict[Candidate, float], noise: float = 0.05) -> None:
+        self.seconds, self.noise, self.now, self.calls = seconds, noise, 0.0, 0
+        self.random = random.Random(1)
+
+    def sample(self, candidate: Candidate) -> float:
+        self.calls += 1
+        slow = 4.0 if self.random.random() < 0.05 else 1.0  # something else ran
+        drift = 1.5 if int(self.now) % 7 == 3 else 1.0
+        time = self.seconds[candidate] * slow * drift
+        time *= 1 + self.noise * self.random.gauss(0, 1) ** 2
+        self.now += 0.01
+        return time
+
+    def clock(self) -> float:
+        return self.now
+
+
+def objective(batch: dict[int, float], base: float = 1.0) -> Objective:
+    """Memory lets so many rows run; each has 1,000 cached tokens."""
+    demands = {
+        size: Demand(size, 1000.0 / rows, 1e6, 0.0, 1000, 90.0, 0.1 * size, rows)
+        for size, rows in batch.items()
+    }
+    return Objective(base, 1, demands, dict.fromkeys(batch, 0.0))
+
+
+def race(times: dict, goal: Objective, seconds: float = 2000, **options: object) -> tuple:
+    device = FakeDevice(times)
+    runner = Race(times, device.sample, goal.value, goal.waste, **options)  # type: ignore[arg-type]
+    return runner.run(seconds=seconds, clock=device.clock), device
+
+
+def random_times(seed: int) -> dict[Candidate, float]:
+    """Block sizes differ by 5 % or more in their best launch, launches too."""
+    draw = random.Random(seed)
+    bases = [1e-4 * 1.1**i for i in range(len(SIZES))]
+    draw.shuffle(bases)
+    times = {}
+    for size, base in zip(SIZES, bases, strict=True):
+        factors = [1.0 + 0.06 * i for i in range(len(GRID))]
+        draw.shuffle(factors)
+        times |= {Candidate(size, g): base * f for g, f in zip(GRID, factors, strict=True)}
+    return times
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_race_finds_what_an_exhaustive_one_finds(seed: int) -> None:
+    """Which is the optimum of the known times, though most candidates drop out early."""
+    times = random_times(seed)
+    goal = objective(dict.fromkeys(SIZES, 10.0), base=0.0)
+    optimum = min(times, key=lambda c: times[c])
+    quick, device = race(times, goal)
+    whole, everything = race(times, goal, exhaustive=True, seconds=60)
+    assert quick.settled
+    assert quick.block_size == whole.block_size == optimum.block_size
+    assert quick.choice == whole.choice == optimum
+    assert len(quick.samples[quick.choice].times) == quick.rounds
+    assert device.calls < everything.calls / 3
+
+
+def test_memory_counts_beside_speed() -> None:
+    """Large blocks are faster here, but so few rows fit that weights are read too often."""
+    times = {Candidate(size): 1e-4 / (1 + 0.05 * i) for i, size in enumerate(SIZES)}
+    fast, _ = race(times, objective(dict.fromkeys(SIZES, 50.0)))
+    assert fast.block_size == 256
+    scarce, _ = race(times, objective({4: 10.0, 16: 9.9, 64: 8.0, 256: 5.0}, base=10.0))
+    assert scarce.block_size == 4
+    assert scarce.times[4] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_ties_go_to_the_least_waste() -> None:
+    times = {Candidate(size): 1e-4 * (1 + 0.004 * i) for i, size in enumerate(reversed(SIZES))}
+    outcome, _ = race(times, objective(dict.fromkeys(SIZES, 10.0)), tolerance=0.02)
+    assert set(outcome.tied) == set(SIZES) and outcome.block_size == 4
+    strict, _ = race(times, objective(dict.fromkeys(SIZES, 10.0), base=0.0), tolerance=0.0005)
+    assert strict.block_size == 256
+
+
+def test_another_launch_must_be_clearly_faster_than_the_default() -> None:
+    times = {Candidate(16, DEFAULT): 1.0e-4, Candidate(16, Launch(32, 2)): 0.997e-4}
+    assert race(times, objective({16: 1.0}))[0].choice.launch == DEFAULT
+    times[Candidate(16, Launch(32, 2))] = 0.95e-4
+    assert race(times, objective({16: 1.0}))[0].choice.launch == Launch(32, 2)
+
+
+def test_race_ends_with_the_time_and_says_so() -> None:
+    times = {Candidate(size): 1e-4 * (1 + 0.02 * i) for i, size in enumerate(SIZES)}
+    device = FakeDevice(times, noise=3.0)
+    goal = objective(dict.fromkeys(SIZES, 10.0), base=0.0)
+    runner = Race(times, device.sample, goal.value, goal.waste, tolerance=0.02)
+    outcome = runner.run(seconds=0.0, clock=device.clock)
+    assert not outcome.settled and outcome.rounds == MIN_ROUNDS
+
+
+def test_interrupted_race_keeps_what_is_known() -> None:
+    times = {Candidate(size): 1e-4 for size in SIZES}
+    device = FakeDevice(times)
+    goal = objective(dict.fromkeys(SIZES, 10.0))
+
+    def sample(candidate: Candidate) -> float:
+        if device.calls == 100:
+            raise KeyboardInterrupt
+        return device.sample(candidate)
+
+    runner = Race(times, sample, goal.value, goal.waste, exhaustive=True)
+    assert runner.run(1000, device.clock).rounds == 25
+    device.calls = 95
+    with pytest.raises(KeyboardInterrupt):
+        Race(times, sample, goal.value, goal.waste).run(1000, device.clock)
+
+
+def test_objective_is_the_throughput_of_the_replay() -> None:
+    """Counts times costs are what the replay itself finds with those costs."""
+    workload = Workload("sharegpt-like", 2048, 300)
+    cost = StepCost(3e-3, 2e-7, 5e-5)
+    for size in (1, 16, 256):
+        case = Case(PAGED, size)
+        counted = run_case(case, workload, 20_000, 2048, Rules(StepCost()))
+        timed = run_case(case, workload, 20_000, 2048, Rules(cost))
+        demand = Demand.of(counted, StepCost())
+        goal = Objective(cost.base, 4, {size: demand}, {size: cost.per_prefill_token / 4})
+        assert goal.value(size, cost.per_kv_token / 4) == pytest.approx(timed.throughput, rel=1e-9)
+
+
+# Launch tables.
+
+
+def write(path: Path, table: object) -> Path:
+    path.write_text(json.dumps(table))
+    return path
+
+
+def explain(text: str = SPEC) -> dict[str, int]:
+    return describe_launch(CallSpec.parse(text))[1]
+
+
+def test_a_table_changes_what_is_launched() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    before, general = explain(), explain(SPEC + ",q=512")
+    entry = {"dim": 128, "bytes": 2}
+    launch_table.use_on_cpu(
+        {
+            "cpu": {
+                "decode": [entry | {"tile": 64, "stages": 1, "splits": 8}],
+                "prefill": [entry | {"rows": 128}],
+            }
+        }
+    )
+    after = explain()
+    assert (before["tile"], before["stages"]) == (16, 3)
+    assert (after["tile"], after["stages"]) == (64, 1)
+    assert after["items"] > before["items"]
+    assert (general["query_tile"], explain(SPEC + ",q=512")["query_tile"]) == (128, 32)
+    assert explain(SPEC.replace("bf16", "fp32"))["tile"] == 16  # another element size
+    assert explain(SPEC.replace("D=128", "D=64"))["tile"] == 32
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 576])
+def test_every_launch_gives_the_same_result(dtype: torch.dtype, head_dim: int) -> None:
+    k_cache, v_cache = torch.randn(2, 40, 2, 16, head_dim).to(dtype)
+    table = torch.randperm(40)[:32].view(2, 16).int()
+    seq_lens = torch.tensor([201, 37], dtype=torch.int32)
+    for counts in ([1, 1], [120, 37]):
+        starts = torch.tensor([0, counts[0], sum(counts)], dtype=torch.int32)
+        q = torch.randn(sum(counts), 8, head_dim).to(dtype)
+        rest = (table, seq_lens, starts, max(counts))
+        expected, _ = ops.paged_attention(
+            q.float(), k_cache.float(), v_cache.float(), *rest, backend="reference"
+        )
+        for choice in ({}, {"tile": 16}, {"tile": 64, "stages": 3}, {"tile": 48, "stages": 1}):
+            rows = {"rows": 8 * choice["tile"]} if "tile" in choice else {}
+            launch_table.use_on_cpu({"cpu": {"decode": [choice], "prefill": [rows]}})
+            out, _ = ops.paged_attention(q, k_cache, v_cache, *rest, backend="cpu")
+            error = (out.float() - expected).abs().max()
+            assert error <= 16 * torch.finfo(dtype).eps * max(1, expected.abs().max())
+
+
+def test_first_entry_that_fits_is_taken() -> None:
+    entries = [{"max_dim": 64, "tile": 16}, {"dim": 128, "max_bytes": 2, "tile": 32}, {"tile": 64}]
+    launch_table.use_on_cpu({"cpu": {"decode": entries}})
+    for dim, dtype, tile in (
+        (64, "bf16", 16),
+        (128, "bf16", 32),
+        (128, "fp32", 64),
+        (80, "bf16", 64),
+    ):
+        spec = SPEC.replace("D=128", f"D={dim}").replace("bf16", dtype)
+        assert explain(spec)["tile"] == tile
+    for entry in entries:
+        assert launch_table.fits(entry, 64, 2) == ("dim" not in entry)
+
+
+def test_user_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"cpu": {"decode": [{"tile": 32}]}}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(launch_table.VARIABLE, raising=False)
+    assert launch_table.find_user_table() == ({}, None)
+    path = tmp_path / "pykvcache" / "launch.json"
+    path.parent.mkdir()
+    write(path, section)
+    assert launch_table.find_user_table() == (section, path)
+    named = write(tmp_path / "mine.json", {})
+    monkeypatch.setenv(launch_table.VARIABLE, str(named))
+    assert launch_table.find_user_table() == ({}, named)
+    monkeypatch.setenv(launch_table.VARIABLE, "none")
+    assert launch_table.find_user_table() == ({}, None)
+    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "nothing.json"))
+    with pytest.raises(ValueError, match=r"launch table .*nothing.json cannot be read"):
+        launch_table.find_user_table()
+    monkeypatch.delenv(launch_table.VARIABLE)
+    path.write_text("{")
+    with pytest.warns(UserWarning, match=r"no launch table is used: .*is no JSON"):
+        assert launch_table.user_table() == {}
+
+
+def test_broken_table_that_was_named(tmp_path: Path) -> None:
+    """Nothing is refused, but it is said."""
+    command = [sys.executable, "-W", "always", "-m", "pykvcache"]
+    environment = os.environ | {launch_table.VARIABLE: str(tmp_path / "nothing.json")}
+    options = {"capture_output": True, "text": True, "env": environment, "timeout": 120}
+    found = subprocess.run([*command, "info"], **options)
+    assert found.returncode == 0 and "nothing.json cannot be read" in found.stderr
+
+
+def test_section_of_another_processor_is_not_used() -> None:
+    table = {"cpu": {"device": "another", "decode": [{"tile": 64}]}}
+    assert not launch_table.use_on_cpu(table)
+    assert explain()["tile"] == 16
+    assert launch_table.use_on_cpu(table, cpu_name="another")
+    assert explain()["tile"] == 64
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([], "must be a JSON object"),
+        ({"cpu": 3}, "section cpu must be an object"),
+        ({"cpu": {"decode": [7]}}, "cpu.decode must be a list of objects"),
+        ({"cpu": {"decode": [{"tiles": 7}]}}, "cpu.decode knows .*, got 'tiles'"),
+        ({"cpu": {"decode": [{"tile": 0}]}}, "tile must be a positive integer, got 0"),
+        ({"sm_90": {"decode": [{"tile": 16}]}}, "sm_90.decode needs stages, warps"),
+    ],
+)
+def test_broken_tables_are_named(tmp_path: Path, table: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        launch_table.read_table(write(tmp_path / "launch.json", table))
+    assert "launch.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_launches_out_of_range_change_nothing() -> None:
+    launch_table.use_on_cpu({"cpu": {"decode": [{"tile": 32}]}})
+    with pytest.raises(ValueError, match="stages must be 0 to 3, got 9"):
+        launch_table.use_on_cpu({"cpu": {"decode": [{"stages": 9}]}})
+    with pytest.raises(ValueError, match="an entry is 9 integers"):
+        _C.set_launches(array("q", [0] * 8).tobytes())
+    assert explain()["tile"] == 32
+
+
+def test_merging_tables_keeps_other_models() -> None:
+    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}, {"dim": 128, "tile": 16}]}}
+    new = {"cpu": {"device": "x", "decode": [{"dim": 128, "tile": 64}]}, "about": {}}
+    merged = launch_table.merge_tables(new, old)
+    assert merged["cpu"]["decode"] == [{"dim": 128, "tile": 64}, {"dim": 64, "tile": 16}]
+    assert launch_table.merge_tables(new, {}) == new
+
+
+def test_triton_reads_the_same_table() -> None:
+    pytest.importorskip("triton")
+    from pykvcache.kernels.launch import table
+
+    packaged = table.choose("decode", "sm_90", 128, 2)
+    user = {"sm_90": {"decode": [{"dim": 128, "tile": 32, "stages": 4, "warps": 8}]}}
+    try:
+        table.use(user)
+        assert table.choose("decode", "sm_90", 128, 2) == table.Choice(32, 8, 4)
+        assert table.decode_tile("sm_90", 128) == 32
+        assert table.choose("decode", "sm_80", 128, 2) == packaged
+        assert table.choose("prefill", "sm_90", 128, 2).rows == 128
+    finally:
+        table.use({})
+    assert table.choose("decode", "sm_90", 128, 2) == packaged
+
+
+# Shapes, measuring, explaining.
+
+
+def test_shapes_of_models(tmp_path: Path) -> None:
+    shape = load_shape("llama-3.1-8b", "bf16")
+    assert (shape.layers, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 32, 8, 128)
+    assert shape.token_bytes == 4096 and shape.config().token_bytes == 32 * 4096
+    fields = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    fields |= {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256}
+    write(tmp_path / "config.json", fields)
+    found = load_shape(str(tmp_path), "fp32")
+    assert (found.num_heads, found.num_kv_heads, found.head_dim) == (32, 8, 128)
+    assert found.parameters == pytest.approx(7.5e9, rel=0.03)  # embeddings counted once
+    with pytest.raises(ValueError, match="latents"):
+        load_shape("deepseek-v3", "bf16")
+    with pytest.raises(ValueError, match="dtype must be one of bf16, fp16, fp32, got 'int8'"):
+        load_shape("gpt2", "int8")
+
+
+def test_lengths_are_spread_evenly() -> None:
+    assert fit_lengths([10, 20, 30, 40], 1000) == [10, 20, 30, 40]
+    chosen = fit_lengths(list(range(1, 101)), 200)
+    assert sum(chosen) <= 200 and sum(chosen) / len(chosen) == pytest.approx(50, rel=0.1)
+    assert fit_lengths([5000], 200) == [200]
+
+
+@pytest.fixture
+def small_bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    monkeypatch.setattr(measure, "STORAGE_BYTES", 2**21)
+    monkeypatch.setattr(measure, "CALL_BYTES", 2**18)
+    monkeypatch.setattr(measure, "MIN_SAMPLE_SECONDS", 1e-4)
+    return Bench(SMALL, [50, 100, 150], 64)
+
+
+def test_bench_checks_before_it_times(small_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = [Candidate(size, Launch(32, 2)) for size in (1, 16, 64)]
+    small_bench.check(candidates, (0, 128))
+    right = ops.paged_attention
+
+    def wrong(*args, backend, **kwargs):
+        out, lse = right(*args, backend=backend, **kwargs)
+        return (out * 1.01 if backend == "cpu" else out), lse
+
+    monkeypatch.setattr(ops, "paged_attention", wrong)
+    with pytest.raises(WrongResult, match=r"block_size=1, .* is off by"):
+        small_bench.check(candidates)
+
+
+def test_bench_rotates_over_the_storage(small_bench: Bench) -> None:
+    assert small_bench.decode(Candidate(16)) > 0
+    call = small_bench._calls["decode", 16]
+    used = call.tables[call.tables >= 0]
+    assert len(used) == len(used.unique()) > 0.7 * call.caches[0].shape[0]
+    assert call.caches[0].shape[1:] == (2, 16, 16)
+    assert small_bench.prefill(16, 128) > 0
+
+
+def test_tables_of_launches() -> None:
+    shape = load_shape("llama-3.1-8b", "bf16")
+    where = {"dim": 128, "bytes": 2}
+    cpu = table_of(shape, Launch(32, 2, 4), 256, "cpu")
+    assert cpu["cpu"]["decode"] == [where | {"tile": 32, "stages": 2, "splits": 4}]
+    assert cpu["cpu"]["prefill"] == [where | {"rows": 256}]
+    assert table_of(shape, DEFAULT, 0, "cpu") == {}
+    gpu = table_of(shape, Launch(32, 3, 2, 8), 0, "sm_90")
+    entry = {"dim": 128, "tile": 32, "stages": 3, "warps": 8}
+    assert gpu == {"sm_90": {"decode": [entry], "programs_per_sm": 2}}
+    for table in (cpu, gpu):
+        launch_table.check_table(table)
+    for device, threads in (("cpu", 1), ("cpu", 2), ("cuda", 1)):
+        grid = launches_for(torch.device(device), threads)
+        assert grid[0] == DEFAULT and len(set(grid)) == len(grid)
+
+
+def test_work_of_a_call() -> None:
+    spec = CallSpec.parse("B=2,L=100,HQ=8,HKV=2,D=64,block_size=16,dtype=fp32,q=10")
+    assert spec.flops == 4 * 2 * sum(range(91, 101)) * 8 * 64
+    assert spec.bytes == 2 * 2 * 100 * 2 * 64 * 4 + 2 * 2 * 10 * 8 * 64 * 4 + 4 * 2 * 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("B=1", "explain needs L, HQ, HKV, D"),
+        ("L=x", "L must be a positive integer, got 'x'"),
+        ("K=1", "explain knows B, L, .*; got 'K=1'"),
+        ("L=1,HQ=3,HKV=2,D=8", "HQ must be a multiple of HKV, got 3 and 2"),
+        ("L=1,HQ=2,HKV=2,D=600", "D must be 576 at most, got 600"),
+        ("L=1,HQ=2,HKV=2,D=8,q=2", "q must be L at most, got 2 and 1"),
+        ("L=1,HQ=2,HKV=2,D=8,dtype=int4", "dtype must be one of .*, got 'int4'"),
+    ],
+)
+def test_calls_that_cannot_be_explained(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CallSpec.parse(text)
+
+
+# The command.
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run `pykvcache tune` over small memory: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(measure, "STORAGE_BYTES", 2**24)
+    monkeypatch.setattr(measure, "CALL_BYTES", 2**20)
+    monkeypatch.setattr(measure, "MIN_SAMPLE_SECONDS", 1e-4)
+    monkeypatch.setattr(plan, "read_bandwidth", lambda device: 2e10)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pykvcache", "tune", *arguments])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+QUICK = ("--model-config", "gpt2", "--requests", "100", "--seconds", "0.1", "--memory", "256MiB",
+         "--trace", "sharegpt", "--block-sizes", "8,16,64", "--device", "cpu")  # fmt: skip
+
+
+def test_tune_recommends_and_writes(run, tmp_path: Path, monkeypatch) -> None:
+    rows, table, picture = (tmp_path / name for name in ("rows.json", "launch.json", "tune.png"))
+    monkeypatch.setattr(plan, "table_of", lambda *args: {"cpu": {"decode": [{"tile": 48}]}})
+    code, out, err = run(*QUICK, "--json", str(rows), "--out", str(table), "--plot", str(picture))
+    assert code == 0, err
+    found = json.loads(rows.read_text())["results"]
+    assert [row["block_size"] for row in found] == [8, 16, 64]
+    chosen = [row for row in found if row["chosen"]]
+    assert len(chosen) == 1 and chosen[0]["tied"]
+    best = max(row["throughput"] for row in found)
+    assert chosen[0]["throughput"] >= 0.97 * best
+    assert found[0]["waste"] < found[1]["waste"] < found[2]["waste"]
+    assert f"block size {chosen[0]['block_size']}" in out
+    assert picture.stat().st_size > 10_000
+    assert explain()["tile"] == 16  # the race left nothing behind
+    monkeypatch.setenv(launch_table.VARIABLE, str(table))
+    launch_table.use_on_cpu(launch_table.find_user_table()[0])
+    assert explain()["tile"] == 48
+
+
+def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> None:
+    rows = tmp_path / "rows.json"
+    table = write(tmp_path / "launch.json", {"cpu": {"decode": [{"tile": 64, "stages": 1}]}})
+    launch_table.use_on_cpu(launch_table.read_table(table))
+    monkeypatch.setenv(launch_table.VARIABLE, str(table))
+    text = "B=2,L=300,HQ=8,HKV=2,D=64,block_size=16,dtype=bf16"
+    code, out, err = run("--explain", text, "--device", "cpu", "--json", str(rows))
+    assert code == 0, err
+    found = json.loads(rows.read_text())["results"][0]
+    assert found["launch"]["tile"] == 64 and "tile 64, stages 1" in out
+    assert found["floor"] == pytest.approx(
+        max(found["bytes"] / found["bandwidth"], found["flops"] / found["flop_rate"])
+    )
+    assert "achieved" in out and str(table) in out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model-config", "nothing"), "model config must be"),
+        (("--trace", "nothing"), "trace must be"),
+        (("--dtype", "int8"), "dtype must be one of"),
+        (("--block-sizes", "16,x"), "--block-sizes must be positive integers"),
+        (("--memory", "0"), "memory"),
+        (("--memory", "1MiB"), "less than a block of 256"),
+        (("--seconds", "0"), "seconds must be more than 0"),
+        (("--tolerance", "-1"), "tolerance must be 0 to 50"),
+        (("--out", "/no/such/folder/x.json"), "--out: there is no folder"),
+        (("--json", "/no/such/folder/x.json"), "--json: there is no folder"),
+        (("--out", "-", "--json", "-"), "cannot both"),
+        (("--explain", "L=1"), "explain needs HQ"),
+        (("--device", "tpu"), "--device must be cpu or cuda"),
+        (("--model-config", "deepseek-v3"), "latents"),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
+
+
+def test_floor_is_the_larger_of_two() -> None:
+    from pykvcache.bench.timing import Timing
+
+    spec = CallSpec.parse(SPEC)
+    timing = Timing(1.0, 1.0, 1.0, 3)
+    reading = Explanation(spec, "cpu", "k", {}, 1e9, 1e15, timing)
+    computing = Explanation(spec, "cpu", "k", {}, 1e15, 1e9, timing)
+    assert (reading.floor, reading.bound) == (spec.bytes / 1e9, "reading")
+    assert (computing.floor, computing.bound) == (spec.flops / 1e9, "arithmetic")
