@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.prefix import app
 from pykvcache.bench.prefix import replay
 from pykvcache.bench.traces import read_prefix_blocks
+from pykvcache.cli import single
+from pykvcache.cli.bench.prefix import prefix
+
+app = single(prefix)
 
 
 def simulate(requests: list[list[int]], num_blocks: int | None) -> int:
