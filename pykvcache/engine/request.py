@@ -20,7 +20,6 @@ TwinKey = tuple[
     int, int | bytes
 ]  # salt, and the prompt or the number of a request that has no twin
 BoolArray = NDArray[np.bool_]
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(eq=False)
