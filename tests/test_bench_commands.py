@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -180,13 +181,17 @@ def test_peers_that_cannot_run_say_why() -> None:
 
 
 @pytest.mark.slow
-def test_flex_is_a_checked_contender() -> None:
-    case = Case("decode", SMALL, torch.float32, 1, 160)
-    workload = kernels.Workload(case, [16], peers=("flex",))
-    if "flex" in workload.missing:
-        pytest.skip(workload.missing["flex"])
-    workload.check()
-    assert "flex" in workload.contenders
+def test_flex_is_a_checked_contender_and_never_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for length in (160, 192):  # the second is beyond the limit, had the first not been forgotten
+        case = Case("decode", SMALL, torch.float32, 1, length)
+        workload = kernels.Workload(case, [16], peers=("flex",))
+        if "flex" in workload.missing:
+            pytest.skip(workload.missing["flex"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="flex_attention called without")
+            workload.check()
+        assert "flex" in workload.contenders
 
 
 def test_chunks_are_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
