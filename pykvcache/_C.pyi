@@ -10,6 +10,7 @@ def explain_launch(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    block_size: int,
     seq_lens: _Ints,
     query_lens: _Ints,
     /,

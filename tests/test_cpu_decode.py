@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,45 @@ def test_every_length_between_nan_neighbours(block_size: int, dtype: torch.dtype
     case = Case("lengths", rows, head_dim=33, v_head_dim=65, block_size=block_size, dtype=dtype)
     data = build(case)
     assert_as_good_as_dense(case, data, *attend(data))
+
+
+STREAMED = [(torch.float32, 64), (torch.bfloat16, 256), (torch.float16, 128), (torch.bfloat16, 64)]
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), STREAMED, ids=str)
+@pytest.mark.parametrize("block_size", [16, 24, 32, 64, 80])
+def test_every_length_of_two_streams(block_size: int, dtype: torch.dtype, head_dim: int) -> None:
+    """One query row a KV head: two blocks at a time, and every way in which the last two end."""
+    lengths = [*range(1, 70), 127, 128, 129, 159, 160, 161, 255, 257]
+    rows = tuple((1, length) for length in lengths)
+    case = Case(
+        "streams", rows, num_heads=5, num_kv_heads=5, head_dim=head_dim, block_size=block_size,
+        dtype=dtype,
+    )  # fmt: skip
+    data = build(case)
+    assert_as_good_as_dense(case, data, *attend(data))
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"window": 37},
+        {"chunk": 48},
+        {"softcap": 20.0},
+        {"sinks": True},
+        {"alibi": True},
+        {"num_heads": 1, "num_kv_heads": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_streams_with_features(feature: dict[str, Any], count: int) -> None:
+    shape = {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "block_size": 16} | feature
+    case = Case("streams", rows=((1, 1501), (1, 40), (1, 7), (1, 333)), **shape)
+    data = build(case)
+    with threads(count):
+        for deterministic in (False, True):
+            assert_as_good_as_dense(case, data, *attend(data, deterministic=deterministic))
 
 
 def test_repeated_calls_reuse_scratch_of_any_size() -> None:

@@ -197,6 +197,9 @@ def test_a_table_changes_what_is_launched() -> None:
     assert (general["query_tile"], explain(SPEC + ",q=512")["query_tile"]) == (128, 32)
     assert explain(SPEC.replace("bf16", "fp32"))["tile"] == 16  # another element size
     assert explain(SPEC.replace("D=128", "D=64"))["tile"] == 32
+    streamed = explain(SPEC.replace("HQ=32", "HQ=8").replace("bf16", "fp32"))
+    if _C.cpu_isa().startswith("avx512"):  # one query row a KV head: the two streams
+        assert (streamed["tile"], streamed["stages"]) == (32, 0)
     torch.set_num_threads(threads)
 
 

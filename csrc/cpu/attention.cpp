@@ -101,7 +101,7 @@ void attend(const AttentionParams& given) {
 }
 
 LaunchReport explain_launch(DType dtype, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                            std::span<const int64_t> seq_lens,
+                            int64_t block_size, std::span<const int64_t> seq_lens,
                             std::span<const int64_t> query_lens) {
   const std::vector<int32_t> lengths(seq_lens.begin(), seq_lens.end());
   std::vector<int32_t> starts(1, 0);
@@ -111,6 +111,8 @@ LaunchReport explain_launch(DType dtype, int64_t heads, int64_t kv_heads, int64_
   p.num_heads = heads;
   p.num_kv_heads = kv_heads;
   p.head_dim = p.v_head_dim = head_dim;
+  p.block_size = block_size;
+  p.k.stride_slot = p.v.stride_slot = head_dim;
   p.batch = static_cast<int64_t>(lengths.size());
   p.num_tokens = starts.back();
   p.seq_lens = lengths.data();

@@ -150,19 +150,20 @@ PyObject* replace_launches(PyObject*, PyObject* integers) {
   });
 }
 
-// (dtype, HQ, HKV, D, seq_lens, query_lens): how a call with these rows is launched.
+// (dtype, HQ, HKV, D, block size, seq_lens, query_lens): how a call with these rows is launched.
 PyObject* explain(PyObject*, PyObject* args) {
   return guarded([&] {
     PyObject *dtype, *seq_lens, *query_lens;
-    long long heads, kv_heads, dim;
-    if (!PyArg_ParseTuple(args, "OLLLOO", &dtype, &heads, &kv_heads, &dim, &seq_lens, &query_lens))
+    long long heads, kv_heads, dim, block_size;
+    if (!PyArg_ParseTuple(args, "OLLLLOO", &dtype, &heads, &kv_heads, &dim, &block_size, &seq_lens,
+                          &query_lens))
       throw ErrorIsSet{};
     const IntArgument lengths("seq_lens", seq_lens), queries("query_lens", query_lens);
     if (lengths.size() != queries.size() || heads < 1 || kv_heads < 1 || heads % kv_heads != 0 ||
-        dim < 1 || dim > kMaxHeadDim)
+        dim < 1 || dim > kMaxHeadDim || block_size < 1)
       throw std::invalid_argument("no such call");
     const LaunchReport report =
-        explain_launch(to_dtype(dtype), heads, kv_heads, dim, lengths, queries);
+        explain_launch(to_dtype(dtype), heads, kv_heads, dim, block_size, lengths, queries);
     Owned found(PyDict_New());
     const auto set = [&](const char* key, int64_t value) {
       found.set(key, PyLong_FromLongLong(value));

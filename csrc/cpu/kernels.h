@@ -24,7 +24,8 @@ struct AttentionItem {
   float* partial_lse = nullptr;
 };
 
-// Tokens of a decode tile, and the steps that prefetching runs ahead.
+// Tokens of a decode tile, and the steps that prefetching runs ahead; 0 stages: two streams that
+// the processor's own prefetchers follow.
 struct DecodeShape {
   int64_t tile;
   int64_t stages;

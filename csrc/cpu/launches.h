@@ -25,11 +25,12 @@ void set_launches(std::vector<LaunchEntry> entries);
 struct LaunchReport {
   int64_t threads, items, decode_items;
   int64_t cut_rows, most_splits;  // rows (or query tiles) that are merged from splits
-  int64_t tile, stages;           // of decode items
+  int64_t tile, stages;           // of decode items, see DecodeShape
   int64_t query_tile;             // queries of an item of the general kernel, at most
 };
 LaunchReport explain_launch(DType dtype, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                            std::span<const int64_t> seq_lens, std::span<const int64_t> query_lens);
+                            int64_t block_size, std::span<const int64_t> seq_lens,
+                            std::span<const int64_t> query_lens);
 
 // The decode entry's tile, stages and splits, and the prefill entry's rows; 0 where none fits.
 Launch choose_launch(const AttentionParams& p);

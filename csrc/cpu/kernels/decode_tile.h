@@ -1,19 +1,18 @@
-// What the decode kernel reads and in which order: the steps of an item, located and prefetched
-// ahead of their use, and the scratch of one item.
+// What the prefetching decode kernel reads and in which order: the steps of an item, located and
+// prefetched ahead of their use.
 #pragma once
 
 #include "cpu/kernels.h"
+#include "cpu/kernels/decode_state.h"
 #include "cpu/kernels/line.h"
 #include "cpu/kernels/paged.h"
 
 namespace pykvcache::KV_ISA {
 
 constexpr int64_t kMaxTile = 64;           // tokens
-constexpr int64_t kTokenGroup = 16;        // tiles are padded to this
 constexpr int64_t kStepBytes = 4 << 10;    // of K or V of one head over a tile, about
 constexpr int64_t kAheadBytes = 12 << 10;  // how far prefetching runs ahead, at most
 constexpr int64_t kPageBytes = 4 << 10;
-constexpr int64_t kPageEntryBytes = 32 << 10;  // that one line of page table entries maps
 // Of one step: a group of the longest rows, and more than kMaxTile short ones.
 constexpr int64_t kMaxLines =
     kTokenGroup * kMaxHeadDim * static_cast<int64_t>(sizeof(float)) / kLineBytes;
@@ -37,26 +36,6 @@ __attribute__((noinline)) static DecodeShape decode_shape_of(const Launch& launc
 }
 
 alignas(64) static const char kZeroRow[(kMaxHeadDim + 16) * sizeof(float)] = {};
-
-// The rows of a tile in one of the caches, for head 0.
-struct TileSide {
-  int64_t offsets[kMaxTile];   // in elements
-  int32_t run_ends[kMaxTile];  // end of the tokens whose rows lie together with this one's
-
-  void find_runs(int64_t count, int64_t dim) {
-    for (int64_t t = count - 1, end = count; t >= 0; --t) {
-      run_ends[t] = static_cast<int32_t>(end);
-      if (t > 0 && offsets[t] - offsets[t - 1] != dim) end = t;
-    }
-  }
-};
-
-// Tokens that are worked on together.
-struct Tile {
-  int64_t count = 0;
-  int32_t positions[kMaxTile];
-  TileSide k, v;
-};
 
 // K or V of one head over the tokens of a tile.
 template <class T>
@@ -132,23 +111,7 @@ class StepQueue {
     tile.count = cursor_.take(tile_tokens_, tile.positions, tile.k.offsets, tile.v.offsets);
     tile.k.find_runs(tile.count, p_.head_dim);
     tile.v.find_runs(tile.count, p_.v_head_dim);
-    fetch_page_entries(tile.count, tile.k, p_.k);
-    fetch_page_entries(tile.count, tile.v, p_.v);
-  }
-
-  // With scattered blocks the page walks miss the caches: a tile ahead, one load for every line of
-  // page table entries that K or V of all heads needs.
-  void fetch_page_entries(int64_t count, const TileSide& side, const CacheView& cache) const {
-    constexpr int64_t kReach = kPageEntryBytes / static_cast<int64_t>(sizeof(T));
-    const int64_t heads = max_of<int64_t>(1, kReach / max_of<int64_t>(1, cache.stride_head));
-    for (int64_t t = 0, last = -1; t < count; ++t) {
-      if (last >= 0 && side.offsets[t] - side.offsets[last] < kReach &&
-          side.offsets[t] >= side.offsets[last])
-        continue;
-      for (int64_t head = item_.head_begin; head < item_.head_end; head += heads)
-        __builtin_prefetch(head_base<T>(cache, head) + side.offsets[t]);
-      last = t;
-    }
+    fetch_page_entries<T>(tile, item_, p_);
   }
 
   // Also starts the page walks, so that they are done when the lines are prefetched.
@@ -179,45 +142,6 @@ class StepQueue {
   uint64_t tile_ = 0, located_ = 0, done_ = 0;
   Tile tiles_[kTiles];
   Step<T> steps_[kRing];
-};
-
-// Sizes and the carved-up scratch of one item; leading dimension [heads of the item].
-template <class T>
-struct Workspace {
-  using Query = typename Line<T>::Query;
-  using Prob = typename Line<T>::Prob;
-
-  int64_t rows;        // query rows per KV head, padded for the row groups
-  int64_t q_stride;    // D, padded to lines
-  int64_t out_stride;  // Dv, padded to lines
-  Query* queries;      // [heads, rows, q_stride]
-  float* out;          // [heads, rows, out_stride], lines in accumulator order
-  float* sums;         // [heads, rows, kWidth], lane-wise
-  float* maxima;       // [heads, rows]
-  float* scores;       // [rows, kMaxTile]
-  Prob* probs;         // [heads, rows, kMaxTile]
-  int64_t bytes = 0;
-
-  Workspace(const AttentionParams& p, int64_t heads, int64_t query_rows, void* scratch) {
-    rows = query_rows <= 2 ? query_rows : round_up(query_rows, 4);
-    q_stride = round_up(p.head_dim, Line<T>::kElems);
-    out_stride = round_up(p.v_head_dim, Line<T>::kElems);
-    auto* base = static_cast<char*>(scratch);
-    queries = carve<Query>(base, heads * rows * q_stride);
-    out = carve<float>(base, heads * rows * out_stride);
-    sums = carve<float>(base, heads * rows * kWidth);
-    maxima = carve<float>(base, heads * rows);
-    scores = carve<float>(base, rows * kMaxTile);
-    probs = carve<Prob>(base, heads * rows * kMaxTile);
-  }
-
- private:
-  template <class U>
-  U* carve(char* base, int64_t count) {
-    U* at = reinterpret_cast<U*>(base + bytes);
-    bytes += round_up(count * static_cast<int64_t>(sizeof(U)), 64);
-    return at;
-  }
 };
 
 }  // namespace pykvcache::KV_ISA

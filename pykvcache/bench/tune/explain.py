@@ -151,14 +151,17 @@ def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
         spec.num_heads,
         spec.num_kv_heads,
         spec.head_dim,
+        spec.block_size,
         [spec.length] * spec.batch,
         [spec.query_len] * spec.batch,
     )
     isa = environment.cpu_isa()
     kept: tuple[str, ...]
     if report["decode_items"]:
+        streamed = report["stages"] == 0  # two streams instead of steps prefetched ahead
         kept = ("tile", "stages", "items", "most_splits", "cut_rows", "threads")
-        return f"decode (csrc/cpu/kernels/decode.cpp), {isa}", {key: report[key] for key in kept}
+        source = "decode_streams.h" if streamed else "decode.cpp"
+        return f"decode (csrc/cpu/kernels/{source}), {isa}", {key: report[key] for key in kept}
     kept = ("query_tile", "items", "most_splits", "cut_rows", "threads")
     return f"general (csrc/cpu/kernels/prefill.cpp), {isa}", {key: report[key] for key in kept}
 
