@@ -19,7 +19,7 @@ if ops.backends()["triton"] != "ready":
 import triton
 import triton.language as tl
 from pykvcache.kernels.common.numeric import decode_e4m3, encode_e4m3
-from pykvcache.kernels.launch import operators, table
+from pykvcache.kernels.launch import attention, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter", "unknown")
@@ -61,7 +61,7 @@ def test_float8_is_rounded_like_torch() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_plan_counts_the_tiles_of_decode_rows(deterministic: bool) -> None:
     tile = table.decode_tile(table.architecture(torch.device(DEVICE)), 64)
-    unit = operators.FIXED_TOKENS if deterministic else tile
+    unit = attention.FIXED_TOKENS if deterministic else tile
     q_lens, lengths = [1, 4, 5, 0, 1, 1], [10 * unit, unit + 1, 3 * unit, 99, 0, 1]
     starts = torch.tensor([0, *q_lens]).cumsum(0).int()
     plan = ops.plan(
@@ -83,7 +83,7 @@ def test_plan_leaves_out_what_a_window_hides() -> None:
 @pytest.mark.parametrize("programs", [1, 2, 5, 64])
 def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in one piece, in several, and pieces of several rows in one program."""
-    monkeypatch.setattr(operators, "decode_programs", lambda *_: programs)
+    monkeypatch.setattr(attention, "decode_programs", lambda *_: programs)
     case = Case("pieces", rows=((1, 700), (1, 0), (2, 130), (1, 5), (0, 9), (1, 64)), sinks=True)
     data = build(case)
     expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
@@ -113,15 +113,15 @@ def test_launch_table_serves_every_size(arch: str) -> None:
     for dim in range(1, 577):
         tiles = {table.choose("decode", arch, dim, size).tile for size in (1, 2, 4)}
         assert tiles == {table.decode_tile(arch, dim)}  # the plan does not know the dtype
-        assert operators.FIXED_TOKENS % tiles.pop() == 0
+        assert attention.FIXED_TOKENS % tiles.pop() == 0
         for size in (1, 2, 4):
             assert table.choose("prefill", arch, dim, size).rows >= 16
 
 
 def test_split_dims_cover_and_pad_little() -> None:
     for dim in range(1, 577):
-        first, second = operators.split_dim(dim)
+        first, second = attention.split_dim(dim)
         assert first + second >= dim and first >= 16
         assert first + second <= max(16, dim + max(15, dim // 3))
-    assert operators.split_dim(576) == (512, 64)
-    assert operators.split_dim(80) == (64, 16)
+    assert attention.split_dim(576) == (512, 64)
+    assert attention.split_dim(80) == (64, 16)
