@@ -37,7 +37,13 @@ else:
     from pykvcache.kernels.launch import attention
     from triton_launches import TARGETS, noting_launches
     from triton_matrix import (
-        BF16, FEATURES, FP8, attention_calls, empty, launches_of, one_call_of_each_kind, quick_calls,
+        BF16,
+        FEATURES,
+        FP8,
+        attention_calls,
+        launches_of,
+        one_call_of_each_kind,
+        quick_calls,
     )  # fmt: skip
 
     from pykvcache import kernels, ops
@@ -93,9 +99,7 @@ else:
 
     @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
     @pytest.mark.parametrize("cache_dtype", [BF16, FP8])
-    def test_other_batches_and_lengths_compile_nothing(
-        arch: str, cache_dtype: torch.dtype
-    ) -> None:
+    def test_other_batches_and_lengths_compile_nothing(arch: str, cache_dtype: torch.dtype) -> None:
         """Batch sizes, table widths, token counts, windows and views at odd addresses: one kernel.
 
         Pools keep their layout; a pool may grow.

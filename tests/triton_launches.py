@@ -25,6 +25,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_120": GPUTarget("cuda", 120, 32),  # stands for chips that the launch table does not name
 }
 PROGRAMS = 33  # of decode for each group
 

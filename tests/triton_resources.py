@@ -32,7 +32,10 @@ from triton_launches import TARGETS, Launch
 from triton_matrix import attention_calls, launches_of, quick_calls
 
 KIB = 1024
-SHARED_BYTES = {"sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+SHARED_BYTES = {
+    "sm_80": 163 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB,
+    "sm_120": 99 * KIB,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

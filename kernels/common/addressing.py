@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def load_blocks(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Ids of the blocks that hold positions [start, start + TILE), int32; -1 for holes and past end.
+    """Ids of the blocks that hold positions [start, start + TILE), int32; -1 in holes, from end on.
 
     table: block_table of one row. Entries of blocks that begin at or past `end` are not read.
     Returns one id if the tile lies in one block, one a block if it holds whole blocks, else one a

@@ -1,7 +1,7 @@
 """Stored numbers: float8 e4m3 as bytes, and products of tiles.
 
 e4m3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinity; Micikevicius et al., 2022) is
-written with integer arithmetic, and read so too where the chip has no such type (before sm_89, AMD).
+written with integer arithmetic, and read so too where the chip has no such type: before sm_89, AMD.
 """
 
 import triton

@@ -9,8 +9,6 @@ Read next: table.py.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from pykvcache.kernels.attention.decode import decode_kernel

@@ -3,7 +3,9 @@
 One section per architecture ("sm_90", "gfx942", ...). What a section leaves out is its vendor's
 ("gfx") or the default's: those serve every chip that has no section, so the default asks for no
 more shared memory than the smallest NVIDIA chips of a generation have (99 KiB), "gfx" for no more
-than 64 KiB. An entry serves head dims up to `max_dim` and elements of up to `max_bytes`; the first that fits is
+than 64 KiB.
+
+An entry serves head dims up to `max_dim` and elements of up to `max_bytes`; the first that fits is
 taken. Entries of the user's launch table (pykvcache/launch_table.py) come first. Nothing is tuned
 at run time. Decode's `tile` depends on the head dim alone, because the plan of a step is made
 before the dtype is known.
