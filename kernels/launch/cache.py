@@ -29,7 +29,7 @@ from torch import Tensor
 from pykvcache import checks
 
 COPY_WIDTH = 1024
-SCALED_ELEMENTS = 8192  # of new tokens that fill_channel_scales_kernel holds at once
+SCALED_ELEMENTS = 4096  # of new tokens that fill_channel_scales_kernel holds at once
 
 
 def write_kv(
