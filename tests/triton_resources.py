@@ -69,8 +69,10 @@ def resources(compiled: Any) -> Resources:
     return Resources(shared, int(registers), int(stack))
 
 
-def may_spill(name: str, launch: Launch) -> bool:
+def may_spill(arch: str, name: str, launch: Launch) -> bool:
     """Whether a spill is let pass."""
+    if arch == "sm_120":  # its launches are those of any chip: they have to fit, no more
+        return True
     if launch.name not in ("decode_kernel", "prefill_kernel"):
         return False
     words = name.split()
@@ -89,7 +91,7 @@ def report(arch: str, name: str, launch: Launch) -> tuple[str, bool]:
     wrong = []
     if needs.shared > SHARED_BYTES[arch]:
         wrong.append(f"MORE SHARED MEMORY THAN {SHARED_BYTES[arch]}")
-    if needs.spilled and not may_spill(name, launch):
+    if needs.spilled and not may_spill(arch, name, launch):
         wrong.append("SPILLS")
     line = f"{head:74} {needs} {time.perf_counter() - begin:5.1f} s {' '.join(wrong)}"
     return line.rstrip(), not wrong
