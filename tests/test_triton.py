@@ -19,7 +19,7 @@ if ops.backends()["triton"] != "ready":
 import triton
 import triton.language as tl
 from pykvcache.kernels.common.numeric import decode_e4m3, encode_e4m3
-from pykvcache.kernels.launch import operators, table
+from pykvcache.kernels.launch import attention, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter", "unknown")
@@ -61,7 +61,7 @@ def test_float8_is_rounded_like_torch() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_plan_counts_the_tiles_of_decode_rows(deterministic: bool) -> None:
     tile = table.decode_tile(table.architecture(torch.device(DEVICE)), 64)
-    unit = operators.FIXED_TOKENS if deterministic else tile
+    unit = attention.FIXED_TOKENS if deterministic else tile
     q_lens, lengths = [1, 4, 5, 0, 1, 1], [10 * unit, unit + 1, 3 * unit, 99, 0, 1]
     starts = torch.tensor([0, *q_lens]).cumsum(0).int()
     plan = ops.plan(
@@ -83,8 +83,9 @@ def test_plan_leaves_out_what_a_window_hides() -> None:
 @pytest.mark.parametrize("programs", [1, 2, 5, 64])
 def test_any_number_of_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in one piece, in several, and pieces of several rows in one program."""
-    monkeypatch.setattr(operators, "decode_programs", lambda *_: programs)
-    case = Case("pieces", rows=((1, 700), (1, 0), (2, 130), (1, 5), (0, 9), (1, 64)), sinks=True)
+    monkeypatch.setattr(attention, "decode_programs", lambda *_: programs)
+    rows = ((1, 2700), (1, 0), (2, 130), (1, 5), (0, 9), (1, 64))  # 2,700 tokens: up to 43 pieces
+    case = Case("pieces", rows=rows, sinks=True)
     data = build(case)
     expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
     got = ops.paged_attention(*data.args, **data.kwargs, backend="triton")
@@ -113,15 +114,64 @@ def test_launch_table_serves_every_size(arch: str) -> None:
     for dim in range(1, 577):
         tiles = {table.choose("decode", arch, dim, size).tile for size in (1, 2, 4)}
         assert tiles == {table.decode_tile(arch, dim)}  # the plan does not know the dtype
-        assert operators.FIXED_TOKENS % tiles.pop() == 0
+        assert attention.FIXED_TOKENS % tiles.pop() == 0
         for size in (1, 2, 4):
             assert table.choose("prefill", arch, dim, size).rows >= 16
 
 
 def test_split_dims_cover_and_pad_little() -> None:
     for dim in range(1, 577):
-        first, second = operators.split_dim(dim)
+        first, second = attention.split_dim(dim)
         assert first + second >= dim and first >= 16
         assert first + second <= max(16, dim + max(15, dim // 3))
-    assert operators.split_dim(576) == (512, 64)
-    assert operators.split_dim(80) == (64, 16)
+    assert attention.split_dim(576) == (512, 64)
+    assert attention.split_dim(80) == (64, 16)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(128, 64), (32, 320), (71, 64)])
+def test_many_heads_are_taken_in_groups(heads: int, dim: int) -> None:
+    """One KV head, so many query heads that they are more than one tile, or an odd number."""
+    case = Case("heads", ((1, 70), (2, 19)), heads, 1, dim, alibi=True, sinks=True)
+    data = build(case)
+    expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
+    plan = ops.plan(*data.args[4:], heads, 1, dim, backend="triton")
+    got = ops.paged_attention(*data.args, **data.kwargs, plan=plan, backend="triton")
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_further_apart_than_int32_counts() -> None:
+    """q as a model leaves it, [HQ, T, D] transposed, with 2^31 elements before its last head."""
+    heads, dim, stride = 4, 16, 2**30
+    q = torch.empty(0, dtype=torch.bfloat16).set_(
+        torch.UntypedStorage(2 * (heads * stride)), 0, (2, heads, dim), (dim, stride, 1)
+    )
+    q.copy_(torch.randn(2, heads, dim))
+    case = Case("far", ((2, 20),), heads, 2, dim, dtype=torch.bfloat16)
+    data = build(case)
+    args = (q, *data.args[1:])
+    expected = ops.paged_attention(q.contiguous(), *args[1:], **data.kwargs, backend="triton")
+    got = ops.paged_attention(*args, **data.kwargs, backend="triton")
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_channel_scales_of_tokens_in_any_order() -> None:
+    """More tokens than are looked at together, blocks' tokens far apart in the call."""
+    tokens, heads, dim, block_size = 300, 2, 128, 4
+    k = torch.randn(tokens, heads, dim)
+    slots = torch.randperm(400)[:tokens]
+    cache = torch.zeros(100, heads, block_size, dim).to(torch.float8_e4m3fn)
+    found = []
+    for backend in ("reference", "triton"):
+        pool, scale = cache.clone(), torch.full((100, heads, dim), 0.5)
+        ops.write_kv(k, k, pool, pool.clone(), slots, k_scale=scale, v_scale=scale.clone(),
+                     backend=backend)  # fmt: skip
+        found.append((scale, pool.float()))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert (found[1][0] != 0.5).any()
+
+
+def test_every_unknown_chip_has_a_choice_of_its_vendor() -> None:
+    assert table.choose("decode", "gfx1100", 128, 2) == table.choose("decode", "gfx942", 128, 2)
+    assert table.choose("prefill", "sm_86", 128, 2) == table.choose("prefill", "unknown", 128, 2)
+    assert table.choose("decode", "gfx942", 128, 2) != table.choose("decode", "sm_80", 128, 2)

@@ -1,6 +1,7 @@
 """Decode: rows with few queries, split along their keys over persistent programs.
 
-    grid (PROGRAMS, HKV): program p takes its even share of all units of the plan for one KV head.
+    grid (PROGRAMS, GROUPS): program p takes its even share of all units of the plan for one group
+    of query heads. All heads of a KV head are one group, or SPLIT groups where they are many.
 
 A program walks rows and, within a row, KV tiles. What it saw of a row is final if it saw all of it;
 otherwise it stores a partial result (normalised values and lse, in float32) in workspace slot
@@ -16,7 +17,6 @@ from pykvcache.kernels.attention.plan import row_tiles, sharing_programs
 from pykvcache.kernels.attention.tiles import (
     HEAD_SCALE,
     LOG2E,
-    NO_SCALE,
     attend_tiles,
     load_queries,
     store_rows,
@@ -27,7 +27,9 @@ from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
 
 @triton.jit(
     do_not_specialize=["rows", "stride_table", "window", "chunk", "bias_stride_batch",
-                       "bias_stride_head", "bias_stride_query"]
+                       "bias_stride_head", "bias_stride_query"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "plan", "sinks",
+                                    "alibi_slopes"],
 )  # fmt: skip
 def decode_kernel(
     q, stride_q_token, stride_q_head,  # [T, HQ, D]
@@ -40,28 +42,29 @@ def decode_kernel(
     sinks, alibi_slopes,  # float32 [HQ], or None
     bias, bias_stride_batch, bias_stride_head, bias_stride_query, bias_stride_key,
     out, lse,  # [T, HQ, DV], float32 [T, HQ]
-    part_values, part_lse,  # float32 [slots, HKV, ROWS, DV] and [slots, HKV, ROWS]
+    part_values, part_lse,  # float32 [slots, GROUPS, ROWS, DV] and [slots, GROUPS, ROWS]
     rows, scale, softcap, window, chunk,
-    HKV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, DIM1: tl.constexpr, DIM2: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM1: tl.constexpr, V_DIM2: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BIAS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
-    IS_E4M3: tl.constexpr, FIXED: tl.constexpr, INTERPRETED: tl.constexpr,
+    E4M3: tl.constexpr, FIXED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program's share; FIXED=True takes units one by one instead of runs of them."""
-    program, kv_head = tl.program_id(0), tl.program_id(1)
+    program, group = tl.program_id(0), tl.program_id(1)
+    kv_head = (group // SPLIT).to(tl.int64)
     units = tl.load(plan + rows)
     programs = tl.num_programs(0) if FIXED else sharing_programs(tl.num_programs(0), units)
     r = tl.arange(0, ROWS)
-    head = kv_head * GROUP + r % GROUP  # [ROWS]
-    k_head = k_cache + kv_head.to(tl.int64) * k_stride_head
-    v_head = v_cache + kv_head.to(tl.int64) * v_stride_head
+    head = group * GROUP + r % GROUP  # [ROWS]
+    k_head = k_cache + kv_head * k_stride_head
+    v_head = v_cache + kv_head * v_stride_head
     score_scale, value_scale = scale, 1.0
-    if K_SCALE != NO_SCALE and K_SCALE <= HEAD_SCALE:
+    if K_SCALE == HEAD_SCALE:
         score_scale *= tl.load(k_scale + kv_head * k_scale_stride_head)
-    if V_SCALE != NO_SCALE and V_SCALE <= HEAD_SCALE:
+    if V_SCALE == HEAD_SCALE:
         value_scale *= tl.load(v_scale + kv_head * v_scale_stride_head)
     slopes = None
     if alibi_slopes is not None:
@@ -87,7 +90,8 @@ def decode_kernel(
         piece_begin = tl.maximum(tile_begin, (first_unit + unit - row_begin) * UNIT)
         piece_end = tl.minimum(tile_end, (first_unit + unit_end - row_begin) * UNIT)
 
-        q_offsets = (token + r // GROUP).to(tl.int64) * stride_q_token + head * stride_q_head
+        q_offsets = (token + r // GROUP).to(tl.int64) * stride_q_token
+        q_offsets += head.to(tl.int64) * stride_q_head
         q1 = load_queries(q, q_offsets, valid, DIM, 0, DIM1)
         q2 = q1
         if DIM2 > 0:
@@ -100,7 +104,7 @@ def decode_kernel(
         values2 = tl.zeros([ROWS, V_DIM2 if V_DIM2 > 0 else 1], tl.float32)
         highest, total, values1, values2 = attend_tiles(
             highest, total, values1, values2, q1, q2, position,
-            block_table + row.to(tl.int64) * stride_table, piece_begin, piece_end, seq_len,
+            block_table + row.to(tl.int64) * stride_table, piece_begin, piece_end, 0, 0, seq_len,
             k_head, k_stride_block, k_stride_slot, v_head, v_stride_block, v_stride_slot,
             k_scale + kv_head * k_scale_stride_head if K_SCALE > HEAD_SCALE else k_cache,
             k_scale_stride_block,
@@ -111,7 +115,7 @@ def decode_kernel(
             bias_stride_key, valid,
             DIM, DIM1, DIM2, V_DIM, V_DIM1, V_DIM2, BLOCK_SIZE, TILE,
             CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, alibi_slopes is not None, BIAS,
-            K_SCALE, V_SCALE, IS_E4M3, True, INTERPRETED,
+            K_SCALE, V_SCALE, E4M3, True, INTERPRETED,
         )  # fmt: skip
 
         if whole:
@@ -121,7 +125,7 @@ def decode_kernel(
                 highest, total, rescale = softmax_add_sink(highest, total, sink)
             factor, row_lse = softmax_finish(highest, total)
             factor *= rescale * value_scale
-            place = (token + r // GROUP).to(tl.int64) * (HKV * GROUP) + head
+            place = (token + r // GROUP).to(tl.int64) * (GROUPS * GROUP) + head
             tl.store(lse + place, row_lse, mask=valid)
             store_rows(values1, factor, out, place * V_DIM, valid, V_DIM, 0, V_DIM1)
             if V_DIM2 > 0:
@@ -130,7 +134,7 @@ def decode_kernel(
             factor, row_lse = softmax_finish(highest, total)
             factor *= value_scale
             slot = unit if FIXED else program + row
-            place = (slot.to(tl.int64) * HKV + kv_head) * ROWS + r
+            place = (slot.to(tl.int64) * GROUPS + group) * ROWS + r
             tl.store(part_lse + place, row_lse, mask=valid)
             store_rows(values1, factor, part_values, place * V_DIM, valid, V_DIM, 0, V_DIM1)
             if V_DIM2 > 0:

@@ -1,6 +1,6 @@
 """Combine what several decode programs saw of one row: out = sum_s out_s exp(lse_s - lse).
 
-    grid (B, HQ * q): programs of rows that nobody cut return at once.
+    grid (B, GROUPS * query rows of a group): programs of rows that nobody cut return at once.
 
 Also `merge_states`, the same sum over partials that a caller kept.
 """
@@ -27,47 +27,56 @@ def piece_range(plan, row, rows, programs, FIXED: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["rows", "programs"])
+@triton.jit(
+    do_not_specialize=["rows", "programs"],
+    do_not_specialize_on_alignment=["cu_seqlens_q", "plan", "sinks"],
+)
 def merge_kernel(
-    part_values, part_lse,  # float32 [slots, HKV, ROWS, DV], [slots, HKV, ROWS]
+    part_values, part_lse,  # float32 [slots, GROUPS, ROWS, DV], [slots, GROUPS, ROWS]
     cu_seqlens_q, plan, sinks, out, lse, rows, programs,
-    HKV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, V_DIM: tl.constexpr,
-    WIDTH: tl.constexpr, FIXED: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, V_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, PIECES: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    """One query row of one sequence, all of its slots."""
-    row, r = tl.program_id(0), tl.program_id(1) // HKV
-    kv_head = tl.program_id(1) % HKV
+    """One query row of one sequence, all of its slots, PIECES at once: one after the other they
+    would wait for memory as often as there are pieces."""
+    row, r = tl.program_id(0), tl.program_id(1) // GROUPS
+    group = tl.program_id(1) % GROUPS
     token = tl.load(cu_seqlens_q + row)
     q_len = tl.load(cu_seqlens_q + row + 1) - token
     begin, end = piece_range(plan, row, rows, programs, FIXED)
     if (r < q_len * GROUP) & (end - begin > 1):
+        head = group * GROUP + r % GROUP
         d = tl.arange(0, WIDTH)
-        mask = d < V_DIM
-        stride = tl.full([], HKV * ROWS, tl.int64)
-        at = part_lse + kv_head * ROWS + r
-        highest = float("-inf")
-        for slot in range(begin, end):
-            highest = tl.maximum(highest, tl.load(at + slot * stride))
-        head = kv_head * GROUP + r % GROUP
-        if sinks is not None:
-            highest = tl.maximum(highest, tl.load(sinks + head))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        total = 0.0
-        if sinks is not None:
-            total += tl.exp(tl.load(sinks + head) - base)
+        highest, total = float("-inf"), 0.0
         values = tl.zeros([WIDTH], tl.float32)
-        for slot in range(begin, end):
-            place = slot * stride + kv_head * ROWS + r
-            weight = tl.exp(tl.load(part_lse + place) - base)
-            total += weight
-            part = tl.load(part_values + place * V_DIM + d, mask=mask, other=0.0)
-            values += tl.where(weight != 0.0, weight * part, 0.0)
-        place = (token + r // GROUP).to(tl.int64) * (HKV * GROUP) + head
+        if sinks is not None:
+            highest = tl.load(sinks + head)
+            total = tl.where(highest == float("-inf"), 0.0, 1.0)
+        for first in range(begin, end, PIECES):
+            slot = first + tl.arange(0, PIECES)
+            place = (slot.to(tl.int64) * GROUPS + group) * ROWS + r
+            there = slot < end
+            part_lses = tl.load(part_lse + place, mask=there, other=float("-inf"))  # [PIECES]
+            parts = tl.load(
+                part_values + place[:, None] * V_DIM + d[None, :],
+                mask=there[:, None] & (d < V_DIM)[None, :],
+                other=0.0,
+            )
+            new_highest = tl.maximum(highest, tl.max(part_lses, 0))
+            base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # never -inf minus -inf
+            weights, factor = tl.exp(part_lses - base), tl.exp(highest - base)
+            total = total * factor + tl.sum(weights, 0)
+            values = values * factor + tl.sum(
+                tl.where(weights[:, None] != 0.0, weights[:, None] * parts, 0.0), 0
+            )
+            highest = new_highest
         empty = total == 0.0
-        factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-        row_lse = tl.where(empty, float("-inf"), base + tl.log(tl.where(empty, 1.0, total)))
-        tl.store(lse + place, row_lse)
-        tl.store(out + place * V_DIM + d, (values * factor).to(out.dtype.element_ty), mask=mask)
+        divisor = tl.where(empty, 1.0, total)
+        place = (token + r // GROUP).to(tl.int64) * (GROUPS * GROUP) + head
+        tl.store(lse + place, tl.where(empty, float("-inf"), highest + tl.log(divisor)))
+        tl.store(
+            out + place * V_DIM + d, (values / divisor).to(out.dtype.element_ty), mask=d < V_DIM
+        )
 
 
 @triton.jit(do_not_specialize=["parts", "places"])

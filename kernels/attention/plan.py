@@ -40,7 +40,10 @@ def sharing_programs(programs, units):
     return tl.maximum(tl.minimum(programs, units), 1)
 
 
-@triton.jit(do_not_specialize=["rows", "window", "chunk"])
+@triton.jit(
+    do_not_specialize=["rows", "window", "chunk"],
+    do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "plan"],
+)
 def plan_kernel(
     seq_lens, cu_seqlens_q, plan, rows, window, chunk,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,

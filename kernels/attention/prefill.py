@@ -1,14 +1,14 @@
-"""Prefill: many queries a row, one program for each query tile and KV head, no split of the keys.
+"""Prefill: many queries a row, one program for each query tile and group, no split of the keys.
 
-    grid (query tiles of all rows, HKV)
+    grid (query tiles of all rows, GROUPS); a group is all heads of a KV head, or a part (decode.py)
 
 A query tile has ROWS rows: TOKENS = ROWS // GROUP tokens with their GROUP heads. How many tiles a
 row has is only known on the device, so the grid is an upper bound: row b's tiles begin at number
 cu_seqlens_q[b] // TOKENS + b, which leaves a gap of at most one after each row. Tiles are taken
 from the end, where causal rows see the most keys.
 
-The keys of a tile are walked in three runs: those that only some queries see because of a window
-or a chunk, those that all see (no mask is computed), and those around the diagonal.
+The keys of a tile are walked in two runs: those that only some queries see, because of a window, a
+chunk or the diagonal, and then those between them that all see: no mask is computed there.
 
 Read first: tiles.py.
 """
@@ -19,7 +19,6 @@ from pykvcache.kernels.attention.plan import row_tiles
 from pykvcache.kernels.attention.tiles import (
     HEAD_SCALE,
     LOG2E,
-    NO_SCALE,
     attend_tiles,
     load_queries,
     store_rows,
@@ -41,7 +40,9 @@ def find_tile_row(cu_seqlens_q, rows, tile, TOKENS: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["rows", "stride_table", "window", "chunk", "bias_stride_batch",
-                       "bias_stride_head", "bias_stride_query"]
+                       "bias_stride_head", "bias_stride_query"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "sinks",
+                                    "alibi_slopes"],
 )  # fmt: skip
 def prefill_kernel(
     q, stride_q_token, stride_q_head,  # [T, HQ, D]
@@ -55,18 +56,20 @@ def prefill_kernel(
     bias, bias_stride_batch, bias_stride_head, bias_stride_query, bias_stride_key,
     out, lse,  # [T, HQ, DV], float32 [T, HQ]
     rows, scale, softcap, window, chunk,
-    HKV: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DECODE_ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    DECODE_ROWS: tl.constexpr,
     DIM: tl.constexpr, DIM1: tl.constexpr, DIM2: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM1: tl.constexpr, V_DIM2: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BIAS: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
-    IS_E4M3: tl.constexpr, INTERPRETED: tl.constexpr,
+    E4M3: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One query tile; rows of at most DECODE_ROWS query rows are left to decode."""
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    group = tl.program_id(1)
+    kv_head = (group // SPLIT).to(tl.int64)
     row = find_tile_row(cu_seqlens_q, rows, tile, TOKENS)
     row_token = tl.load(cu_seqlens_q + row)
     q_len = tl.load(cu_seqlens_q + row + 1) - row_token
@@ -76,21 +79,21 @@ def prefill_kernel(
         r = tl.arange(0, ROWS)
         query = first + r // GROUP
         valid = (r < TOKENS * GROUP) & (query < q_len)
-        head = kv_head * GROUP + r % GROUP
+        head = group * GROUP + r % GROUP
         position = seq_len - q_len + query
         lowest = seq_len - q_len + first
         highest_position = seq_len - q_len + tl.minimum(first + TOKENS, q_len) - 1
 
         token = (row_token + query).to(tl.int64)
-        q_offsets = token * stride_q_token + head * stride_q_head
+        q_offsets = token * stride_q_token + head.to(tl.int64) * stride_q_head
         q1 = load_queries(q, q_offsets, valid, DIM, 0, DIM1)
         q2 = q1
         if DIM2 > 0:
             q2 = load_queries(q, q_offsets, valid, DIM, DIM1, DIM2)
         score_scale, value_scale = scale, 1.0
-        if K_SCALE != NO_SCALE and K_SCALE <= HEAD_SCALE:
+        if K_SCALE == HEAD_SCALE:
             score_scale *= tl.load(k_scale + kv_head * k_scale_stride_head)
-        if V_SCALE != NO_SCALE and V_SCALE <= HEAD_SCALE:
+        if V_SCALE == HEAD_SCALE:
             value_scale *= tl.load(v_scale + kv_head * v_scale_stride_head)
         slopes = None
         if alibi_slopes is not None:
@@ -103,7 +106,8 @@ def prefill_kernel(
         values2 = tl.zeros([ROWS, V_DIM2 if V_DIM2 > 0 else 1], tl.float32)
 
         # Tiles [begin, left) are partly left of somebody's reach, [left, right) are seen by all,
-        # [right, end) are partly right of the diagonal.
+        # [right, end) are partly right of the diagonal. The first and the last are one run with a
+        # gap, so that there are two loops to compile and not three.
         tokens = tl.minimum(TOKENS, q_len - first)
         begin, end = row_tiles(
             highest_position + 1, tokens, window, chunk, TILE, HAS_WINDOW, HAS_CHUNK
@@ -125,18 +129,17 @@ def prefill_kernel(
             left = end
         left = tl.minimum(left, end)
         right = tl.minimum(tl.maximum(right, left), end)
-        for run in tl.static_range(3):
+        for run in tl.static_range(2):
             if run == 0:
-                run_begin, run_end = begin, left
-            elif run == 1:
-                run_begin, run_end = left, right
+                run_begin, run_end, gap_begin, gap_end = begin, end, left, right
             else:
-                run_begin, run_end = right, end
+                run_begin, run_end, gap_begin, gap_end = left, right, right, right
             highest, total, values1, values2 = attend_tiles(
                 highest, total, values1, values2, q1, q2, position,
-                block_table + row.to(tl.int64) * stride_table, run_begin, run_end, seq_len,
-                k_cache + kv_head.to(tl.int64) * k_stride_head, k_stride_block, k_stride_slot,
-                v_cache + kv_head.to(tl.int64) * v_stride_head, v_stride_block, v_stride_slot,
+                block_table + row.to(tl.int64) * stride_table, run_begin, run_end, gap_begin,
+                gap_end, seq_len,
+                k_cache + kv_head * k_stride_head, k_stride_block, k_stride_slot,
+                v_cache + kv_head * v_stride_head, v_stride_block, v_stride_slot,
                 k_scale + kv_head * k_scale_stride_head if K_SCALE > HEAD_SCALE else k_cache,
                 k_scale_stride_block,
                 v_scale + kv_head * v_scale_stride_head if V_SCALE > HEAD_SCALE else v_cache,
@@ -146,7 +149,7 @@ def prefill_kernel(
                 bias_stride_key, valid,
                 DIM, DIM1, DIM2, V_DIM, V_DIM1, V_DIM2, BLOCK_SIZE, TILE,
                 CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, alibi_slopes is not None, BIAS,
-                K_SCALE, V_SCALE, IS_E4M3, run != 1, INTERPRETED,
+                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED,
             )  # fmt: skip
 
         rescale = tl.full([ROWS], 1.0, tl.float32)
@@ -156,7 +159,7 @@ def prefill_kernel(
             )
         factor, row_lse = softmax_finish(highest, total)
         factor *= rescale * value_scale
-        place = token * (HKV * GROUP) + head
+        place = token * (GROUPS * GROUP) + head
         tl.store(lse + place, row_lse, mask=valid)
         store_rows(values1, factor, out, place * V_DIM, valid, V_DIM, 0, V_DIM1)
         if V_DIM2 > 0:

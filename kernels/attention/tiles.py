@@ -7,17 +7,16 @@ power of two are cut into two parts, DIM1 + DIM2 (80 = 64 + 16, 576 = 512 + 64),
 
 import triton
 import triton.language as tl
-from pykvcache.kernels.common.addressing import load_block_ids, slot_offsets
-from pykvcache.kernels.common.numeric import load_stored, product
+from pykvcache.kernels.common.addressing import load_blocks, slot_offsets, spread_ids
+from pykvcache.kernels.common.numeric import load_stored, product, product_of_wide
 from pykvcache.kernels.common.softmax import softmax_step
 
-# Kinds of k_scale and v_scale: float32 [], [HKV], [num_blocks, HKV, block_size], [num_blocks, HKV,
-# D]
+# Kinds of k_scale and v_scale: float32 [HKV] (or [], with a stride of 0), [num_blocks, HKV,
+# block_size], [num_blocks, HKV, D]
 NO_SCALE = tl.constexpr(0)
-SCALAR_SCALE = tl.constexpr(1)
-HEAD_SCALE = tl.constexpr(2)
-SLOT_SCALE = tl.constexpr(3)
-CHANNEL_SCALE = tl.constexpr(4)
+HEAD_SCALE = tl.constexpr(1)
+SLOT_SCALE = tl.constexpr(2)
+CHANNEL_SCALE = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -31,27 +30,49 @@ def load_queries(q, offsets, valid, DIM: tl.constexpr, FIRST: tl.constexpr, PART
 
 
 @triton.jit
+def load_channel_scales(
+    scale,  # at the head
+    stride_block,
+    blocks,  # int32 [N], N divides TILE: see load_blocks
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    PART: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Scales of a tile's tokens, float32 [TILE, PART], read once a block; 0 in holes."""
+    N: tl.constexpr = blocks.shape[0]
+    d = FIRST + tl.arange(0, PART)
+    rows = tl.maximum(blocks, 0).to(tl.int64) * stride_block
+    mask = (blocks >= 0)[:, None] & (d < DIM)[None, :]
+    scales = tl.load(scale + rows[:, None] + d[None, :], mask=mask, other=0.0)  # [N, PART]
+    spread = tl.broadcast_to(scales[:, None, :], [N, TILE // N, PART])
+    return tl.reshape(spread, [TILE, PART])
+
+
+@triton.jit
 def load_side(
     cache,  # of K or V, at the head
     scale,  # at the head; used if KIND is CHANNEL_SCALE
+    scale_stride_block,
+    blocks,  # int32 [N], see load_blocks
     offsets,  # [TILE]
-    blocks,  # int64 [TILE], times the stride of the scale's blocks
     valid,  # [TILE]
     DIM: tl.constexpr,
     FIRST: tl.constexpr,
     PART: tl.constexpr,
+    TILE: tl.constexpr,
     DTYPE: tl.constexpr,
-    IS_E4M3: tl.constexpr,
+    E4M3: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """[TILE, PART] of a cache in DTYPE; 0 where a token is not there, whatever memory holds."""
     d = FIRST + tl.arange(0, PART)
     mask = valid[:, None] & (d < DIM)[None, :]
     if KIND == CHANNEL_SCALE:
-        x = load_stored(cache + offsets[:, None] + d[None, :], mask, tl.float32, IS_E4M3)
-        factor = tl.load(scale + blocks[:, None] + d[None, :], mask=mask, other=0.0)
-        return (x * factor).to(DTYPE)
-    return load_stored(cache + offsets[:, None] + d[None, :], mask, DTYPE, IS_E4M3)
+        x = load_stored(cache + offsets[:, None] + d[None, :], mask, tl.float32, E4M3)
+        x *= load_channel_scales(scale, scale_stride_block, blocks, DIM, FIRST, PART, TILE)
+        return x.to(DTYPE)
+    return load_stored(cache + offsets[:, None] + d[None, :], mask, DTYPE, E4M3)
 
 
 @triton.jit
@@ -65,14 +86,15 @@ def attend_tiles(
     q1, q2,  # [ROWS, DIM1], [ROWS, DIM2]
     position,  # int32 [ROWS], of the queries; negative: sees nothing
     table,  # block_table of the row
-    tile_begin, tile_end, kv_end,  # tiles, and the row's length
+    tile_begin, tile_end, gap_begin, gap_end,  # tiles; those of the gap are left out
+    kv_end,  # the row's length
     k_cache, k_stride_block, k_stride_slot,  # at the KV head
     v_cache, v_stride_block, v_stride_slot,
     k_scale, k_scale_stride_block, v_scale, v_scale_stride_block,  # at the KV head
     scale, softcap, window, chunk,
     slopes,  # [ROWS], or None
     bias, bias_offsets, bias_stride_key,  # at the batch row; [ROWS]
-    row_valid,  # [ROWS]
+    row_valid,  # [ROWS]: rows that have a bias
     DIM: tl.constexpr, DIM1: tl.constexpr, DIM2: tl.constexpr,
     V_DIM: tl.constexpr, V_DIM1: tl.constexpr, V_DIM2: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
@@ -80,41 +102,51 @@ def attend_tiles(
     HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
     BIAS: tl.constexpr,  # 0 none, 1 float, 2 bool
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
-    IS_E4M3: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
+    E4M3: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Take KV tiles [tile_begin, tile_end) into the state.
+    """Take KV tiles [tile_begin, tile_end) into the state, those of [gap_begin, gap_end) left out.
 
     MASKED=False promises that every query sees every key of these tiles; holes are masked anyhow.
     """
     DTYPE: tl.constexpr = q1.dtype
     # A key times its channel's scale needs more digits than bfloat16 has.
-    KEY_DTYPE: tl.constexpr = tl.float32 if K_SCALE == CHANNEL_SCALE else q1.dtype
+    WIDE_KEYS: tl.constexpr = K_SCALE == CHANNEL_SCALE and q1.dtype != tl.float32
+    KEY_DTYPE: tl.constexpr = tl.float32 if WIDE_KEYS else q1.dtype
     lane = tl.arange(0, TILE)
-    next_ids = load_block_ids(table, tile_begin * TILE, kv_end, BLOCK_SIZE, TILE)
-    for tile in range(tile_begin, tile_end):
+    gap = gap_end - gap_begin
+    next_start = (tile_begin + tl.where(tile_begin >= gap_begin, gap, 0)) * TILE
+    next_blocks = load_blocks(table, next_start, kv_end, BLOCK_SIZE, TILE)
+    for number in range(tile_begin, tile_end - gap):
         # Ids are loaded one tile ahead: K and V would wait for them otherwise.
-        start = tile * TILE
-        ids = next_ids
-        next_ids = load_block_ids(table, start + TILE, kv_end, BLOCK_SIZE, TILE)
+        start = (number + tl.where(number >= gap_begin, gap, 0)) * TILE
+        blocks = next_blocks
+        next_start = (number + 1 + tl.where(number + 1 >= gap_begin, gap, 0)) * TILE
+        next_blocks = load_blocks(table, next_start, kv_end, BLOCK_SIZE, TILE)
+        ids = spread_ids(blocks, start, kv_end, TILE)
         valid = ids >= 0
-        safe_ids = tl.maximum(ids, 0).to(tl.int64)
 
         offsets = slot_offsets(ids, start, k_stride_block, k_stride_slot, BLOCK_SIZE)
-        blocks = safe_ids * k_scale_stride_block
         keys = load_side(
-            k_cache, k_scale, offsets, blocks, valid, DIM, 0, DIM1, KEY_DTYPE, IS_E4M3, K_SCALE
-        )
-        scores = product(q1.to(KEY_DTYPE), tl.trans(keys), INTERPRETED)  # [ROWS, TILE]
+            k_cache, k_scale, k_scale_stride_block, blocks, offsets, valid, DIM, 0, DIM1, TILE,
+            KEY_DTYPE, E4M3, K_SCALE,
+        )  # fmt: skip
+        if WIDE_KEYS:
+            scores = product_of_wide(q1, keys, E4M3, INTERPRETED)  # [ROWS, TILE]
+        else:
+            scores = product(q1, tl.trans(keys), INTERPRETED)
         if DIM2 > 0:
             keys = load_side(
-                k_cache, k_scale, offsets, blocks, valid, DIM, DIM1, DIM2, KEY_DTYPE, IS_E4M3,
-                K_SCALE,
+                k_cache, k_scale, k_scale_stride_block, blocks, offsets, valid, DIM, DIM1, DIM2,
+                TILE, KEY_DTYPE, E4M3, K_SCALE,
             )  # fmt: skip
-            scores += product(q2.to(KEY_DTYPE), tl.trans(keys), INTERPRETED)
+            if WIDE_KEYS:
+                scores += product_of_wide(q2, keys, E4M3, INTERPRETED)
+            else:
+                scores += product(q2, tl.trans(keys), INTERPRETED)
         slot = (start + lane) % BLOCK_SIZE
         if K_SCALE == SLOT_SCALE:
-            factor = tl.load(k_scale + blocks + slot, mask=valid, other=0.0)
-            scores *= factor[None, :]
+            at = k_scale + tl.maximum(ids, 0).to(tl.int64) * k_scale_stride_block + slot
+            scores *= tl.load(at, mask=valid, other=0.0)[None, :]
 
         key_position = start + lane
         distance = key_position[None, :] - position[:, None]
@@ -124,7 +156,7 @@ def attend_tiles(
             scores *= scale * LOG2E
         if HAS_SLOPES:
             scores += slopes[:, None] * LOG2E * distance.to(tl.float32)
-        visible = valid[None, :] & row_valid[:, None]
+        visible = valid[None, :]
         if MASKED:
             visible &= (position >= 0)[:, None]
             if CAUSAL:
@@ -135,7 +167,7 @@ def attend_tiles(
                 visible &= key_position[None, :] >= (position // chunk * chunk)[:, None]
         if BIAS > 0:
             at = bias + bias_offsets[:, None] + key_position[None, :].to(tl.int64) * bias_stride_key
-            seen = visible & (key_position < kv_end)[None, :]
+            seen = visible & row_valid[:, None]
             if BIAS == 2:
                 visible = seen & (tl.load(at, mask=seen, other=0) != 0)
             else:
@@ -147,18 +179,19 @@ def attend_tiles(
 
         highest, total, weights, factor = softmax_step(highest, total, scores)
         offsets = slot_offsets(ids, start, v_stride_block, v_stride_slot, BLOCK_SIZE)
-        blocks = safe_ids * v_scale_stride_block
         if V_SCALE == SLOT_SCALE:
-            weights *= tl.load(v_scale + blocks + slot, mask=valid, other=0.0)[None, :]
+            at = v_scale + tl.maximum(ids, 0).to(tl.int64) * v_scale_stride_block + slot
+            weights *= tl.load(at, mask=valid, other=0.0)[None, :]
         weights = weights.to(DTYPE)
         part = load_side(
-            v_cache, v_scale, offsets, blocks, valid, V_DIM, 0, V_DIM1, DTYPE, IS_E4M3, V_SCALE
-        )
+            v_cache, v_scale, v_scale_stride_block, blocks, offsets, valid, V_DIM, 0, V_DIM1, TILE,
+            DTYPE, E4M3, V_SCALE,
+        )  # fmt: skip
         values1 = values1 * factor[:, None] + product(weights, part, INTERPRETED)
         if V_DIM2 > 0:
             part = load_side(
-                v_cache, v_scale, offsets, blocks, valid, V_DIM, V_DIM1, V_DIM2, DTYPE, IS_E4M3,
-                V_SCALE,
+                v_cache, v_scale, v_scale_stride_block, blocks, offsets, valid, V_DIM, V_DIM1,
+                V_DIM2, TILE, DTYPE, E4M3, V_SCALE,
             )  # fmt: skip
             values2 = values2 * factor[:, None] + product(weights, part, INTERPRETED)
     return highest, total, values1, values2

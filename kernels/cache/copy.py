@@ -1,6 +1,6 @@
 """Copies of whole blocks, and blocks to dense rows.
 
-copy_kernel     grid (pairs, pieces of a block)
+copy_kernel     grid (pairs times pieces of a block)
 gather_kernel   grid (tokens, HKV)
 """
 
@@ -9,18 +9,25 @@ import triton.language as tl
 from pykvcache.kernels.common.addressing import find_row
 
 
-@triton.jit(do_not_specialize=["elements"])
-def copy_kernel(src, src_stride, dst, dst_stride, pairs, elements, WIDTH: tl.constexpr):
-    """dst[pairs[n, 1]] = src[pairs[n, 0]]; blocks are `elements` contiguous elements."""
-    pair = tl.program_id(0)
+@triton.jit(do_not_specialize=["pieces"], do_not_specialize_on_alignment=["pairs"])
+def copy_kernel(src, src_stride, dst, dst_stride, pairs, elements, pieces, WIDTH: tl.constexpr):
+    """dst[pairs[n, 1]] = src[pairs[n, 0]]; blocks are `elements` contiguous elements.
+
+    `elements` is specialised, being the same in every call: unless the compiler knows that it is a
+    multiple of 16, the mask costs the wide loads.
+    """
+    pair = tl.program_id(0).to(tl.int64) // pieces
     source, target = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
-    i = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    i = (tl.program_id(0) % pieces).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     mask = i < elements
     values = tl.load(src + source * src_stride + i, mask=mask)
     tl.store(dst + target * dst_stride + i, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "stride_table", "total"])
+@triton.jit(
+    do_not_specialize=["rows", "stride_table", "total"],
+    do_not_specialize_on_alignment=["block_table", "cu_seqlens_k"],
+)
 def gather_kernel(
     cache, stride_block, stride_head, stride_slot, block_table, stride_table, cu_seqlens_k,
     dense, rows, total,

@@ -9,23 +9,32 @@ import triton.language as tl
 
 
 @triton.jit
-def load_block_ids(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Block ids of positions [start, start + TILE), int32 [TILE]; -1 for holes and from `end` on.
+def load_blocks(table, start, end, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Ids of the blocks that hold positions [start, start + TILE), int32; -1 in holes, from end on.
 
     table: block_table of one row. Entries of blocks that begin at or past `end` are not read.
+    Returns one id if the tile lies in one block, one a block if it holds whole blocks, else one a
+    token.
     """
-    position = start + tl.arange(0, TILE)
     if BLOCK_SIZE % TILE == 0:
-        id = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=-1)
-        ids = tl.full([TILE], 0, tl.int32) + id
+        index = start // BLOCK_SIZE + tl.arange(0, 1)
+        there = start + tl.arange(0, 1) < end
     elif TILE % BLOCK_SIZE == 0:
-        BLOCKS: tl.constexpr = TILE // BLOCK_SIZE
-        index = start // BLOCK_SIZE + tl.arange(0, BLOCKS)
-        ids = tl.load(table + index, mask=index * BLOCK_SIZE < end, other=-1)
-        ids = tl.reshape(tl.broadcast_to(ids[:, None], [BLOCKS, BLOCK_SIZE]), [TILE])
+        index = start // BLOCK_SIZE + tl.arange(0, TILE // BLOCK_SIZE)
+        there = index * BLOCK_SIZE < end
     else:
-        ids = tl.load(table + position // BLOCK_SIZE, mask=position < end, other=-1)
-    return tl.where(position < end, ids, -1)
+        position = start + tl.arange(0, TILE)
+        index = position // BLOCK_SIZE
+        there = position < end
+    return tl.load(table + index, mask=there, other=-1)
+
+
+@triton.jit
+def spread_ids(blocks, start, end, TILE: tl.constexpr):
+    """Block id of each token of a tile, int32 [TILE], from load_blocks; -1 from `end` on."""
+    EACH: tl.constexpr = TILE // blocks.shape[0]
+    ids = tl.reshape(tl.broadcast_to(blocks[:, None], [blocks.shape[0], EACH]), [TILE])
+    return tl.where(start + tl.arange(0, TILE) < end, ids, -1)
 
 
 @triton.jit

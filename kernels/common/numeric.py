@@ -1,11 +1,16 @@
 """Stored numbers: float8 e4m3 as bytes, and products of tiles.
 
-e4m3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinity; Micikevicius et al., 2022) is read
-and written with integer arithmetic, because Triton has no such type before sm_89.
+e4m3 (1 sign, 4 exponent, 3 mantissa bits, bias 7, no infinity; Micikevicius et al., 2022) is
+written with integer arithmetic, and read so too where the chip has no such type: before sm_89, AMD.
 """
 
 import triton
 import triton.language as tl
+
+# How a cache stores its numbers: as they are, as e4m3 decoded by us, as e4m3 decoded by the chip.
+PLAIN = tl.constexpr(0)
+E4M3_BYTES = tl.constexpr(1)
+E4M3_NATIVE = tl.constexpr(2)
 
 
 @triton.jit
@@ -36,10 +41,13 @@ def encode_e4m3(x):
 
 
 @triton.jit
-def load_stored(pointers, mask, DTYPE: tl.constexpr, IS_E4M3: tl.constexpr):
+def load_stored(pointers, mask, DTYPE: tl.constexpr, E4M3: tl.constexpr):
     """Values of a cache in DTYPE, 0 where masked."""
-    if IS_E4M3:
+    if E4M3 == E4M3_BYTES:
         return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(DTYPE)
+    if E4M3 == E4M3_NATIVE:
+        bits = tl.load(pointers, mask=mask, other=0)
+        return bits.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     return tl.load(pointers, mask=mask, other=0.0).to(DTYPE)
 
 
@@ -52,3 +60,19 @@ def product(a, b, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def product_of_wide(a, b, E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
+    """a [M, K] of 2 bytes times the transpose of b [N, K] float32, on tensor cores.
+
+    Chips with e4m3 have tf32: 11 digits of b, which is as many as float16 has, and few registers.
+    Elsewhere b is split into two numbers of a's dtype: 16 digits or more, two products.
+    """
+    if E4M3 == E4M3_NATIVE:
+        # The chip cuts the last 13 bits off; adding half of what goes first rounds to nearest.
+        rounded = (b.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
+        return tl.dot(a.to(tl.float32), tl.trans(rounded), input_precision="tf32")
+    high = b.to(a.dtype)
+    low = (b - high.to(tl.float32)).to(a.dtype)
+    return product(a, tl.trans(high), INTERPRETED) + product(a, tl.trans(low), INTERPRETED)

@@ -1,6 +1,10 @@
 """Launch choices: tiles, warps, stages and programs, read from table.json.
 
-One section per architecture ("sm_90", "gfx942", ...); what a section leaves out is the default's.
+One section per architecture ("sm_90", "gfx942", ...). What a section leaves out is its vendor's
+("gfx") or the default's: those serve every chip that has no section, so the default asks for no
+more shared memory than the smallest NVIDIA chips of a generation have (99 KiB), "gfx" for no more
+than 64 KiB.
+
 An entry serves head dims up to `max_dim` and elements of up to `max_bytes`; the first that fits is
 taken. Entries of the user's launch table (pykvcache/launch_table.py) come first. Nothing is tuned
 at run time. Decode's `tile` depends on the head dim alone, because the plan of a step is made
@@ -67,7 +71,9 @@ def architecture(device: torch.device) -> str:
 
 @functools.cache
 def _section(name: str) -> dict[str, Any]:
-    packaged = {**_packaged()["default"], **_packaged().get(name, {})}
+    packaged: dict[str, Any] = {}
+    for part in ("default", "gfx" if name.startswith("gfx") else "", name):
+        packaged |= _packaged().get(part, {})
     user = (launch_table.user_table() if _user_table is None else _user_table).get(name, {})
     return {
         **packaged,

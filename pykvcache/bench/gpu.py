@@ -139,17 +139,18 @@ def describe_launch(
     if backend != "triton":
         return f"{backend} on {torch.cuda.get_device_name(device)}", {}
     from pykvcache.bench.tune.shapes import DTYPES
-    from pykvcache.kernels.launch import operators, table
+    from pykvcache.kernels.launch import attention, table
 
     arch = table.architecture(device)
-    group = spec.num_heads // spec.num_kv_heads
-    decodes = spec.query_len * group <= operators.decode_rows(group)
+    heads = spec.num_heads // spec.num_kv_heads
+    split = attention.head_split(heads, spec.head_dim)
+    decodes = spec.query_len * heads // split <= attention.decode_rows(heads // split)
     phase = "decode" if decodes else "prefill"
     choice = table.choose(phase, arch, spec.head_dim, DTYPES[spec.dtype].itemsize)
     found = {"tile": choice.tile, "stages": choice.stages, "warps": choice.warps}
     if decodes:
         found["tile"] = table.decode_tile(arch, spec.head_dim)
-        found["programs"] = table.decode_programs(device, spec.num_kv_heads)
+        found["programs"] = table.decode_programs(device, spec.num_kv_heads * split)
     else:
         found["rows"] = choice.rows
     return f"{phase}_kernel (kernels/attention/{phase}.py), {arch}", found
