@@ -20,6 +20,7 @@ from torch import Tensor
 from pykvcache import ops
 from pykvcache.allocator import BlockAllocator
 from pykvcache.checks import MAX_HEAD_DIM
+from pykvcache.storage import allocate
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_BLOCKS = 2**31 - 1  # block ids are int32
@@ -186,7 +187,7 @@ class KVPool:
             if fits and storage.device == device and self.group_of[other] != self.group_of[layer]:
                 return index
         try:
-            storage = torch.empty(self.num_blocks, elements, dtype=dtype, device=device)
+            storage = allocate(self.num_blocks, elements, dtype, device)
         except RuntimeError as error:
             raise MemoryError(
                 f"num_blocks or memory is too large: {self.num_blocks} blocks of {elements} "
@@ -222,7 +223,7 @@ class KVPool:
         used = self.allocator.peak
         self.allocator.grow(num_blocks)
         for index, old in enumerate(self._storages):
-            new = old.new_empty(num_blocks, old.shape[1])
+            new = allocate(num_blocks, old.shape[1], old.dtype, old.device)
             new[:used] = old[:used]
             self._storages[index] = new
             del old

@@ -1,5 +1,5 @@
 // The Python type LayerStep, which gets addresses and strides and checks nothing but what the rows
-// say, and read_regions.
+// say, and functions about memory and launches.
 #include "cpu/binding.h"
 
 #include <new>
@@ -10,6 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/launches.h"
 #include "cpu/layer_step.h"
+#include "cpu/pages.h"
 #include "cpu/probe.h"
 #include "python/types.h"
 
@@ -114,6 +115,15 @@ PyMethodDef methods[] = {define<LayerStepObject, set_caches, 4>("set_caches"),
                          define<LayerStepObject, attend, 10>("attend"),
                          {nullptr, nullptr, 0, nullptr}};
 
+// (address, bytes) -> whether the system listened
+PyObject* advise_huge_pages(PyObject*, PyObject* args) {
+  return guarded([&] {
+    long long address, bytes;
+    if (!PyArg_ParseTuple(args, "LL", &address, &bytes)) throw ErrorIsSet{};
+    return PyBool_FromLong(prefer_huge_pages(address, bytes));
+  });
+}
+
 // (addresses, bytes of each) -> sum
 PyObject* read_memory(PyObject*, PyObject* args) {
   return guarded([&] {
@@ -183,6 +193,8 @@ PyObject* explain(PyObject*, PyObject* args) {
 PyMethodDef functions[] = {
     {"set_launches", replace_launches, METH_O, "Replace the launch table of the CPU kernels."},
     {"explain_launch", explain, METH_VARARGS, "How a call of paged_attention is launched."},
+    {"prefer_huge_pages", advise_huge_pages, METH_VARARGS,
+     "Ask for huge pages in untouched memory."},
     {"read_regions", read_memory, METH_VARARGS, "Plain loads of memory regions, for measuring."},
     {nullptr, nullptr, 0, nullptr}};
 

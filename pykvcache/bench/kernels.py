@@ -24,6 +24,7 @@ from pykvcache import ops
 from pykvcache.bench import peaks
 from pykvcache.bench.cases import Case
 from pykvcache.bench.timing import Contender, Timing, WrongResult, interleave
+from pykvcache.storage import allocate
 
 COLD_BYTES = 256 * 2**20
 CHECKED_QUERIES = 32
@@ -160,7 +161,7 @@ class Workload:
         tables = torch.randperm(self.copies * case.batch * per_row, dtype=torch.int32)
         tables = tables.view(self.copies, case.batch, per_row)
         half = heads.num_kv_heads * block_size * heads.head_dim
-        storage = torch.zeros(tables.numel(), 2 * half, dtype=case.dtype, device=self.device)
+        storage = allocate(tables.numel(), 2 * half, case.dtype, self.device).zero_()
         shape = (tables.numel(), heads.num_kv_heads, block_size, heads.head_dim)
         k_cache, v_cache = (part.view(shape) for part in storage.split(half, dim=1))
         if case.phase == "decode" and backend == "cpu":
