@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that are not here; print what each needs of the chip.
 
-    python tests/triton_resources.py [sm_90 gfx942 ...] [--quick]
+    python tests/triton_resources.py [sm_90 gfx942 ...] [--quick | --rest]
 
 One line a kernel: shared memory, registers and spilled bytes (of the cubin, read with the cuobjdump
 that Triton brings, or of AMD's code object). Exits with 1 if a kernel does not compile, asks for
@@ -97,19 +97,27 @@ def report(arch: str, name: str, launch: Launch) -> tuple[str, bool]:
     return line.rstrip(), not wrong
 
 
+def chosen_launches(arch: str, quick: bool, rest: bool) -> list[tuple[str, Launch]]:
+    few = launches_of(arch, list(quick_calls(arch))) if quick or rest else {}
+    if quick:
+        return list(few.values())
+    every = launches_of(arch, list(attention_calls()))
+    return [launch for key, launch in every.items() if key not in few]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architectures", nargs="*", default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="a part that takes a minute a chip")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--quick", action="store_true", help="a part that takes a minute a chip")
+    part.add_argument("--rest", action="store_true", help="what --quick leaves out")
     parser.add_argument("--only", default="", help="kernels whose line has this in it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
     jobs = [
         (arch, name, launch)
         for arch in options.architectures
-        for name, launch in launches_of(
-            arch, list(quick_calls(arch) if options.quick else attention_calls())
-        ).values()
+        for name, launch in chosen_launches(arch, options.quick, options.rest)
         if options.only in f"{arch} {launch.name} {name}"
     ]
     triton.knobs.compilation.always_compile = True
