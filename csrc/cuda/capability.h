@@ -1,6 +1,7 @@
 // Which kernels serve a call: the one table that decides. The first line that serves it is taken.
 #pragma once
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -52,6 +53,35 @@ inline bool serves(const Capability& kernel, const AttentionParams& p, int64_t a
   return p.head_dim <= kernel.max_dim && p.v_head_dim <= kernel.max_dim &&
          (kernel.float32 || p.q_dtype != DType::kFloat32) && (kernel.other_cache || own_cache) &&
          (kernel.channel_scales || !channels) && alignment >= kernel.alignment;
+}
+
+// Prefill with wgmma takes these of the calls that tensor cores serve; mma.sync takes the rest.
+struct WgmmaCapability {
+  bool float8_cache = false;
+  bool slot_scales = false;
+  int64_t block_multiple = 16;  // keys; smaller boxes are not worth a copy of TMA's
+  int64_t stride_bytes = (int64_t{1} << 40) - 16;  // largest that a tensor map holds
+};
+constexpr WgmmaCapability kWgmma;
+
+inline bool wgmma_serves(const AttentionParams& p) {
+  bool strides = true;
+  for (const CacheView& cache : {p.k, p.v})
+    for (const int64_t stride : {cache.stride_block, cache.stride_head, cache.stride_slot})
+      strides &= stride >= 0 && stride * bytes_of(cache.dtype) <= kWgmma.stride_bytes;
+  const bool slots = p.k_scale.kind == ScaleKind::kSlot || p.v_scale.kind == ScaleKind::kSlot;
+  return strides && (kWgmma.slot_scales || !slots) &&
+         (kWgmma.float8_cache || p.k.dtype == p.q_dtype) &&
+         p.block_size % kWgmma.block_multiple == 0;
+}
+
+// PYKVCACHE_CUDA_PREFILL: "mma" (the default) or "wgmma", where it can. Looked at in every call.
+inline bool wgmma_is_wanted() {
+  const char* value = std::getenv("PYKVCACHE_CUDA_PREFILL");
+  const std::string wanted = value == nullptr || *value == '\0' ? "mma" : value;
+  if (wanted != "mma" && wanted != "wgmma")
+    throw std::invalid_argument("PYKVCACHE_CUDA_PREFILL must be mma or wgmma, got " + wanted);
+  return wanted == "wgmma";
 }
 
 // `fits(kernel)` says whether the device has the memory that a kernel needs.

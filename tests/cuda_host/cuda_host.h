@@ -9,7 +9,7 @@
 // ThreadSanitizer only __syncwarp and __syncthreads do. Read next: ptx_host.h.
 #pragma once
 
-#include "cuda_host/threads.h"
+#include "cuda_host/boxes.h"
 #ifdef KV_HOST_THREADS
 #include <thread>
 #else
@@ -41,6 +41,7 @@ struct Launch {
   unsigned char* shared;
   size_t shared_bytes;
   Meeting cta;
+  NamedBarrier named[16];
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<Thread> threads;
 
@@ -60,7 +61,9 @@ struct Launch {
     for (unsigned t = 0; t < b.x; ++t) {
       threads[t].warp = warps[t / kWarp].get();
       threads[t].cta = &cta;
+      threads[t].named = named;
       threads[t].shared = shared;
+      threads[t].shared_bytes = bytes;
       threads[t].lane = t % kWarp;
       threads[t].thread_idx = {t, 0, 0};
       threads[t].block_dim = b;
@@ -81,14 +84,22 @@ struct Launch {
           for (const auto& group : self.copy_groups)
             if (!group.empty()) stop("a kernel ended before it waited for its cp.async copies");
           if (!self.open_copies.empty()) stop("a kernel ended with uncommitted cp.async copies");
+          if (!self.open_products.empty() || !self.product_groups.empty())
+            stop("a kernel ended before it waited for its wgmma products");
           self.copy_groups.clear();
-          cta.arrive(self.thread_idx.x == 0, [&] { poison(); });
+          cta.arrive(self.thread_idx.x == 0, [&] {
+            for (const NamedBarrier& barrier : named)
+              if (static_cast<uint32_t>(barrier.state) != 0)
+                stop("a kernel ended with arrivals at a named barrier that nobody waited for");
+            if (!late_boxes().empty()) stop("a kernel ended before its boxes had arrived");
+            poison();
+          });
         }
   }
 };
 
 #ifdef KV_HOST_THREADS
-inline void yield() {}
+inline void yield() { std::this_thread::yield(); }
 
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {

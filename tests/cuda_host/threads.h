@@ -105,6 +105,7 @@ constexpr int kMessage = 64;  // bytes that a lane can give to a collective
 struct Warp {
   explicit Warp(int lanes) : barrier(lanes), exchange(lanes) {}
   Meeting barrier, exchange;
+  float left[16][16], right[16][256];  // operands of the wgmma product that is computed now
   alignas(16) unsigned char in[kWarp][kMessage];
   alignas(16) unsigned char out[2][kWarp][kMessage];
 };
@@ -115,15 +116,36 @@ struct Copy {
   int bytes;
 };
 
+// wgmma: c += a b, or c = a b; b [16, 8 columns] and, unless it is in registers, a [64, 16] are
+// named by descriptors of shared memory.
+struct Product {
+  float* c;
+  int columns;  // of c, in eights
+  bool accumulate;
+  const uint32_t* a_registers;  // nullptr: a is in shared memory
+  uint64_t a, b;
+  bool b_columns_contiguous;
+  float (*to_float)(uint16_t);
+};
+
+// bar.sync and bar.arrive: the generation grows when `expected` threads have come.
+struct NamedBarrier {
+  std::atomic<uint64_t> state{0};  // generation << 32 | arrived
+};
+
 struct Thread {
   Warp* warp = nullptr;
   Meeting* cta = nullptr;
+  NamedBarrier* named = nullptr;  // [16]
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
   int lane = 0;
   unsigned collectives = 0;
   dim3 thread_idx, block_idx, block_dim, grid_dim;
   std::vector<Copy> open_copies;  // cp.async of the group that is not committed yet
   std::deque<std::vector<Copy>> copy_groups;
+  std::vector<Product> open_products;  // wgmma of the group that is not committed yet
+  std::deque<std::vector<Product>> product_groups;
 };
 
 inline thread_local Thread* current = nullptr;
@@ -150,6 +172,7 @@ Out collective(const In& mine, Compute&& compute) {
 struct Counts {
   uint64_t bank_conflicts = 0;
   uint64_t matrix_products = 0;
+  uint64_t warpgroup_products = 0;  // of single warps
 };
 
 inline Counts& counts() {

@@ -1,0 +1,82 @@
+// The producer of wgmma_prefill.cuh: one warp that copies tiles of K and V as boxes of one block
+// and 64 dims each. Lane l copies box l % boxes of slab l / boxes. Block ids are fetched a tile
+// ahead: the copies would wait for them otherwise.
+#pragma once
+
+#include "cuda/warpgroup_stages.cuh"
+
+namespace pykvcache::cuda {
+
+template <int kDim>
+struct BoxCopier {
+  using Stages = WarpgroupStages<kDim>;
+  using Tile = typename Stages::Tile;
+  using Softmax = typename Stages::Softmax;
+  using Place = typename Stages::Place;
+  using Work = typename Stages::Work;
+  static constexpr int kTileKeys = Stages::kTileKeys;
+  static_assert(kTileKeys / 16 * Tile::kSlabs <= 32);
+
+  Stages stages;
+  const WarpgroupParams& params;
+  int lane = threadIdx.x % 32;
+  int shift = params.box_shift;
+  int boxes = kTileKeys >> shift;
+
+  __device__ __forceinline__ void copy(const Work& work) const {
+    const Sequence& sequence = work.rows.sequence;
+    const Divisor& block_size = params.kernel.block_size;
+    int32_t position = work.first + (lane % boxes << shift);
+    BlockSlot next = sequence.locate(block_size, position);
+    for (int32_t i = 0; i < work.count; ++i) {
+      const BlockSlot place = next;
+      position += kTileKeys;
+      next = sequence.locate(block_size, position);
+      const uint32_t there = __ballot_sync(Softmax::kAll, place.block >= 0);
+      const uint32_t present =
+          __ballot_sync(Softmax::kAll, there >> (lane * Softmax::kPresenceKeys >> shift) & 1u);
+      fill(work, Side::kKeys, i, place, present & Softmax::kAllPresent);
+      fill(work, Side::kValues, i, place, 0);
+    }
+  }
+
+  __device__ __forceinline__ void fill(const Work& work, Side side, int32_t i,
+                                       const BlockSlot& from, uint32_t present) const {
+    const Place place(i);
+    const int box = lane % boxes, slab = lane / boxes;
+    const int32_t end = work.first + (i + 1) * kTileKeys, kv_len = work.rows.sequence.kv_len;
+    const bool cut = side == Side::kValues && kv_len < end && kv_len % (1 << shift) != 0;
+    Barrier* const full = stages.full(side, place);
+    Barrier* const landed = cut ? &stages.control().last : full;
+    unsigned char* const to = stages.tile(side, place);
+    // All consumers have read what the stage held.
+    KV_OMITTABLE(wgmma_empty_wait, barrier_wait(stages.empty(side, place), place.parity ^ 1));
+    if (lane == 0) {
+      if (side == Side::kKeys) stages.control().present[place.stage] = present;
+      barrier_arrive_expecting(landed, Tile::kBytes);
+    }
+    if (slab < Tile::kSlabs)
+      copy_box(to + slab * Tile::kSlabBytes + (box << shift) * Tile::kRowBytes,
+               &params.maps[static_cast<int>(side)], landed, slab * kBoxColumns, from.slot,
+               work.rows.kv_head, from.block);
+    if (!cut) return;
+    // The copies must not come after the zeros.
+    KV_OMITTABLE(wgmma_last_wait, barrier_wait(&stages.control().last, 0));
+    clear_past_end(to, kTileKeys - (end - kv_len));
+    async_proxy_fence();
+    // All lanes have written their zeros.
+    KV_OMITTABLE(wgmma_zeros_barrier, __syncwarp());
+    if (lane == 0) barrier_arrive(full);
+  }
+
+  // Slots past the end of the sequence, in its last block, may hold anything, and 0 * NaN is NaN.
+  // Blocks past the end, and holes, came as zeros. `row`: of the tile, the first past the end.
+  __device__ __forceinline__ void clear_past_end(unsigned char* to, int row) const {
+    const int end = ((row - 1 >> shift) + 1) << shift;
+    for (int i = lane; i < (end - row) * (kDim / 8); i += 32)
+      *reinterpret_cast<uint4*>(to + Tile::offset(row + i / (kDim / 8), i % (kDim / 8))) = {0, 0, 0,
+                                                                                            0};
+  }
+};
+
+}  // namespace pykvcache::cuda
