@@ -46,7 +46,7 @@ LONG = [
     Case("chunk", MANY, chunk=192, dtype=BF16),
     Case("softcap", MANY, softcap=5.0, spread=2.0, dtype=BF16),
     Case("sinks", MANY, sinks=True, dtype=F16),
-    Case("alibi-bias", ((100, 300),), alibi=True, bias="float", dtype=BF16),
+    Case("alibi", MANY, alibi=True, dtype=BF16),
     Case("holes", MANY, holes=((1, 3), (1, 4), (2, 0), (4, 62)), dtype=BF16),
     Case("padded", ((200, 150), (200, 0), (200, 200)), dtype=BF16),
     Case("strided-q-nhd", MANY, strided_q=True, layout="NHD", head_dim=128, dtype=BF16),
@@ -59,7 +59,8 @@ ELSEWHERE = [
     Case("block-8", MANY, block_size=8, dtype=BF16),
     Case("block-24", MANY, block_size=24, dtype=BF16),
     Case("float8", MANY, cache_dtype=FP8, dtype=BF16),
-    Case("scale-slot", MANY, scales="slot", dtype=BF16),
+    Case("scale-slot", MANY, scales="slot", cache_dtype=FP8, dtype=BF16),
+    Case("bias", ((100, 300),), bias="float", dtype=BF16),
     Case("float32", MANY, dtype=F32),
     Case("decode", ((1, 300), (2, 200)), dtype=BF16),
 ]

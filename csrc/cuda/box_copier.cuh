@@ -1,5 +1,5 @@
 // The producer of wgmma_prefill.cuh: one warp that copies tiles of K and V as boxes of one block
-// and 64 dims each. Lane l copies box l % boxes of slab l / boxes. Block ids are fetched a tile
+// and 64 dims each. Each lane has one of the boxes of a tile. Block ids are fetched a tile
 // ahead: the copies would wait for them otherwise.
 #pragma once
 
@@ -21,12 +21,13 @@ struct BoxCopier {
   const WarpgroupParams& params;
   int lane = threadIdx.x % 32;
   int shift = params.box_shift;
-  int boxes = kTileKeys >> shift;
+  int box = lane & ((kTileKeys >> shift) - 1);
+  int slab = lane >> (Stages::kTileShift - shift);
 
   __device__ __forceinline__ void copy(const Work& work) const {
     const Sequence& sequence = work.rows.sequence;
     const Divisor& block_size = params.kernel.block_size;
-    int32_t position = work.first + (lane % boxes << shift);
+    int32_t position = work.first + (box << shift);
     BlockSlot next = sequence.locate(block_size, position);
     for (int32_t i = 0; i < work.count; ++i) {
       const BlockSlot place = next;
@@ -43,7 +44,6 @@ struct BoxCopier {
   __device__ __forceinline__ void fill(const Work& work, Side side, int32_t i,
                                        const BlockSlot& from, uint32_t present) const {
     const Place place(i);
-    const int box = lane % boxes, slab = lane / boxes;
     const int32_t end = work.first + (i + 1) * kTileKeys, kv_len = work.rows.sequence.kv_len;
     const bool cut = side == Side::kValues && kv_len < end && kv_len % (1 << shift) != 0;
     Barrier* const full = stages.full(side, place);

@@ -55,24 +55,17 @@ inline bool serves(const Capability& kernel, const AttentionParams& p, int64_t a
          (kernel.channel_scales || !channels) && alignment >= kernel.alignment;
 }
 
-// Prefill with wgmma takes these of the calls that tensor cores serve; mma.sync takes the rest.
-struct WgmmaCapability {
-  bool float8_cache = false;
-  bool slot_scales = false;
-  int64_t block_multiple = 16;  // keys; smaller boxes are not worth a copy of TMA's
-  int64_t stride_bytes = (int64_t{1} << 40) - 16;  // largest that a tensor map holds
-};
-constexpr WgmmaCapability kWgmma;
+// What prefill with wgmma takes of the calls that tensor cores serve; mma.sync takes the rest.
+constexpr int64_t kWgmmaBlockMultiple = 16;                    // keys; boxes lie in one block
+constexpr int64_t kWgmmaStrideBytes = (int64_t{1} << 40) - 1;  // that a tensor map holds
 
 inline bool wgmma_serves(const AttentionParams& p) {
-  bool strides = true;
   for (const CacheView& cache : {p.k, p.v})
     for (const int64_t stride : {cache.stride_block, cache.stride_head, cache.stride_slot})
-      strides &= stride >= 0 && stride * bytes_of(cache.dtype) <= kWgmma.stride_bytes;
-  const bool slots = p.k_scale.kind == ScaleKind::kSlot || p.v_scale.kind == ScaleKind::kSlot;
-  return strides && (kWgmma.slot_scales || !slots) &&
-         (kWgmma.float8_cache || p.k.dtype == p.q_dtype) &&
-         p.block_size % kWgmma.block_multiple == 0;
+      if (stride < 0 || stride * bytes_of(cache.dtype) > kWgmmaStrideBytes) return false;
+  return p.k.dtype == p.q_dtype && p.k_scale.kind != ScaleKind::kSlot &&
+         p.v_scale.kind != ScaleKind::kSlot && p.bias.data == nullptr &&
+         p.block_size % kWgmmaBlockMultiple == 0;
 }
 
 // PYKVCACHE_CUDA_PREFILL: "mma" (the default) or "wgmma", where it can. Looked at in every call.

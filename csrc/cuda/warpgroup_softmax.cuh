@@ -22,28 +22,27 @@ struct WarpgroupSoftmax {
   };
 
   SoftmaxState state[2];
-  KeyRange range[2];  // of the two rows
-  KeyRange common;    // keys that both see
-  int32_t row[2];     // of the sequence
+  KeyRange range[2];  // that the two rows see
+  int32_t first_row;  // of the sequence; the other is eight rows on
   float scale;        // of scores, with the k_scale of the head
 
-  // `first`: the first of this lane's two rows.
   __device__ __forceinline__ void start(const KernelParams& params, const WarpRows& rows,
                                         int32_t first) {
     const AttentionParams& p = params.attention;
+    first_row = first;
     scale = p.scale * head_scale(p.k_scale, rows.kv_head);
-    common = {0, INT32_MAX};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       state[half] = SoftmaxState();
-      row[half] = first + 8 * half;
       range[half] = {0, INT32_MAX};  // a row that is not there must not make others compute masks
-      if (row[half] >= rows.end) continue;
-      const QueryRow query = query_row(params, rows.sequence, rows.kv_head, row[half]);
-      range[half] = visible_keys(p, rows.sequence, query.position);
-      if (range[half].begin > common.begin) common.begin = range[half].begin;
-      if (range[half].end < common.end) common.end = range[half].end;
+      if (first + 8 * half < rows.end)
+        range[half] = visible_keys(p, rows.sequence, query(params, rows, half).position);
     }
+  }
+
+  __device__ __forceinline__ QueryRow query(const KernelParams& params, const WarpRows& rows,
+                                            int half) const {
+    return query_row(params, rows.sequence, rows.kv_head, first_row + 8 * half);
   }
 
   // Scores become weights. What was summed before must be multiplied by `factors`.
@@ -51,12 +50,11 @@ struct WarpgroupSoftmax {
                                         const Tile& tile, int lane, Scores& scores,
                                         float (&factors)[2]) {
     float to_logit = scale * kLog2e;
-    if (has_plain_logits(params.attention) && to_logit > 0.0f) {
-      hide(tile, lane, scores);
-    } else {
+    if (!has_plain_logits(params.attention) || !(to_logit > 0.0f)) {
       modify(params, rows, tile, lane, scores);
       to_logit = 1.0f;
     }
+    hide(tile, lane, scores);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float top = kNothing;
@@ -88,41 +86,56 @@ struct WarpgroupSoftmax {
   }
 
  private:
-  __device__ __forceinline__ bool sees(int half, const Tile& tile, int j, int i, int lane) const {
-    const int32_t key = tile.begin + 8 * j + 2 * (lane % 4) + i % 2;
-    return key >= range[half].begin && key < range[half].end &&
-           (tile.present >> (8 * j / kPresenceKeys) & 1u);
+  // Of element i (0 to 3) of the j-th eight keys.
+  __device__ __forceinline__ static int32_t key_of(const Tile& tile, int j, int i, int lane) {
+    return tile.begin + 8 * j + 2 * (lane % 4) + i % 2;
   }
 
-  // Most tiles hide nothing.
+  // Keys that a row does not see, or that are not there, get no weight; most tiles have none.
   __device__ __forceinline__ void hide(const Tile& tile, int lane, Scores& scores) const {
-    if (tile.present == kAllPresent && common.begin <= tile.begin &&
-        tile.begin + kKeys <= common.end)
+    const int32_t end = tile.begin + kKeys;
+    if (tile.present == kAllPresent && range[0].begin <= tile.begin && end <= range[0].end &&
+        range[1].begin <= tile.begin && end <= range[1].end)
       return;
 #pragma unroll
-    for (int j = 0; j < kKeys / 8; ++j)
+    for (int j = 0; j < kKeys / 8; ++j) {
+      const bool present = tile.present >> (8 * j / kPresenceKeys) & 1u;
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (!sees(i / 2, tile, j, i, lane)) scores[j][i] = kNothing;
+      for (int i = 0; i < 4; ++i) {
+        const int32_t key = key_of(tile, j, i, lane);
+        if (!present || key < range[i / 2].begin || key >= range[i / 2].end)
+          scores[j][i] = kNothing;
+      }
+    }
   }
 
-  // Logits in base 2, with softcap, ALiBi and bias.
+  // Logits in base 2, with softcap and ALiBi (see logits.cuh).
   __device__ __forceinline__ void modify(const KernelParams& params, const WarpRows& rows,
                                          const Tile& tile, int lane, Scores& scores) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const QueryRow query = query_row(params, rows.sequence, rows.kv_head, row[half]);
+    const AttentionParams& p = params.attention;
+    if (p.softcap > 0.0f) {
+      const float inner = scale / p.softcap, outer = p.softcap * kLog2e;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          const int32_t key = tile.begin + 8 * j + 2 * (lane % 4) + i % 2;
-          if (row[half] < rows.end && sees(half, tile, j, i, lane))
-            scores[j][i] =
-                modified_logit(params.attention, rows.sequence, query, key, scores[j][i] * scale);
-          else
-            scores[j][i] = kNothing;
-        }
+        for (int i = 0; i < 4; ++i) scores[j][i] = outer * bounded_tanh(scores[j][i] * inner);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[j][i] *= scale * kLog2e;
+    }
+    if (p.alibi_slopes == nullptr) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (first_row + 8 * half >= rows.end) continue;
+      const QueryRow row = query(params, rows, half);
+      const float slope = p.alibi_slopes[row.head] * kLog2e;
+#pragma unroll
+      for (int j = 0; j < kKeys / 8; ++j)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i)
+          scores[j][i] += slope * static_cast<float>(key_of(tile, j, i, lane) - row.position);
     }
   }
 };

@@ -20,7 +20,8 @@ template <int kDim>
 struct WarpgroupStages {
   static constexpr int kConsumers = 2;
   static constexpr int kRows = kGroupRows * kConsumers;
-  static constexpr int kTileKeys = kDim <= 128 ? 128 : 64;
+  static constexpr int kTileShift = kDim <= 128 ? 7 : 6;
+  static constexpr int kTileKeys = 1 << kTileShift;
   static constexpr int kStages = 2;
 
   using Queries = WarpgroupTile<kGroupRows, kDim>;  // of one consumer

@@ -34,15 +34,17 @@ struct WarpgroupPrefill {
   static constexpr int kThreads = kWarpgroup * (kConsumers + 1);
   static constexpr int kSharedBytes = Stages::kSharedBytes;
   // Of a thread; together no more than the 64 Ki registers of a processor.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
 
   // Named barriers: the queries of a consumer are staged; its turn to issue products.
   enum BarrierId { kStaged = 1, kTurn = kStaged + kConsumers };
 
   Stages stages;
   int lane = threadIdx.x % 32;
-  int group = threadIdx.x / kWarpgroup;
+  // By a shuffle, so that the compiler knows that warps do not diverge on it: products in branches
+  // that may diverge are waited for one by one.
+  int group = __shfl_sync(Softmax::kAll, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 
   __device__ __forceinline__ void run(const WarpgroupParams& params) const {
     Work work;
@@ -102,10 +104,10 @@ struct WarpgroupPrefill {
 #pragma unroll 1
     for (int32_t i = 1; i < work.count; ++i) {
       wait_full(Side::kKeys, i);
+      wait_full(Side::kValues, i - 1);
       take_turn();
       warpgroup_fence(scores, values, weights);
       multiply_queries(i, scores);
-      wait_full(Side::kValues, i - 1);
       add_values(i - 1, weights, values);
       if (i + 1 < work.count || group < kConsumers - 1) pass_turn();
       // The scores are complete; the values may not be.
@@ -122,7 +124,8 @@ struct WarpgroupPrefill {
     wait_full(Side::kValues, work.count - 1);
     warpgroup_fence(values, weights);
     add_values(work.count - 1, weights, values);
-    warpgroup_wait<0>(values, weights);
+    // The values are complete.
+    KV_OMITTABLE(wgmma_end_wait, warpgroup_wait<0>(values, weights));
   }
 
   // The rows of this warpgroup, in the swizzle of boxes; rows that are not there are zeros.
@@ -210,8 +213,8 @@ struct WarpgroupPrefill {
     const float value_scale = head_scale(p.v_scale, rows.kv_head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (softmax.row[half] >= rows.end) continue;
-      const QueryRow query = query_row(params, rows.sequence, rows.kv_head, softmax.row[half]);
+      if (softmax.first_row + 8 * half >= rows.end) continue;
+      const QueryRow query = softmax.query(params, rows, half);
       const int64_t place = output_place(p, rows.sequence, query);
       SoftmaxState& state = softmax.state[half];
       const float rescaled = p.sinks != nullptr ? state.add_sink(p.sinks[query.head]) : 1.0f;
