@@ -73,9 +73,9 @@ struct BoxCopier {
   // Blocks past the end, and holes, came as zeros. `row`: of the tile, the first past the end.
   __device__ __forceinline__ void clear_past_end(unsigned char* to, int row) const {
     const int end = ((row - 1 >> shift) + 1) << shift;
+    const uint4 zeros = {0, 0, 0, 0};
     for (int i = lane; i < (end - row) * (kDim / 8); i += 32)
-      *reinterpret_cast<uint4*>(to + Tile::offset(row + i / (kDim / 8), i % (kDim / 8))) = {0, 0, 0,
-                                                                                            0};
+      *reinterpret_cast<uint4*>(to + Tile::offset(row + i / (kDim / 8), i % (kDim / 8))) = zeros;
   }
 };
 

@@ -37,8 +37,7 @@ struct WarpgroupPrefill {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
-  // Named barriers: the queries of a consumer are staged; its turn to issue products.
-  enum BarrierId { kStaged = 1, kTurn = kStaged + kConsumers };
+  static constexpr int kTurn = 1;  // named barrier kTurn + i: the turn of consumer i
 
   Stages stages;
   int lane = threadIdx.x % 32;
@@ -128,7 +127,8 @@ struct WarpgroupPrefill {
     KV_OMITTABLE(wgmma_end_wait, warpgroup_wait<0>(values, weights));
   }
 
-  // The rows of this warpgroup, in the swizzle of boxes; rows that are not there are zeros.
+  // The rows of this warpgroup, in the swizzle of boxes; rows that are not there are zeros. The
+  // first take_turn is the barrier between this and products.
   __device__ __forceinline__ void stage_queries(const KernelParams& params, const WarpRows& rows,
                                                 int32_t first) const {
     const AttentionParams& p = params.attention;
@@ -145,13 +145,12 @@ struct WarpgroupPrefill {
       *reinterpret_cast<uint4*>(stages.queries(group) + Queries::offset(row, chunk)) = words;
     }
     async_proxy_fence();
-    // All threads of the warpgroup have written their part.
-    KV_OMITTABLE(wgmma_staged_barrier, named_barrier_sync(kStaged + group, kWarpgroup));
   }
 
   // Consumers issue products in a circle. Nobody passes a turn that nobody takes.
   __device__ __forceinline__ void take_turn() const {
-    named_barrier_sync(kTurn + group, 2 * kWarpgroup);
+    // The other warpgroup has passed; all threads of this one are here, and have staged queries.
+    KV_OMITTABLE(wgmma_turn_barrier, named_barrier_sync(kTurn + group, 2 * kWarpgroup));
   }
   __device__ __forceinline__ void pass_turn() const {
     named_barrier_arrive(kTurn + (group + 1) % kConsumers, 2 * kWarpgroup);

@@ -10,9 +10,7 @@
 #pragma once
 
 #include "cuda_host/boxes.h"
-#ifdef KV_HOST_THREADS
-#include <thread>
-#else
+#ifndef KV_HOST_THREADS
 #include "cuda_host/fibers.h"
 #endif
 
@@ -41,6 +39,7 @@ struct Launch {
   unsigned char* shared;
   size_t shared_bytes;
   Meeting cta;
+  EndMeeting end;
   NamedBarrier named[16];
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<Thread> threads;
@@ -53,6 +52,7 @@ struct Launch {
         storage(bytes + 1024),
         shared_bytes(bytes),
         cta(static_cast<int>(b.x)),
+        end(static_cast<int>(b.x)),
         threads(b.x) {
     const auto address = reinterpret_cast<uintptr_t>(storage.data());
     shared = reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
@@ -87,7 +87,7 @@ struct Launch {
           if (!self.open_products.empty() || !self.product_groups.empty())
             stop("a kernel ended before it waited for its wgmma products");
           self.copy_groups.clear();
-          cta.arrive(self.thread_idx.x == 0, [&] {
+          end.arrive(self.thread_idx.x == 0, [&] {
             for (const NamedBarrier& barrier : named)
               if (static_cast<uint32_t>(barrier.state) != 0)
                 stop("a kernel ended with arrivals at a named barrier that nobody waited for");
@@ -99,7 +99,8 @@ struct Launch {
 };
 
 #ifdef KV_HOST_THREADS
-inline void yield() { std::this_thread::yield(); }
+// Hundreds of threads may wait like this: they must not take the processor from the others.
+inline void yield() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
 
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {

@@ -37,7 +37,7 @@ const Case kCases[] = {
      .dim = 20,
      .rows = {{1, 37}, {2, 70}, {1, 0}, {1, 200}}},
     {.name = "wgmma", .rows = {{50, 300}, {1, 20}, {7, 33}}, .wgmma = true},
-    {.name = "wgmma, fp16, masked dims, hole, window, softcap, sinks",
+    {.name = "wgmma, all features, blocks of 48",
      .q = DType::kFloat16,
      .cache = DType::kFloat16,
      .block_size = 48,

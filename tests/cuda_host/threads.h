@@ -14,6 +14,8 @@
 #include <vector>
 #ifdef KV_HOST_THREADS
 #include <barrier>
+#include <chrono>
+#include <thread>
 #endif
 
 struct dim3 {
@@ -98,6 +100,34 @@ class Meeting {
   unsigned generation_ = 0;
 #endif
 };
+
+#ifdef KV_HOST_THREADS
+// Where the threads of a CTA end. Not a std::barrier: waiting at one synchronises with whoever
+// waits at another one whose address has the same hash, and threads that end early would hide
+// races.
+class EndMeeting {
+ public:
+  explicit EndMeeting(int expected) : expected_(expected) {}
+  template <class Action>
+  void arrive(bool, Action&& action) {
+    const unsigned mine = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == expected_) {
+      action();
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(mine + 1, std::memory_order_release);
+    }
+    while (generation_.load(std::memory_order_acquire) == mine)
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+
+ private:
+  int expected_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> generation_{0};
+};
+#else
+using EndMeeting = Meeting;
+#endif
 
 constexpr int kWarp = 32;
 constexpr int kMessage = 64;  // bytes that a lane can give to a collective
