@@ -100,7 +100,7 @@ struct Launch {
 
 #ifdef KV_HOST_THREADS
 // Hundreds of threads may wait like this: they must not take the processor from the others.
-inline void yield() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
+inline void yield() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
 
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {

@@ -117,7 +117,7 @@ class EndMeeting {
       generation_.store(mine + 1, std::memory_order_release);
     }
     while (generation_.load(std::memory_order_acquire) == mine)
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
 
  private:
