@@ -28,13 +28,14 @@ if ops.backends()["cuda"] != "ready":
 
 FP8 = torch.float8_e4m3fn
 ASAN = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DKV_HOST_THREADS"
-CASE_OF = {"decode": 4, "prefill": 0, "plain": 5, "wgmma": 6, "plan": -1}  # of driver.cpp
+CASE_OF = {"decode": 4, "prefill": 0, "plain": 5, "wgmma": 6, "gather": 8, "plan": -1}  # of driver.cpp
 OMITTABLE = {
     name
     for file in (build.ROOT / "csrc/cuda").glob("*.cuh")
     for name in re.findall(r" KV_OMITTABLE\((\w+),\s", file.read_text())
 }
 WAITS = {name for name in OMITTABLE if name.endswith("_wait")}
+HOPPER_WAITS = {name for name in WAITS if name.startswith(("wgmma", "gather"))}
 TSAN = "-O1 -fsanitize=thread -DKV_HOST_THREADS"
 
 
@@ -143,7 +144,7 @@ def run_driver(flags: str, *omission: str | int) -> subprocess.CompletedProcess[
 def test_kernels_are_clean_under_sanitizers(flags: str) -> None:
     done = run_driver(flags)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.count("largest error") == 8
+    assert done.stdout.count("largest error") == 9
 
 
 @pytest.mark.slow
@@ -156,17 +157,17 @@ def test_a_missing_barrier_is_a_race(barrier: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait", sorted(w for w in WAITS if not w.startswith("wgmma")))
+@pytest.mark.parametrize("wait", sorted(WAITS - HOPPER_WAITS))
 def test_a_missing_wait_for_copies_is_a_wrong_result(wait: str) -> None:
     done = run_driver(ASAN, wait, CASE_OF[wait.split("_")[0]])
     assert done.returncode != 0 and "WRONG" in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait", sorted(w for w in WAITS if w.startswith("wgmma")))
+@pytest.mark.parametrize("wait", sorted(HOPPER_WAITS))
 def test_a_missing_wait_of_wgmma_shows(wait: str) -> None:
     """For boxes, for consumers of a stage, for products: a race, or a wrong result."""
-    done = run_driver(TSAN, wait, CASE_OF["wgmma"])
+    done = run_driver(TSAN, wait, CASE_OF[wait.split("_")[0]])
     shown = re.search("data race|SEGV|cuda_host: ", done.stderr) or "WRONG" in done.stdout
     assert done.returncode != 0 and shown
 

@@ -53,11 +53,16 @@ LONG = [
     Case("scale-head", MANY, scales="head", dtype=BF16),
     Case("latent", ((50, 200),), head_dim=192, v_head_dim=128, latent=True, num_heads=8,
          num_kv_heads=1, dtype=BF16),
-    *(Case(f"block-{size}", MANY, block_size=size, dtype=BF16) for size in (32, 48, 128, 256, 528)),
+    *(
+        Case(f"block-{size}", MANY, block_size=size, dtype=BF16)
+        for size in (1, 3, 8, 24, 32, 48, 128, 256, 528)
+    ),
+    Case("block-2-dim-128-holes", MANY, block_size=2, head_dim=128, dtype=BF16,
+         holes=((0, 149), (1, 3), (1, 4), (2, 0), (4, 62))),
+    Case("block-5-window-nhd", MANY, block_size=5, head_dim=96, window=99, layout="NHD", dtype=F16),
+    Case("block-7-dim-256", ((200, 200), (70, 300)), block_size=7, head_dim=256, dtype=BF16),
 ]  # fmt: skip
 ELSEWHERE = [
-    Case("block-8", MANY, block_size=8, dtype=BF16),
-    Case("block-24", MANY, block_size=24, dtype=BF16),
     Case("float8", MANY, cache_dtype=FP8, dtype=BF16),
     Case("scale-slot", MANY, scales="slot", cache_dtype=FP8, dtype=BF16),
     Case("bias", ((100, 300),), bias="float", dtype=BF16),

@@ -56,7 +56,6 @@ inline bool serves(const Capability& kernel, const AttentionParams& p, int64_t a
 }
 
 // What prefill with wgmma takes of the calls that tensor cores serve; mma.sync takes the rest.
-constexpr int64_t kWgmmaBlockMultiple = 16;                    // keys; boxes lie in one block
 constexpr int64_t kWgmmaStrideBytes = (int64_t{1} << 40) - 1;  // that a tensor map holds
 
 inline bool wgmma_serves(const AttentionParams& p) {
@@ -64,8 +63,7 @@ inline bool wgmma_serves(const AttentionParams& p) {
     for (const int64_t stride : {cache.stride_block, cache.stride_head, cache.stride_slot})
       if (stride < 0 || stride * bytes_of(cache.dtype) > kWgmmaStrideBytes) return false;
   return p.k.dtype == p.q_dtype && p.k_scale.kind != ScaleKind::kSlot &&
-         p.v_scale.kind != ScaleKind::kSlot && p.bias.data == nullptr &&
-         p.block_size % kWgmmaBlockMultiple == 0;
+         p.v_scale.kind != ScaleKind::kSlot && p.bias.data == nullptr;
 }
 
 // PYKVCACHE_CUDA_PREFILL: "mma" (the default) or "wgmma", where it can. Looked at in every call.

@@ -12,13 +12,18 @@ template <int kKeys>
 struct WarpgroupSoftmax {
   using Scores = float[kKeys / 8][4];
   static constexpr unsigned kAll = 0xffffffffu;
-  static constexpr int kPresenceKeys = 16;  // keys that are there, or not, together
-  static constexpr uint32_t kAllPresent = (1u << (kKeys / kPresenceKeys)) - 1;
 
   // The keys that the scores belong to.
   struct Tile {
-    int32_t begin;     // position of the first
-    uint32_t present;  // bit i: keys begin + 16 i and on are there
+    int32_t begin;                 // position of the first
+    uint32_t present[kKeys / 32];  // bit per key: it is there
+
+    __device__ __forceinline__ bool all_present() const {
+      uint32_t all = present[0];
+#pragma unroll
+      for (int i = 1; i < kKeys / 32; ++i) all &= present[i];
+      return all == ~0u;
+    }
   };
 
   SoftmaxState state[2];
@@ -94,16 +99,16 @@ struct WarpgroupSoftmax {
   // Keys that a row does not see, or that are not there, get no weight; most tiles have none.
   __device__ __forceinline__ void hide(const Tile& tile, int lane, Scores& scores) const {
     const int32_t end = tile.begin + kKeys;
-    if (tile.present == kAllPresent && range[0].begin <= tile.begin && end <= range[0].end &&
+    if (tile.all_present() && range[0].begin <= tile.begin && end <= range[0].end &&
         range[1].begin <= tile.begin && end <= range[1].end)
       return;
 #pragma unroll
     for (int j = 0; j < kKeys / 8; ++j) {
-      const bool present = tile.present >> (8 * j / kPresenceKeys) & 1u;
+      const uint32_t present = tile.present[j / 4] >> (8 * (j % 4) + 2 * (lane % 4));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int32_t key = key_of(tile, j, i, lane);
-        if (!present || key < range[i / 2].begin || key >= range[i / 2].end)
+        if (!(present >> i % 2 & 1u) || key < range[i / 2].begin || key >= range[i / 2].end)
           scores[j][i] = kNothing;
       }
     }

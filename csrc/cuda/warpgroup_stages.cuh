@@ -8,10 +8,12 @@
 
 namespace pykvcache::cuda {
 
+constexpr int kSmallestBox = 16;  // keys of a block; smaller ones are gathered key by key
+
 struct WarpgroupParams {
   KernelParams kernel;
-  int32_t box_shift;  // a box is 1 << box_shift keys of one block
-  TensorMap maps[2];  // of K and V
+  int32_t box_shift;  // a box is 1 << box_shift keys of one block; 0: keys are gathered
+  TensorMap maps[2];  // of K and V, for boxes
 };
 
 enum class Side { kKeys, kValues };
@@ -30,10 +32,10 @@ struct WarpgroupStages {
 
   // Barriers of side and stage.
   struct Control {
-    Barrier full[2][kStages];   // the tile is there
-    Barrier empty[2][kStages];  // all warps of consumers are done with it
-    Barrier last;               // the copies of the last tile of V have landed
-    uint32_t present[kStages];  // bit per 16 keys
+    Barrier full[2][kStages];                   // the tile is there
+    Barrier empty[2][kStages];                  // all warps of consumers are done with it
+    Barrier last;                               // the copies of the last tile of V have landed
+    uint32_t present[kStages][kTileKeys / 32];  // bit per key
   };
   static constexpr int kSharedBytes =
       kConsumers * Queries::kBytes + 2 * kStages * Tile::kBytes + static_cast<int>(sizeof(Control));
@@ -73,11 +75,11 @@ struct WarpgroupStages {
     return &control().empty[static_cast<int>(side)][place.stage];
   }
 
-  // By one thread, before the barrier of the CTA.
-  __device__ __forceinline__ void initialise() const {
+  // By one thread, before the barrier of the CTA. `producers`: threads that complete a tile.
+  __device__ __forceinline__ void initialise(int producers) const {
     for (int side = 0; side < 2; ++side)
       for (int stage = 0; stage < kStages; ++stage) {
-        barrier_init(&control().full[side][stage], 1);
+        barrier_init(&control().full[side][stage], producers);
         barrier_init(&control().empty[side][stage], kConsumers * kWarpgroup / 32);
       }
     barrier_init(&control().last, 1);

@@ -36,6 +36,13 @@ BoxLayout layout_of(const CacheView& cache, const AttentionParams& p, int64_t di
           box_rows};
 }
 
+// The most keys, a power of two, that divide a block and a tile; 0 if they are too few for boxes.
+int32_t box_shift(int64_t block_size, int tile_keys) {
+  int32_t shift = 0;
+  while ((2 << shift) <= tile_keys && block_size % (2 << shift) == 0) ++shift;
+  return (1 << shift) >= kSmallestBox ? shift : 0;
+}
+
 }  // namespace
 
 template <>
@@ -53,11 +60,11 @@ void HeadDim<KV_HEAD_DIM>::prefill_with_wgmma(const KernelParams& params, Stream
     using Kernel = typename decltype(type)::type;
     WarpgroupParams all;
     all.kernel = params;
-    all.box_shift = 4;  // the most keys that divide a block, up to a tile
-    while ((2 << all.box_shift) <= Kernel::kTileKeys && p.block_size % (2 << all.box_shift) == 0)
-      ++all.box_shift;
-    all.maps[0] = encode_map(layout_of(p.k, p, p.head_dim, 1 << all.box_shift));
-    all.maps[1] = encode_map(layout_of(p.v, p, p.v_head_dim, 1 << all.box_shift));
+    all.box_shift = box_shift(p.block_size, Kernel::kTileKeys);
+    if (all.box_shift > 0) {
+      all.maps[0] = encode_map(layout_of(p.k, p, p.head_dim, 1 << all.box_shift));
+      all.maps[1] = encode_map(layout_of(p.v, p, p.v_head_dim, 1 << all.box_shift));
+    }
     const dim3 grid{static_cast<unsigned>(Kernel::Tiles::count(params)),
                     static_cast<unsigned>(p.num_kv_heads)};
     launch(kernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, all);

@@ -1,7 +1,7 @@
 // Prefill on Hopper: the same rows and keys as prefill.cuh with wgmma and TMA, warps specialised
 // (FlashAttention-3, Shah et al., 2024) over blocks.
 //
-//   block: kConsumers warpgroups of 64 query rows each, and one warpgroup of which a warp copies
+//   block: kConsumers warpgroups of 64 query rows each, and one that copies keys
 //
 // Consumers keep scores, weights and values in registers. Products of a tile of values and of the
 // next tile of scores are in flight together, and consumers take turns to issue them, so that the
@@ -14,6 +14,7 @@
 #pragma once
 
 #include "cuda/box_copier.cuh"
+#include "cuda/key_gatherer.cuh"
 
 namespace pykvcache::cuda {
 
@@ -51,15 +52,15 @@ struct WarpgroupPrefill {
     const KeyRange keys = Tiles::keys(params.kernel, work.rows);
     work.first = keys.begin / kTileKeys * kTileKeys;
     work.count = keys.end > work.first ? (keys.end - work.first + kTileKeys - 1) / kTileKeys : 0;
-    if (threadIdx.x == 0) {
-      for (const TensorMap& map : params.maps) prefetch_map(&map);
-      stages.initialise();
-    }
+    const bool boxes = params.box_shift > 0;
+    if (threadIdx.x == 0) stages.initialise(boxes ? 1 : kWarpgroup);
     // Nobody waits at a barrier, or copies for one, that is not initialised.
     KV_OMITTABLE(wgmma_init_barrier, __syncthreads());
     if (group == kConsumers) {
       give_up_registers<kProducerRegisters>();
-      if (threadIdx.x / 32 == kConsumers * kWarpgroup / 32)
+      if (!boxes)
+        KeyGatherer<kDim>{stages, params.kernel}.copy(work);
+      else if (threadIdx.x / 32 == kConsumers * kWarpgroup / 32)
         BoxCopier<kDim>{stages, params}.copy(work);
     } else {
       take_registers<kConsumerRegisters>();
@@ -87,7 +88,7 @@ struct WarpgroupPrefill {
     Scores scores;
     Weights weights;
     float factors[2];
-    typename Softmax::Tile keys{work.first, 0};
+    typename Softmax::Tile keys;
     if (group == kConsumers - 1) pass_turn();
     wait_full(Side::kKeys, 0);
     take_turn();
@@ -96,7 +97,7 @@ struct WarpgroupPrefill {
     if (work.count > 1 || group < kConsumers - 1) pass_turn();
     // The scores are complete.
     KV_OMITTABLE(wgmma_scores_wait, warpgroup_wait<0>(scores));
-    keys.present = stages.control().present[0];
+    load_presence(work, 0, keys);
     release(Side::kKeys, 0);
     softmax.weigh(params, work.rows, keys, lane, scores, factors);
     pack_weights(scores, weights);
@@ -111,7 +112,7 @@ struct WarpgroupPrefill {
       if (i + 1 < work.count || group < kConsumers - 1) pass_turn();
       // The scores are complete; the values may not be.
       KV_OMITTABLE(wgmma_scores_wait, warpgroup_wait<1>(scores));
-      keys = {work.first + i * kTileKeys, stages.control().present[Place(i).stage]};
+      load_presence(work, i, keys);
       release(Side::kKeys, i);
       softmax.weigh(params, work.rows, keys, lane, scores, factors);
       // The values are complete, and the weights of tile i - 1 are free.
@@ -145,6 +146,14 @@ struct WarpgroupPrefill {
       *reinterpret_cast<uint4*>(stages.queries(group) + Queries::offset(row, chunk)) = words;
     }
     async_proxy_fence();
+  }
+
+  __device__ __forceinline__ void load_presence(const Work& work, int32_t i,
+                                                typename Softmax::Tile& keys) const {
+    keys.begin = work.first + i * kTileKeys;
+#pragma unroll
+    for (int word = 0; word < kTileKeys / 32; ++word)
+      keys.present[word] = stages.control().present[Place(i).stage][word];
   }
 
   // Consumers issue products in a circle. Nobody passes a turn that nobody takes.

@@ -48,6 +48,7 @@ const Case kCases[] = {
      .sinks = true,
      .hole = true,
      .wgmma = true},
+    {.name = "wgmma, blocks of 3", .block_size = 3, .rows = {{20, 300}, {1, 20}}, .wgmma = true},
 };
 bool attention_is_right(const Case& c) {
   Problem problem(c);
