@@ -6,6 +6,7 @@ On a Hopper GPU the same tests run on the GPU; other GPUs have no such kernel.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
@@ -136,6 +137,25 @@ def test_it_is_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "fast")
     with pytest.raises(Exception, match="must be mma or wgmma, got fast"):
         check(LONG[0])
+
+
+def test_benchmarks_time_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pykvcache.bench import cases, kernels
+
+    monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "mma")
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
+    timed = cases.Case("prefill", cases.Heads("call", 4, 2, 64), BF16, 1, 150)
+    device = "cpu" if EMULATED else "cuda"
+    workload = kernels.Workload(timed, [16], ["cuda"], device, wgmma=True)
+    assert list(workload.contenders)[-2:] == ["paged 16", "paged 16 wgmma"]
+    workload.check()
+    if EMULATED:
+        counts = [build.control().kv_emulation_warpgroup_products()]
+        for name in ("paged 16", "paged 16 wgmma"):
+            workload.contenders[name](0)
+            counts.append(build.control().kv_emulation_warpgroup_products())
+        assert counts[0] == counts[1] < counts[2]
+    assert os.environ["PYKVCACHE_CUDA_PREFILL"] == "mma"
 
 
 @pytest.mark.skipif(EMULATED, reason="needs a GPU")

@@ -100,7 +100,19 @@ struct Launch {
 
 #ifdef KV_HOST_THREADS
 // Hundreds of threads may wait like this: they must not take the processor from the others.
-inline void yield() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
+inline void yield() {
+  using Clock = std::chrono::steady_clock;
+  static thread_local uint64_t seen = ~uint64_t{0};
+  static thread_local Clock::time_point since;
+  const uint64_t now = operations().load(std::memory_order_relaxed);
+  if (now != seen) {
+    seen = now;
+    since = Clock::now();
+  } else if (Clock::now() - since > std::chrono::seconds(60)) {
+    stop("deadlock: nothing has happened at a barrier for a minute");
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
 
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {

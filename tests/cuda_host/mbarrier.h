@@ -10,7 +10,9 @@ namespace cuda_host {
 
 // Somebody got further: waiting threads are not in a deadlock.
 inline void note_progress() {
-#ifndef KV_HOST_THREADS
+#ifdef KV_HOST_THREADS
+  operations().fetch_add(1, std::memory_order_relaxed);
+#else
   Meeting::progress() = 0;
 #endif
 }

@@ -59,7 +59,15 @@ struct Unseen {
   std::abort();
 }
 
-void yield();  // fibers: let the next thread run
+void yield();  // let others run, while this thread waits for them
+
+#ifdef KV_HOST_THREADS
+// Operations on barriers so far. A thread that waits long without any is in a deadlock.
+inline std::atomic<uint64_t>& operations() {
+  static std::atomic<uint64_t> count{0};
+  return count;
+}
+#endif
 
 // A barrier of `expected` threads; the last one to arrive runs an action before anybody leaves.
 class Meeting {
