@@ -154,15 +154,13 @@ __device__ void multiply_registers(float (&c)[kCount][4], const uint32_t (&a)[4]
 
 #define KV_TEN(t) \
   "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
-#define KV_NAMES_32 KV_TEN() KV_TEN(1) KV_TEN(2) "%30,%31"
-#define KV_NAMES_64 KV_TEN() KV_TEN(1) KV_TEN(2) KV_TEN(3) KV_TEN(4) KV_TEN(5) "%60,%61,%62,%63"
-#define KV_NAMES_128                                                     \
-  KV_TEN()                                                               \
-  KV_TEN(1)                                                              \
-  KV_TEN(2)                                                              \
-  KV_TEN(3)                                                              \
-  KV_TEN(4) KV_TEN(5) KV_TEN(6) KV_TEN(7) KV_TEN(8) KV_TEN(9) KV_TEN(10) \
-      KV_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+#define KV_THIRTY KV_TEN() KV_TEN(1) KV_TEN(2)
+#define KV_SIXTY KV_THIRTY KV_TEN(3) KV_TEN(4) KV_TEN(5)
+#define KV_NINETY KV_SIXTY KV_TEN(6) KV_TEN(7) KV_TEN(8)
+#define KV_HUNDRED_TWENTY KV_NINETY KV_TEN(9) KV_TEN(10) KV_TEN(11)
+#define KV_NAMES_32 KV_THIRTY "%30,%31"
+#define KV_NAMES_64 KV_SIXTY "%60,%61,%62,%63"
+#define KV_NAMES_128 KV_HUNDRED_TWENTY "%120,%121,%122,%123,%124,%125,%126,%127"
 #define KV_C4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define KV_C16(j) KV_C4(j), KV_C4(j + 1), KV_C4(j + 2), KV_C4(j + 3)
 #define KV_C32 KV_C16(0), KV_C16(4)
@@ -208,6 +206,10 @@ KV_PRODUCTS_OF(BFloat16, "bf16")
 #undef KV_NAMES_128
 #undef KV_NAMES_64
 #undef KV_NAMES_32
+#undef KV_HUNDRED_TWENTY
+#undef KV_NINETY
+#undef KV_SIXTY
+#undef KV_THIRTY
 #undef KV_TEN
 
 }  // namespace pykvcache::cuda
