@@ -25,6 +25,7 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | ck
 INSTALL_STAMP := $(VENV)/.installed
 BUILD_STAMP := $(VENV)/.built
 LINT_STAMP := $(VENV)/.lint
+IS_HOPPER := import sys, torch; sys.exit(torch.cuda.get_device_capability()[0] != 9)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test gpu setup build bench lint format clean
@@ -51,6 +52,10 @@ gpu: $(BUILD_STAMP)
 	$(BIN)/pytest -q tests/test_gpu.py tests/test_paged_attention.py tests/test_cache_ops.py \
 	  tests/test_contract.py tests/test_triton.py
 	$(BIN)/python -m benchmarks.kernels --quick --json gpu-kernels.json
+	if $(BIN)/python -c '$(IS_HOPPER)'; then \
+	  $(BIN)/pytest -q --timeout 600 tests/test_cuda_wgmma.py && \
+	  $(BIN)/python -m benchmarks.kernels --quick --phases prefill --dtypes bf16 --wgmma \
+	    --json gpu-wgmma.json; fi
 
 setup build: $(BUILD_STAMP)
 

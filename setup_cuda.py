@@ -114,7 +114,7 @@ def sources() -> list[tuple[Path, str, str]]:
     folder = ROOT / "csrc" / "cuda"
     found = [(folder / "module.cpp", "module", "")]
     for source in sorted(folder.glob("*.cu")):
-        if source.stem in ("decode_kernels", "prefill_kernels"):
+        if source.stem in ("decode_kernels", "prefill_kernels", "wgmma_kernels"):
             for dim in HEAD_DIMS:
                 found.append((source, f"{source.stem}_{dim}", f"-DKV_HEAD_DIM={dim}"))
         else:

@@ -3,7 +3,8 @@
     python tests/cuda_resources.py [sm_80 sm_90a sm_100] [--head-dims 64 128 256]
 
 One line a kernel: registers, static and dynamic shared memory, spilled bytes. Exits with 1 if
-something does not compile, or if a kernel for head dims 64 or 128 spills. Launchers are compiled
+something does not compile, if a kernel for head dims 64 or 128 spills, or if ptxas waits for wgmma
+products one by one (its notes C75xx). Launchers are compiled
 against the installed torch, whatever that was built for. Needs nvcc.
 """
 
@@ -103,6 +104,9 @@ def main(arguments: list[str]) -> int:
                 print(error)
                 bad += 1
                 continue
+            for note in re.findall(r"\(C75\d\d\)[^\n]*", report.result()):
+                print(f"{arch} {extra}: {note}")
+                bad += 1
             for name, registers, static, spilled in kernels:
                 dynamic = shared.get((name, dim), shared.get((name.split("<")[0], "0"), 0))
                 print(

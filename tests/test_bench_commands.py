@@ -215,6 +215,7 @@ def test_plots_need_no_more_than_one_kind(tmp_path: Path) -> None:
         (("kernels", "--phases", "encode"), "--phases knows decode, prefill, got 'encode'"),
         (("kernels", "--peers", "mine"), "--peers knows flex"),
         (("kernels", "--device", "tpu"), "--device must be cpu or cuda"),
+        (("kernels", "--device", "cpu", "--wgmma"), "--wgmma needs a Hopper GPU"),
         (("kernels", "--json", "/no/such/folder/x"), "--json: there is no folder"),
         (("kernels", "--compare", "/no/such/file"), "--compare: /no/such/file cannot be read"),
         (("kernels", "--fail-above", "1.1"), "--fail-above needs --compare"),

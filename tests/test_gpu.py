@@ -1,6 +1,7 @@
 """What only a GPU can show: graphs, no waiting, no recompilation, huge pools, models on CUDA.
 
 The case table runs there too (test_paged_attention.py, test_cache_ops.py); these are the rest.
+Prefill with wgmma has a file and a process of its own, test_cuda_wgmma.py: it is new to GPUs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 // Which kernels serve a call: the one table that decides. The first line that serves it is taken.
 #pragma once
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -52,6 +53,26 @@ inline bool serves(const Capability& kernel, const AttentionParams& p, int64_t a
   return p.head_dim <= kernel.max_dim && p.v_head_dim <= kernel.max_dim &&
          (kernel.float32 || p.q_dtype != DType::kFloat32) && (kernel.other_cache || own_cache) &&
          (kernel.channel_scales || !channels) && alignment >= kernel.alignment;
+}
+
+// What prefill with wgmma takes of the calls that tensor cores serve; mma.sync takes the rest.
+constexpr int64_t kWgmmaStrideBytes = (int64_t{1} << 40) - 1;  // that a tensor map holds
+
+inline bool wgmma_serves(const AttentionParams& p) {
+  for (const CacheView& cache : {p.k, p.v})
+    for (const int64_t stride : {cache.stride_block, cache.stride_head, cache.stride_slot})
+      if (stride < 0 || stride * bytes_of(cache.dtype) > kWgmmaStrideBytes) return false;
+  return p.k.dtype == p.q_dtype && p.k_scale.kind != ScaleKind::kSlot &&
+         p.v_scale.kind != ScaleKind::kSlot && p.bias.data == nullptr;
+}
+
+// PYKVCACHE_CUDA_PREFILL: "mma" (the default) or "wgmma", where it can. Looked at in every call.
+inline bool wgmma_is_wanted() {
+  const char* value = std::getenv("PYKVCACHE_CUDA_PREFILL");
+  const std::string wanted = value == nullptr || *value == '\0' ? "mma" : value;
+  if (wanted != "mma" && wanted != "wgmma")
+    throw std::invalid_argument("PYKVCACHE_CUDA_PREFILL must be mma or wgmma, got " + wanted);
+  return wanted == "wgmma";
 }
 
 // `fits(kernel)` says whether the device has the memory that a kernel needs.

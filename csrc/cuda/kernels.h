@@ -13,7 +13,7 @@ struct GatherParams;
 struct SlotMappingParams;
 
 // Tensor cores: kDim is 64, 128 or 256 and covers D and Dv. decode_kernels.cu and
-// prefill_kernels.cu are compiled once for each.
+// prefill_kernels.cu (and wgmma_kernels.cu) are compiled once for each.
 template <int kDim>
 struct HeadDim {
   static int resident_decode_ctas(const KernelParams& params);
@@ -21,6 +21,9 @@ struct HeadDim {
   static int decode_shared_bytes(const KernelParams& params);
   static void prefill(const KernelParams& params, Stream stream);
   static int prefill_shared_bytes(const KernelParams& params);
+  // wgmma_kernels.cu: whether this build and device can run it.
+  static bool has_wgmma_prefill(const KernelParams& params);
+  static void prefill_with_wgmma(const KernelParams& params, Stream stream);
 };
 
 // plain_kernels.cu

@@ -36,6 +36,11 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, int shared_bytes, St
 inline int shared_bytes_of_device() { return 227 << 10; }
 
 template <class Params>
+bool built_for_hopper(void (*)(Params)) {
+  return true;
+}
+
+template <class Params>
 int resident_ctas(void (*)(Params), int, int) {
   return emulated_ctas();
 }
@@ -61,6 +66,16 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 
 inline int shared_bytes_of_device() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+// Whether the device is a Hopper GPU and the kernel's code is sm_90a's: with code that was compiled
+// from another architecture's PTX the version is another one.
+template <class Params>
+bool built_for_hopper(void (*kernel)(Params)) {
+  if (device_attribute(cudaDevAttrComputeCapabilityMajor) != 9) return false;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion == 90;
 }
 
 // Lets a kernel have its shared memory; CTAs of it that the whole device holds at once. Asked of

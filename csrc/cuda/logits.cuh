@@ -40,6 +40,14 @@ __device__ __forceinline__ QueryRow query_row(const KernelParams& params, const 
   return {token, kv_head * group + row - token * group, sequence.kv_len - sequence.q_len + token};
 }
 
+// The query rows of a warp or CTA: rows from `first` of the q_len * G of a sequence.
+struct WarpRows {
+  Sequence sequence;
+  int32_t kv_head;
+  int32_t first;
+  int32_t end;  // q_len * G; rows from here on are not there
+};
+
 // Index of a query row in lse [T, HQ], and in out after a multiplication by Dv.
 __device__ __forceinline__ int64_t output_place(const AttentionParams& p, const Sequence& sequence,
                                                 const QueryRow& row) {

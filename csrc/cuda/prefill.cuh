@@ -1,12 +1,6 @@
 // Prefill: sequences with many query rows, one CTA for each tile of them, keys not split.
-// FlashAttention-2 (Dao, 2023) over blocks.
-//
-//   grid (query tiles of all rows, HKV), block: 4 warps of 16 kRowTiles query rows each
-//
-// A tile holds kRows consecutive rows of the q_len * G rows of a sequence (row r: token r / G, head
-// r % G). How many tiles a sequence has is known on the device only, so the grid is an upper bound:
-// sequence b's tiles begin at number cu_seqlens_q[b] * G / kRows + b, which leaves at most one gap
-// after each. Tiles are taken from the end, where causal rows see the most keys.
+// FlashAttention-2 (Dao, 2023) over blocks. A CTA is 4 warps of 16 kRowTiles query rows each; which
+// rows, says query_tiles.cuh.
 //
 // K and V go through a ring of kStages stages of kTileKeys keys that all warps share; each warp
 // copies 16 keys of a stage. Read first: warp_attention.cuh, key_copy.cuh.
@@ -14,6 +8,7 @@
 
 #include "cuda/key_copy.cuh"
 #include "cuda/plan.cuh"
+#include "cuda/query_tiles.cuh"
 
 namespace pykvcache::cuda {
 
@@ -31,6 +26,7 @@ struct Prefill {
   using Stage = KeyStage<KV, kDim, kTileKeys>;
   using Attention = WarpAttention<T, KV, kDim, kRowTiles, false>;
   using Tile = SharedTile<T, KV, kDim>;
+  using Tiles = QueryTiles<kRows>;
   static_assert(Stage::kGroups <= kWarps);
 
   // Shared memory: q, the stages, what belongs to the stages.
@@ -49,48 +45,11 @@ struct Prefill {
     return {stages + index * Stage::kRowsBytes, extras + index};
   }
 
-  __device__ __forceinline__ static int64_t first_tile(const KernelParams& params, int32_t row) {
-    return params.attention.cu_seqlens_q[row] * static_cast<int64_t>(params.group.divisor) / kRows +
-           row;
-  }
-
-  // The last sequence whose tiles begin at or before `tile`.
-  __device__ __forceinline__ static int32_t sequence_of(const KernelParams& params, int64_t tile) {
-    int32_t low = 0, high = static_cast<int32_t>(params.attention.batch) - 1;
-    while (low < high) {
-      const int32_t middle = (low + high + 1) / 2;
-      if (first_tile(params, middle) <= tile)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    return low;
-  }
-
-  // Keys [begin, end) that some row of the tile sees; rows are in order of position.
-  __device__ __forceinline__ static KeyRange tile_keys(const KernelParams& params,
-                                                       const WarpRows& rows) {
-    const int32_t last = rows.first + kRows < rows.end ? rows.first + kRows : rows.end;
-    const int32_t lowest = query_row(params, rows.sequence, rows.kv_head, rows.first).position;
-    const int32_t highest = query_row(params, rows.sequence, rows.kv_head, last - 1).position;
-    const AttentionParams& p = params.attention;
-    return {visible_keys(p, rows.sequence, lowest > 0 ? lowest : 0).begin,
-            visible_keys(p, rows.sequence, highest).end};
-  }
-
   __device__ __forceinline__ void run(const KernelParams& params) const {
-    const AttentionParams& p = params.attention;
-    const int64_t tile = gridDim.x - 1 - static_cast<int64_t>(blockIdx.x);
     WarpRows rows;
-    const int32_t row = sequence_of(params, tile);
-    rows.sequence = load_sequence(p, row);
-    rows.kv_head = blockIdx.y;
-    rows.end = rows.sequence.q_len * static_cast<int32_t>(params.group.divisor);
-    const int64_t first = (tile - first_tile(params, row)) * kRows;
-    if (first >= rows.end || rows.end <= params.decode_rows) return;
-    rows.first = static_cast<int32_t>(first);
+    if (!Tiles::find(params, rows)) return;
     stage_queries<T, KV, kDim>(params, rows, kRows, shared);
-    const KeyRange keys = tile_keys(params, rows);
+    const KeyRange keys = Tiles::keys(params, rows);
     rows.first += warp * kRowTile * kRowTiles;
     Attention attention;
     attention.start(params, rows, lane);

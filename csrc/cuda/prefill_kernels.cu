@@ -31,11 +31,10 @@ int HeadDim<KV_HEAD_DIM>::prefill_shared_bytes(const KernelParams& params) {
 
 template <>
 void HeadDim<KV_HEAD_DIM>::prefill(const KernelParams& params, Stream stream) {
-  const AttentionParams& p = params.attention;
   with_kernel(params, [&](auto type, auto kernel) {
     using Kernel = typename decltype(type)::type;
-    const int64_t tiles = p.num_tokens * params.group.divisor / Kernel::kRows + p.batch;
-    const dim3 grid{static_cast<unsigned>(tiles), static_cast<unsigned>(p.num_kv_heads)};
+    const dim3 grid{static_cast<unsigned>(Kernel::Tiles::count(params)),
+                    static_cast<unsigned>(params.attention.num_kv_heads)};
     launch(kernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, params);
   });
 }

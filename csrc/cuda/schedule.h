@@ -40,6 +40,7 @@ struct Schedule {
   int head_dim = 0;  // class of the tensor-core kernels; 0: plain
   bool decodes = false;
   bool prefills = false;
+  bool prefills_with_wgmma = false;
   int64_t slots = 0;  // pieces that decode may leave in the workspace
 
   int64_t part_lse_count() const {
@@ -64,6 +65,9 @@ inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, in
   if (s.head_dim == 0) return s;
   const int64_t longest = max_seqlen_q * s.params.group.divisor;  // query rows
   s.prefills = longest > s.params.decode_rows;
+  s.prefills_with_wgmma =
+      s.prefills && wgmma_is_wanted() && wgmma_serves(p) &&
+      dispatch_head_dim(s.head_dim, [&](auto dim) { return dim.has_wgmma_prefill(s.params); });
   s.decodes = !(s.prefills && p.num_tokens == p.batch * max_seqlen_q);  // all of them are that long
   s.params.merged_rows = static_cast<int32_t>(std::min<int64_t>(longest, s.params.decode_rows));
   const int64_t columns = p.num_kv_heads * s.params.decode_rows / kRowTile;
@@ -83,7 +87,10 @@ inline void run(const Schedule& s, bool has_plan, Stream stream) {
   if (s.decodes && !has_plan) plan(s.params, stream);
   dispatch_head_dim(s.head_dim, [&](auto dim) {
     if (s.decodes) dim.decode(s.params, stream);
-    if (s.prefills) dim.prefill(s.params, stream);
+    if (s.prefills_with_wgmma)
+      dim.prefill_with_wgmma(s.params, stream);
+    else if (s.prefills)
+      dim.prefill(s.params, stream);
   });
   if (s.decodes) merge_pieces(s.params, stream);
 }

@@ -10,14 +10,6 @@
 
 namespace pykvcache::cuda {
 
-// The query rows of a warp: rows [first, first + 16 kRowTiles) of the q_len * G of a sequence.
-struct WarpRows {
-  Sequence sequence;
-  int32_t kv_head;
-  int32_t first;
-  int32_t end;  // q_len * G; rows from here on are not there
-};
-
 // Keys in shared memory.
 struct KeyTile {
   const unsigned char* keys;  // rows of K; values: rows of V

@@ -6,6 +6,7 @@ Nothing here runs without one; the functions mirror timing.py and peaks.py.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 GEMM_SIZE = 8192
 L2_FLUSH_BYTES = 256 * 2**20
 WARM_CALLS = 3
+PREFILL_VARIABLE = "PYKVCACHE_CUDA_PREFILL"
 
 
 @functools.cache
@@ -80,6 +82,23 @@ def gemm_contender(dtype: torch.dtype, device: torch.device) -> Contender:
     a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda _: torch.mm(a, b, out=out)
+
+
+def with_wgmma(run: Contender) -> Contender:
+    """`run` with prefill by the wgmma kernel of backend "cuda" (csrc/cuda/README.md)."""
+
+    def call(number: int) -> Any:
+        before = os.environ.get(PREFILL_VARIABLE)
+        os.environ[PREFILL_VARIABLE] = "wgmma"
+        try:
+            return run(number)
+        finally:
+            if before is None:
+                del os.environ[PREFILL_VARIABLE]
+            else:
+                os.environ[PREFILL_VARIABLE] = before
+
+    return call
 
 
 def peak_contenders(case: Case, device: torch.device) -> dict[str, Contender]:

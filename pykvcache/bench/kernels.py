@@ -79,6 +79,7 @@ class Workload:
         backends: of the paged contenders; the first is not named in them.
         device: where everything is.
         peers: names in peers.PEERS; what cannot run is in `missing`, with the reason.
+        wgmma: prefill once more with the wgmma kernel of backend "cuda".
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Workload:
         backends: Sequence[str] = ("cpu",),
         device: str = "cpu",
         peers: Sequence[str] = (),
+        wgmma: bool = False,
     ) -> None:
         torch.manual_seed(SEED)
         self.device = torch.device(device)
@@ -117,8 +119,16 @@ class Workload:
             for i, backend in enumerate(backends):
                 name = f"paged {block_size}" + (f" {backend}" if i else "")
                 self.contenders[name] = self.paged(block_size, backend)
+                if wgmma and backend == "cuda" and case.phase != "decode":
+                    self.add_wgmma(name)
         if self.device.type == "cuda" and case.phase == "decode":
             self.replay_graphs()
+
+    def add_wgmma(self, name: str) -> None:
+        """The contender `name` of backend "cuda" once more, with the wgmma kernel."""
+        from pykvcache.bench.gpu import with_wgmma
+
+        self.contenders[f"{name} wgmma"] = with_wgmma(self.contenders[name])
 
     def _random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(*shape).to(self.case.dtype).to(self.device)
@@ -267,6 +277,7 @@ def measure(
     device: str = "cpu",
     peers: Sequence[str] = (),
     missing: dict[str, str] | None = None,
+    wgmma: bool = False,
 ) -> Iterator[Result]:
     """Per thread count: check a case, then time contenders and peak in one interleaved run.
 
@@ -275,7 +286,7 @@ def measure(
     Raises:
         WrongResult: before anything is timed.
     """
-    workload = Workload(case, block_sizes, backends, device, peers)
+    workload = Workload(case, block_sizes, backends, device, peers, wgmma)
     if missing is not None:
         missing |= workload.missing
     for threads in thread_counts if device == "cpu" else (0,):

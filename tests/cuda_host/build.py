@@ -38,7 +38,7 @@ def kernel_sources(head_dims: tuple[int, ...]) -> list[Source]:
     """The .cu files that hold kernels and no torch header."""
     sources = [("csrc/cuda/plain_kernels.cu", ""), ("csrc/cuda/cache_kernels.cu", "")]
     for dim in head_dims:
-        for phase in ("decode", "prefill"):
+        for phase in ("decode", "prefill", "wgmma"):
             sources.append((f"csrc/cuda/{phase}_kernels.cu", f"-DKV_HEAD_DIM={dim}"))
     return sources
 
@@ -109,6 +109,11 @@ def driver(flags: str) -> Path:
     return _compile(sources, "driver", flags, f"{flags} -pthread")
 
 
+def hopper_models() -> Path:
+    """A program that checks the models of mbarrier, TMA and wgmma on their own."""
+    return _compile([("tests/cuda_host/hopper_models.cpp", "")], "hopper_models", "-O1", "")
+
+
 def shared_bytes() -> Path:
     """A program that prints the shared memory of each kernel."""
     return _compile([("tests/cuda_host/shared_bytes.cpp", "")], "shared_bytes", "-O0", "")
@@ -132,6 +137,7 @@ def control() -> ctypes.CDLL:
     library = ctypes.CDLL(str(extension()))
     library.kv_emulation_bank_conflicts.restype = ctypes.c_uint64
     library.kv_emulation_matrix_products.restype = ctypes.c_uint64
+    library.kv_emulation_warpgroup_products.restype = ctypes.c_uint64
     return library
 
 

@@ -1,6 +1,6 @@
 // What tests ask of the emulation: how many CTAs run at once, and what it has counted.
+#include "cuda/hopper.cuh"
 #include "cuda/launch.cuh"
-#include "cuda_host/ptx_host.h"
 
 extern "C" __attribute__((visibility("default"))) void kv_emulation_set_ctas(int count) {
   pykvcache::cuda::emulated_ctas() = count;
@@ -10,4 +10,10 @@ extern "C" __attribute__((visibility("default"))) uint64_t kv_emulation_bank_con
 }
 extern "C" __attribute__((visibility("default"))) uint64_t kv_emulation_matrix_products() {
   return cuda_host::counts().matrix_products;
+}
+extern "C" __attribute__((visibility("default"))) uint64_t kv_emulation_warpgroup_products() {
+  return cuda_host::counts().warpgroup_products;
+}
+extern "C" __attribute__((visibility("default"))) void kv_emulation_set_late_boxes(bool late) {
+  cuda_host::boxes_are_late() = late;
 }

@@ -9,10 +9,8 @@
 // ThreadSanitizer only __syncwarp and __syncthreads do. Read next: ptx_host.h.
 #pragma once
 
-#include "cuda_host/threads.h"
-#ifdef KV_HOST_THREADS
-#include <thread>
-#else
+#include "cuda_host/boxes.h"
+#ifndef KV_HOST_THREADS
 #include "cuda_host/fibers.h"
 #endif
 
@@ -41,6 +39,8 @@ struct Launch {
   unsigned char* shared;
   size_t shared_bytes;
   Meeting cta;
+  EndMeeting end;
+  NamedBarrier named[16];
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<Thread> threads;
 
@@ -52,6 +52,7 @@ struct Launch {
         storage(bytes + 1024),
         shared_bytes(bytes),
         cta(static_cast<int>(b.x)),
+        end(static_cast<int>(b.x)),
         threads(b.x) {
     const auto address = reinterpret_cast<uintptr_t>(storage.data());
     shared = reinterpret_cast<unsigned char*>((address + 1023) / 1024 * 1024);
@@ -60,7 +61,9 @@ struct Launch {
     for (unsigned t = 0; t < b.x; ++t) {
       threads[t].warp = warps[t / kWarp].get();
       threads[t].cta = &cta;
+      threads[t].named = named;
       threads[t].shared = shared;
+      threads[t].shared_bytes = bytes;
       threads[t].lane = t % kWarp;
       threads[t].thread_idx = {t, 0, 0};
       threads[t].block_dim = b;
@@ -81,14 +84,35 @@ struct Launch {
           for (const auto& group : self.copy_groups)
             if (!group.empty()) stop("a kernel ended before it waited for its cp.async copies");
           if (!self.open_copies.empty()) stop("a kernel ended with uncommitted cp.async copies");
+          if (!self.open_products.empty() || !self.product_groups.empty())
+            stop("a kernel ended before it waited for its wgmma products");
           self.copy_groups.clear();
-          cta.arrive(self.thread_idx.x == 0, [&] { poison(); });
+          end.arrive(self.thread_idx.x == 0, [&] {
+            for (const NamedBarrier& barrier : named)
+              if (static_cast<uint32_t>(barrier.state) != 0)
+                stop("a kernel ended with arrivals at a named barrier that nobody waited for");
+            if (!late_boxes().empty()) stop("a kernel ended before its boxes had arrived");
+            poison();
+          });
         }
   }
 };
 
 #ifdef KV_HOST_THREADS
-inline void yield() {}
+// Hundreds of threads may wait like this: they must not take the processor from the others.
+inline void yield() {
+  using Clock = std::chrono::steady_clock;
+  static thread_local uint64_t seen = ~uint64_t{0};
+  static thread_local Clock::time_point since;
+  const uint64_t now = operations().load(std::memory_order_relaxed);
+  if (now != seen) {
+    seen = now;
+    since = Clock::now();
+  } else if (Clock::now() - since > std::chrono::seconds(60)) {
+    stop("deadlock: nothing has happened at a barrier for a minute");
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
 
 template <class Kernel, class Params>
 void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/cache_kernels.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/merge.cuh"
 #include "cuda/schedule.h"
 #include "cuda_host/problem.h"
@@ -35,9 +36,24 @@ const Case kCases[] = {
      .block_size = 1,
      .dim = 20,
      .rows = {{1, 37}, {2, 70}, {1, 0}, {1, 200}}},
+    {.name = "wgmma", .rows = {{20, 300}, {1, 20}}, .wgmma = true},
+    {.name = "wgmma, all features, blocks of 48",
+     .q = DType::kFloat16,
+     .cache = DType::kFloat16,
+     .block_size = 48,
+     .dim = 40,
+     .rows = {{60, 500}, {9, 5}},
+     .window = 150,
+     .softcap = 2.0f,
+     .sinks = true,
+     .hole = true,
+     .wgmma = true},
+    {.name = "wgmma, blocks of 3", .block_size = 3, .rows = {{20, 300}, {1, 20}}, .wgmma = true},
 };
 bool attention_is_right(const Case& c) {
   Problem problem(c);
+  setenv("PYKVCACHE_CUDA_PREFILL", c.wgmma ? "wgmma" : "mma", 1);
+  const uint64_t before = cuda_host::counts().warpgroup_products;
   int longest = 0;
   for (const Row& row : c.rows) longest = std::max(longest, row.q_len);
   Schedule s = make_schedule(problem.p, longest, problem.max_blocks);
@@ -53,7 +69,8 @@ bool attention_is_right(const Case& c) {
     for (int query = 0; query < c.rows[b].q_len; ++query)
       for (int head = 0; head < kHeads * c.group; ++head)
         worst = worse(worst, problem.error_of(b, query, head));
-  const bool right = worst <= (c.q == DType::kFloat32 ? 1e-4 : 3e-2);
+  const bool right = worst <= (c.q == DType::kFloat32 ? 1e-4 : 3e-2) &&
+                     (cuda_host::counts().warpgroup_products > before) == c.wgmma;
   std::printf("%-34s largest error %.2g%s\n", c.name, worst, right ? "" : "  WRONG");
   return right;
 }

@@ -34,6 +34,7 @@ struct Case {
   bool slot_scales = false;
   bool hole = false;
   bool deterministic = false;
+  bool wgmma = false;
 };
 
 constexpr int kHeads = 2;  // of K and V

@@ -4,6 +4,7 @@
 #include "cuda/decode.cuh"
 #include "cuda/plain.cuh"
 #include "cuda/prefill.cuh"
+#include "cuda/wgmma_prefill.cuh"
 
 using namespace pykvcache::cuda;
 
@@ -13,8 +14,15 @@ void print(const char* types) {
   std::printf("prefill_kernel<%s> %d %d\n", types, kDim, Prefill<T, KV, kDim>::kSharedBytes);
 }
 
+template <class T, int kDim>
+void print_wgmma(const char* type) {
+  std::printf("wgmma_kernel<%s> %d %d\n", type, kDim, WarpgroupPrefill<T, kDim>::kSharedBytes);
+}
+
 template <int kDim>
 void print_all() {
+  print_wgmma<Half, kDim>("Half");
+  print_wgmma<BFloat16, kDim>("BFloat16");
   print<Half, Half, kDim>("Half, Half");
   print<Half, Float8, kDim>("Half, Float8");
   print<BFloat16, BFloat16, kDim>("BFloat16, BFloat16");

@@ -14,6 +14,8 @@
 #include <vector>
 #ifdef KV_HOST_THREADS
 #include <barrier>
+#include <chrono>
+#include <thread>
 #endif
 
 struct dim3 {
@@ -57,7 +59,15 @@ struct Unseen {
   std::abort();
 }
 
-void yield();  // fibers: let the next thread run
+void yield();  // let others run, while this thread waits for them
+
+#ifdef KV_HOST_THREADS
+// Operations on barriers so far. A thread that waits long without any is in a deadlock.
+inline std::atomic<uint64_t>& operations() {
+  static std::atomic<uint64_t> count{0};
+  return count;
+}
+#endif
 
 // A barrier of `expected` threads; the last one to arrive runs an action before anybody leaves.
 class Meeting {
@@ -99,12 +109,41 @@ class Meeting {
 #endif
 };
 
+#ifdef KV_HOST_THREADS
+// Where the threads of a CTA end. Not a std::barrier: waiting at one synchronises with whoever
+// waits at another one whose address has the same hash, and threads that end early would hide
+// races.
+class EndMeeting {
+ public:
+  explicit EndMeeting(int expected) : expected_(expected) {}
+  template <class Action>
+  void arrive(bool, Action&& action) {
+    const unsigned mine = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == expected_) {
+      action();
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(mine + 1, std::memory_order_release);
+    }
+    while (generation_.load(std::memory_order_acquire) == mine)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+
+ private:
+  int expected_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> generation_{0};
+};
+#else
+using EndMeeting = Meeting;
+#endif
+
 constexpr int kWarp = 32;
 constexpr int kMessage = 64;  // bytes that a lane can give to a collective
 
 struct Warp {
   explicit Warp(int lanes) : barrier(lanes), exchange(lanes) {}
   Meeting barrier, exchange;
+  float left[16][16], right[16][256];  // operands of the wgmma product that is computed now
   alignas(16) unsigned char in[kWarp][kMessage];
   alignas(16) unsigned char out[2][kWarp][kMessage];
 };
@@ -115,15 +154,36 @@ struct Copy {
   int bytes;
 };
 
+// wgmma: c += a b, or c = a b; b [16, 8 columns] and, unless it is in registers, a [64, 16] are
+// named by descriptors of shared memory.
+struct Product {
+  float* c;
+  int columns;  // of c, in eights
+  bool accumulate;
+  const uint32_t* a_registers;  // nullptr: a is in shared memory
+  uint64_t a, b;
+  bool b_columns_contiguous;
+  float (*to_float)(uint16_t);
+};
+
+// bar.sync and bar.arrive: the generation grows when `expected` threads have come.
+struct NamedBarrier {
+  std::atomic<uint64_t> state{0};  // generation << 32 | arrived
+};
+
 struct Thread {
   Warp* warp = nullptr;
   Meeting* cta = nullptr;
+  NamedBarrier* named = nullptr;  // [16]
   unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
   int lane = 0;
   unsigned collectives = 0;
   dim3 thread_idx, block_idx, block_dim, grid_dim;
   std::vector<Copy> open_copies;  // cp.async of the group that is not committed yet
   std::deque<std::vector<Copy>> copy_groups;
+  std::vector<Product> open_products;  // wgmma of the group that is not committed yet
+  std::deque<std::vector<Product>> product_groups;
 };
 
 inline thread_local Thread* current = nullptr;
@@ -150,6 +210,7 @@ Out collective(const In& mine, Compute&& compute) {
 struct Counts {
   uint64_t bank_conflicts = 0;
   uint64_t matrix_products = 0;
+  uint64_t warpgroup_products = 0;  // of single warps
 };
 
 inline Counts& counts() {

@@ -38,6 +38,9 @@ def kernels(
     peers: Annotated[
         str, typer.Option(help="flex, sdpa-backends, flashinfer, all that can run, or none.")
     ] = "all",
+    wgmma: Annotated[
+        bool, typer.Option("--wgmma", help="Also prefill by the wgmma kernel (Hopper).")
+    ] = False,
     json: Json = None,
     compare: Compare = None,
     fail_above: FailAbove = None,
@@ -60,6 +63,8 @@ def kernels(
     sizes = integers("--block-sizes", block_sizes)
     names = peer_names(peers)
     device, backends = choose_device(device)
+    if wgmma:
+        check_wgmma(backends)
     if plot is not None:
         check_plot()
         if plot.exists() and not plot.is_dir():
@@ -72,7 +77,7 @@ def kernels(
         with task_progress("measuring", len(selected)) as advance:
             for case in selected:
                 found = measure(
-                    case, sizes, thread_counts, seconds, backends, device, names, missing
+                    case, sizes, thread_counts, seconds, backends, device, names, missing, wgmma
                 )
                 for result in found:
                     results.append(result)
@@ -115,3 +120,9 @@ def choose_device(device: str) -> tuple[str, list[str]]:
         first = ops.AUTO_ORDER[device][0]
         raise typer.BadParameter(f"no backend for {device}: {first} is {states[first]}")
     return device, ours
+
+
+def check_wgmma(backends: list[str]) -> None:
+    """Raise unless the wgmma kernel would be taken."""
+    if "cuda" not in backends or torch.cuda.get_device_capability()[0] != 9:
+        raise typer.BadParameter("--wgmma needs a Hopper GPU and backend cuda")
