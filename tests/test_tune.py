@@ -283,7 +283,19 @@ def test_section_of_another_processor_is_not_used() -> None:
         ({"cpu": 3}, "section cpu must be an object"),
         ({"cpu": {"decode": [7]}}, "cpu.decode must be a list of objects"),
         ({"cpu": {"decode": [{"tiles": 7}]}}, "cpu.decode knows .*, got 'tiles'"),
-        ({"cpu": {"decode": [{"tile": 0}]}}, "tile must be a positive integer, got 0"),
+        ({"cpu": {"decode": [{"tile": 0}]}}, "tile must be one of 16, 32, 48, 64, got 0"),
+        ({"cpu": {"decode": [{"tile": 50}]}}, "tile must be one of 16, 32, 48, 64, got 50"),
+        ({"cpu": {"decode": [{"stages": 9}]}}, "stages must be an integer from 1 to 3, got 9"),
+        ({"cpu": {"prefill": [{"rows": 9999}]}}, "rows must be an integer from 1 to 4096"),
+        ({"cpu": {"decode": [{"splits": 10**25}]}}, "splits must be an integer from 1 to 64"),
+        ({"cpu": {"decode": [{"dim": True}]}}, "dim must be an integer from 1 to 576, got True"),
+        ({"cpu": {"decode": None}}, "cpu.decode must be a list of objects"),
+        ({"cpu": {"decode": 5}}, "cpu.decode must be a list of objects"),
+        ({"cpu": {"decod": []}}, "section cpu knows decode, prefill, device, got 'decod'"),
+        ({"cpu": {"device": 5}}, "cpu.device must be a processor's name, got 5"),
+        ({"cpus": {}}, "sections are cpu, sm_N, gfxN and interpreter, got 'cpus'"),
+        ({"sm_90": {"programs_per_sm": 0}}, "programs_per_sm must be an integer from 1 to 64"),
+        ({"sm_90": {"decode": [{"tile": 48, "stages": 1, "warps": 4}]}}, "tile must be one of"),
         ({"sm_90": {"decode": [{"tile": 16}]}}, "sm_90.decode needs stages, warps"),
     ],
 )
@@ -302,12 +314,58 @@ def test_launches_out_of_range_change_nothing() -> None:
     assert explain()["tile"] == 32
 
 
-def test_merging_tables_keeps_other_models() -> None:
-    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}, {"dim": 128, "tile": 16}]}}
-    new = {"cpu": {"device": "x", "decode": [{"dim": 128, "tile": 64}]}, "about": {}}
-    merged = launch_table.merge_tables(new, old)
-    assert merged["cpu"]["decode"] == [{"dim": 128, "tile": 64}, {"dim": 64, "tile": 16}]
-    assert launch_table.merge_tables(new, {}) == new
+@pytest.mark.parametrize("text", ['{"cpu": {"decode": 5}}', '{"cpu": {"decode": [{"tile": 1}]}}', "["])
+def test_broken_table_is_a_warning(tmp_path: Path, monkeypatch, text: str) -> None:
+    path = tmp_path / "launch.json"
+    path.write_text(text)
+    monkeypatch.setenv(launch_table.VARIABLE, str(path))
+    with pytest.warns(UserWarning, match=r"no launch table is used: .*launch.json"):
+        assert ops.LOADERS["cpu"]() == "ready"
+    monkeypatch.setattr(launch_table, "check_table", lambda table: None)  # and one that C++ refuses
+    path.write_text('{"cpu": {"decode": [{"stages": 9}]}}')
+    with pytest.warns(UserWarning, match="stages must be 0 to 3, got 9"):
+        assert ops.LOADERS["cpu"]() == "ready"
+
+
+CALLS = {"decode": {"dim": 128, "bytes": 2}, "prefill": {"dim": 128, "bytes": 2}}
+
+
+def test_merging_replaces_what_was_measured_and_keeps_other_models() -> None:
+    mine = {"dim": 128, "bytes": 2}
+    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}, mine | {"tile": 16}]}}
+    new = {"device": "x", "decode": [mine | {"tile": 64}]}
+    merged = launch_table.merge_section(old, "cpu", new, CALLS)
+    assert merged["cpu"]["decode"] == [mine | {"tile": 64}, {"dim": 64, "tile": 16}]
+    assert launch_table.merge_section({}, "cpu", new, CALLS) == {"cpu": new}
+    # the kernels' own choice was best: nothing that says otherwise stays in force
+    merged = launch_table.merge_section(old, "cpu", {"device": "x"}, CALLS)
+    assert merged["cpu"]["decode"] == [{"dim": 64, "tile": 16}]
+    rows = {"device": "x", "prefill": [mine | {"rows": 256}]}
+    merged = launch_table.merge_section(old, "cpu", rows, CALLS)
+    assert merged["cpu"]["decode"] == [{"dim": 64, "tile": 16}]
+    wide = {"cpu": {"device": "x", "decode": [{"max_dim": 256, "tile": 16}]}}
+    merged = launch_table.merge_section(wide, "cpu", {"device": "x"}, CALLS)
+    assert merged["cpu"]["decode"] == [mine, {"max_dim": 256, "tile": 16}]
+    launch_table.check_table(merged)
+    launch_table.use_on_cpu(merged, "x")
+    assert explain()["tile"] == 16 and explain(SPEC.replace("bf16", "fp32"))["tile"] == 16
+    only = {"cpu": {"device": "x", "decode": [mine | {"tile": 16}]}, "about": {}}
+    assert launch_table.merge_section(only, "cpu", {"device": "x"}, CALLS) == {"about": {}}
+
+
+def test_merging_never_relabels_entries_of_another_processor() -> None:
+    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}]}}
+    new = {"device": "y", "decode": [{"dim": 128, "bytes": 2, "tile": 64}]}
+    assert launch_table.merge_section(old, "cpu", new, CALLS) == {"cpu": new}
+    assert launch_table.merge_section(old, "cpu", {"device": "y"}, CALLS) == old
+
+
+def test_merging_a_section_of_a_gpu() -> None:
+    entry = {"dim": 128, "tile": 32, "stages": 4, "warps": 8}
+    prefill = entry | {"rows": 64}
+    old = {"sm_90": {"decode": [entry], "prefill": [prefill], "programs_per_sm": 4}}
+    calls = {"decode": {"dim": 128}}
+    assert launch_table.merge_section(old, "sm_90", {}, calls) == {"sm_90": {"prefill": [prefill]}}
 
 
 def test_triton_reads_the_same_table() -> None:
@@ -322,6 +380,9 @@ def test_triton_reads_the_same_table() -> None:
         assert table.decode_tile("sm_90", 128) == 32
         assert table.choose("decode", "sm_80", 128, 2) == packaged
         assert table.choose("prefill", "sm_90", 128, 2).rows == 128
+        own = {"sm_90": {"decode": [{"dim": 128}, user["sm_90"]["decode"][0]]}}
+        table.use(own)  # an entry without parameters: the package's choice
+        assert table.choose("decode", "sm_90", 128, 2) == packaged
     finally:
         table.use({})
     assert table.choose("decode", "sm_90", 128, 2) == packaged
@@ -467,6 +528,30 @@ def test_tune_recommends_and_writes(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(launch_table.VARIABLE, str(table))
     launch_table.use_on_cpu(launch_table.find_user_table()[0])
     assert explain()["tile"] == 48
+
+
+def test_tune_drops_its_own_older_entry(run, tmp_path: Path, monkeypatch) -> None:
+    """What was best once and is not now does not stay in force; a broken file is set aside."""
+    monkeypatch.setattr(plan, "launches_for", lambda device, threads: [DEFAULT])
+    monkeypatch.setattr(plan, "choose_rows", lambda *args: 0)
+    monkeypatch.setenv(launch_table.VARIABLE, "none")
+    path = tmp_path / "cache" / "pykvcache" / "launch.json"
+    path.parent.mkdir(parents=True)
+    device, entry = launch_table.processor(), {"dim": 64, "bytes": 2, "tile": 16, "stages": 1}
+    other = {"dim": 128, "tile": 16}
+    write(path, {"cpu": {"device": device, "decode": [entry, other]}})
+    code, out, err = run(*QUICK)
+    assert code == 0, err
+    assert json.loads(path.read_text())["cpu"] == {"device": device, "decode": [other]}
+    assert "older entries for these calls are gone" in out
+    assert "not read while PYKVCACHE_LAUNCH_TABLE is none" in out
+    assert "stays as it is" in run(*QUICK)[1]
+    path.write_text("{")
+    monkeypatch.setattr(plan, "table_of", lambda *args: {"cpu": {"decode": [other]}})
+    code, out, err = run(*QUICK)
+    assert code == 0 and "the old one was broken" in out
+    assert path.with_suffix(".old").read_text() == "{"
+    assert launch_table.read_table(path)["cpu"]["decode"] == [other]
 
 
 def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +19,7 @@ from pykvcache.bench.progress import task_progress
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.tune.explain import CallSpec, Explanation
 from pykvcache.bench.tune.explain import explain as explain_call
+from pykvcache.bench.tune.measure import limits_of_calls, section_name
 from pykvcache.bench.tune.plan import BLOCK_SIZES, Request, Tuning
 from pykvcache.bench.tune.plan import tune as run_tuning
 from pykvcache.bench.tune.report import reasons, tuning_table
@@ -124,8 +126,8 @@ def check_files(out: str | None, json: str | None, plot: Path | None) -> Path | 
     path = launch_table.user_path() if out is None else Path(out)
     if out is not None:
         check_folder("--out", path)
-    if path.exists():
-        launch_table.read_table(path)  # entries of other models stay
+        if path.exists():
+            launch_table.read_table(path)  # what is no launch table is not written over
     return path
 
 
@@ -139,31 +141,10 @@ def save(
     console: Console, found: Tuning, path: Path | None, json: str | None, plot: Path | None
 ) -> None:
     """Write the launch table, the rows and the picture."""
-    table = dict(found.table)
-    for name, section in table.items():
-        table[name] = {"device": device_name(name), **section} if name == "cpu" else section
     if path is None:
-        sys.stdout.write(json_module.dumps(table, indent=2) + "\n")
-    elif not table:
-        console.print("launch table: not written, the kernels' own choices were best")
+        sys.stdout.write(json_module.dumps(merge(found, {}), indent=2) + "\n")
     else:
-        old = launch_table.read_table(path) if path.exists() else {}
-        merged = launch_table.merge_tables(table, old)
-        merged["about"] = {
-            "written_by": "python -m pykvcache tune",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "model": found.request.shape.name,
-            "block_size": found.outcome.block_size,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_module.dumps(merged, indent=2) + "\n")
-        used = path == launch_table.user_path()
-        how = (
-            "read by every process from now on"
-            if used
-            else (f"read when {launch_table.VARIABLE} names it")
-        )
-        console.print(f"launch table: {path}, {how}", soft_wrap=True)
+        console.print(f"launch table: {write_table(found, path)}", soft_wrap=True)
     if json is not None:
         tables.save_json(json, found.to_json())
     if plot is not None:
@@ -173,8 +154,61 @@ def save(
         console.print(f"plot: {plot}")
 
 
-def device_name(section: str) -> str:
-    return launch_table.processor() if section == "cpu" else section
+def merge(found: Tuning, old: launch_table.Table) -> launch_table.Table:
+    """`old` with what was found: what it said about the measured calls goes."""
+    section = section_name(torch.device(found.request.device))
+    new = dict(found.table.get(section, {}))
+    if section == "cpu":
+        new["device"] = launch_table.processor()
+    measured = limits_of_calls(found.request.shape, section)
+    return launch_table.merge_section(old, section, new, measured)
+
+
+def write_table(found: Tuning, path: Path) -> str:
+    """Bring the file up to date; what was done, in words."""
+    old, words = old_table(path)
+    merged = merge(found, old)
+    if merged == old:
+        kept = "stays as it is" if path.exists() else "is not written"
+        return f"{path} {kept}, the kernels' own choices were best"
+    merged["about"] = {
+        "written_by": "python -m pykvcache tune",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": found.request.shape.name,
+        "block_size": found.outcome.block_size,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if words:
+        path.replace(path.with_suffix(".old"))
+    path.write_text(json_module.dumps(merged, indent=2) + "\n")
+    if not found.table:
+        words += "; the kernels' own choices were best, older entries for these calls are gone"
+    before = old.get("cpu", {}).get("device")
+    if "cpu" in found.request.device and before not in (None, launch_table.processor()):
+        words += f"; entries of another processor ({before}) are gone"
+    return f"{path}, {who_reads(path)}{words}"
+
+
+def old_table(path: Path) -> tuple[launch_table.Table, str]:
+    """The table in a file, and what is to be said about it if it is broken."""
+    if not path.exists():
+        return {}, ""
+    try:
+        return launch_table.read_table(path), ""
+    except ValueError as error:
+        return {}, f"; the old one was broken and is now {path.with_suffix('.old').name} ({error})"
+
+
+def who_reads(path: Path) -> str:
+    """Which processes read this launch table."""
+    named = os.environ.get(launch_table.VARIABLE)
+    if named and named != launch_table.NO_TABLE and Path(named).absolute() == path.absolute():
+        return f"read while {launch_table.VARIABLE} names it"
+    if path != launch_table.user_path():
+        return f"read when {launch_table.VARIABLE} names it"
+    if named:
+        return f"not read while {launch_table.VARIABLE} is {named}"
+    return "read by every process from now on"
 
 
 def show_explanation(spec: CallSpec, device: str, json: str | None) -> None:
@@ -189,7 +223,10 @@ def show_explanation(spec: CallSpec, device: str, json: str | None) -> None:
 
 def used_table() -> str:
     """Which launch table this process reads."""
-    found, path = launch_table.find_user_table()
+    try:
+        found, path = launch_table.find_user_table()
+    except ValueError as error:
+        return f"none; {error}"
     if path is None:
         return "none; the kernels' own choices"
     device = found.get("cpu", {}).get("device")

@@ -239,26 +239,28 @@ def section_name(device: torch.device | None) -> str:
     return str(architecture(device))
 
 
-def table_of(shape: Shape, launch: Launch, rows: int, section: str) -> dict[str, Any]:
-    """A launch table with entries for this head dim, and on a CPU for this element size.
+def limits_of_calls(shape: Shape, section: str) -> dict[str, dict[str, int]]:
+    """Which calls tuning measures, by phase: of this head dim, on a CPU of this element size.
 
     A GPU's decode tile serves every dtype, because the plan of a step is made before it is known.
     """
-    where = {"dim": shape.head_dim}
-    found: dict[str, Any] = {}
     if section == "cpu":
-        where["bytes"] = shape.torch_dtype.itemsize
-        if launch.entry():
-            found["decode"] = [where | launch.entry()]
-        if rows:
-            found["prefill"] = [where | {"rows": rows}]
-    else:
-        entry = launch.entry()
-        splits = entry.pop("splits", 0)
-        if entry:
-            found["decode"] = [where | entry]
-        if splits:
-            found["programs_per_sm"] = splits
+        where = {"dim": shape.head_dim, "bytes": shape.torch_dtype.itemsize}
+        return dict.fromkeys(launch_table.PHASES, where)
+    return {"decode": {"dim": shape.head_dim}}
+
+
+def table_of(shape: Shape, launch: Launch, rows: int, section: str) -> dict[str, Any]:
+    """A launch table with entries for the calls of this shape."""
+    where = limits_of_calls(shape, section)
+    entry = launch.entry()
+    found: dict[str, Any] = {}
+    if section != "cpu" and "splits" in entry:
+        found["programs_per_sm"] = entry.pop("splits")
+    if entry:
+        found["decode"] = [where["decode"] | entry]
+    if rows and "prefill" in where:
+        found["prefill"] = [where["prefill"] | {"rows": rows}]
     return {section: found} if found else {}
 
 

@@ -128,13 +128,12 @@ def restore_launches(device: torch.device) -> None:
     """Back to the user's table."""
     from pykvcache import launch_table
 
-    found = launch_table.user_table()
     if device.type == "cpu":
-        launch_table.use_on_cpu(found)
+        launch_table.use_user_table_on_cpu()
     else:
         from pykvcache.kernels.launch import table as kernels_table
 
-        kernels_table.use(found)
+        kernels_table.use(launch_table.user_table())
 
 
 def replay_demands(
