@@ -218,6 +218,13 @@ def test_plots_need_no_more_than_one_kind(tmp_path: Path) -> None:
         (("kernels", "--json", "/no/such/folder/x"), "--json: there is no folder"),
         (("kernels", "--compare", "/no/such/file"), "--compare: /no/such/file cannot be read"),
         (("kernels", "--fail-above", "1.1"), "--fail-above needs --compare"),
+        (("kernels", "--seconds", "nan"), "--seconds must be more than 0"),
+        (("kernels", "--block-sizes", "999999999"), "GiB are free"),
+        (("kernels", "--plot", "/proc/x"), "--plot: /proc/x is no folder"),
+        (("allocator", "--seconds", "-1"), "--seconds must be more than 0"),
+        (("allocator", "--json", "/tmp"), "--json: /tmp is a folder"),
+        (("allocator", "--json", ""), "--json needs the name of a file"),
+        (("allocator", "--json", "/proc/x"), "--json: /proc/x cannot be written"),
         (("engine", "--workload", "x"), "--workload is one of"),
         (("engine", "--capacity", "--overhead"), "two measurements"),
         (("generate", "--workload", "x"), "--workload is one of"),
@@ -238,6 +245,45 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"old.json (is no JSON|must have|has no times)"):
         read_results(path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"environment": None}, "environment must be an object"),
+        ({"results": 5}, "results must be a list of objects, got int"),
+        ({"results": None}, "results must be a list of objects, got NoneType"),
+        ({"results": ["a"]}, "results, row 0: must be an object, got str"),
+        ({"results": {"a": 1}}, "results must be a list of objects, got dict"),
+        ({"results": [{"median": "x"}]}, "a time must be a number above 0, got 'x'"),
+        ({"results": [{"median": None}]}, "a time must be a number above 0, got None"),
+        ({"results": [{"median": 0}]}, "row 0: a time must be a number above 0, got 0"),
+        ({"results": [{"median": float("nan")}]}, "above 0, got nan"),
+        ({"results": [{"median": 1, "p10": "x"}]}, "above 0, got 'x'"),
+        ({"results": [{"timing": {}}]}, "row 0: a time must be a number above 0, got None"),
+        ({"results": [{"timing": 3}]}, "timing must be an object, got int"),
+        ({"results": [{"timings": [1]}]}, "timings must be an object, got list"),
+    ],
+)
+def test_broken_files_are_named_before_the_work(
+    run, tmp_path: Path, broken: dict, message: str
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(results(1.0) | broken))
+    code, _, err = run("allocator", "--num-blocks", "200000", "--compare", str(path))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_other_sizes_are_not_compared(run, small, tmp_path: Path) -> None:
+    row = {"where": "call", "operation": "x", "timing": {"median": 1.0}}
+    default, few = ([row | {"num_blocks": n}] for n in (1_000_000, 200_000))
+    assert dict(times_of([row])).keys() == dict(times_of(default)).keys()
+    assert not dict(times_of(default)).keys() & dict(times_of(few)).keys()
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"environment": {}, "results": [row]}))
+    code, out, _ = run(*QUICK, "--compare", str(path), "--fail-above", "1.1")
+    assert code == 1 and "nothing to judge by" in out
+    assert run(*QUICK, "--compare", str(path))[0] == 0
 
 
 @pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator"])

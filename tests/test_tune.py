@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from pykvcache import _C, cli, launch_table, ops
+from pykvcache.bench import kernels
+from pykvcache.bench.cases import Case as Call
+from pykvcache.bench.cases import Heads
 from pykvcache.bench.replay.cases import PAGED, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
@@ -146,7 +149,8 @@ def test_interrupted_race_keeps_what_is_known() -> None:
         return device.sample(candidate)
 
     runner = Race(times, sample, goal.value, goal.waste, exhaustive=True)
-    assert runner.run(1000, device.clock).rounds == 25
+    outcome = runner.run(1000, device.clock)
+    assert outcome.rounds == 25 and outcome.interrupted and not outcome.settled
     device.calls = 95
     with pytest.raises(KeyboardInterrupt):
         Race(times, sample, goal.value, goal.waste).run(1000, device.clock)
@@ -314,7 +318,9 @@ def test_launches_out_of_range_change_nothing() -> None:
     assert explain()["tile"] == 32
 
 
-@pytest.mark.parametrize("text", ['{"cpu": {"decode": 5}}', '{"cpu": {"decode": [{"tile": 1}]}}', "["])
+@pytest.mark.parametrize(
+    "text", ['{"cpu": {"decode": 5}}', '{"cpu": {"decode": [{"tile": 1}]}}', "["]
+)
 def test_broken_table_is_a_warning(tmp_path: Path, monkeypatch, text: str) -> None:
     path = tmp_path / "launch.json"
     path.write_text(text)
@@ -407,6 +413,45 @@ def test_shapes_of_models(tmp_path: Path) -> None:
         load_shape("gpt2", "int8")
 
 
+def test_weights_of_experts(tmp_path: Path) -> None:
+    """As the packaged table and the models' own cards have them."""
+    qwen = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    qwen |= {"head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144, "num_experts": 128}
+    qwen |= {"moe_intermediate_size": 768, "vocab_size": 151936}
+    scout = {"num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8}
+    scout |= {"hidden_size": 5120, "intermediate_size": 8192, "num_local_experts": 16}
+    scout |= {"head_dim": 128, "intermediate_size_mlp": 16384, "vocab_size": 202048}
+    maverick = scout | {"num_local_experts": 128, "interleave_moe_layer_step": 2}
+    mixtral = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    mixtral |= {"hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8}
+    known = load_shape("qwen3-30b-a3b", "bf16").parameters
+    for fields, billions in ((qwen, known / 1e9), (scout, 107), (maverick, 401), (mixtral, 46.7)):
+        path = write(tmp_path / "config.json", fields)
+        assert load_shape(str(path), "bf16").parameters == pytest.approx(1e9 * billions, rel=0.04)
+    dense = write(tmp_path / "config.json", qwen | {"mlp_only_layers": list(range(48))})
+    assert load_shape(str(dense), "bf16").parameters < 4e9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 4}, "hidden_size must be at least num_attention_heads, got 4 and 8"),
+        ({"kv_lora_rank": "x"}, "kv_lora_rank must be a positive integer, got 'x'"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": None}, "latents"),
+        ({"text_config": "x"}, "text_config must be an object, got 'x'"),
+        ({"intermediate_size": [1, 2]}, r"intermediate_size must be a positive integer, got \[1"),
+        ({"vocab_size": "x"}, "vocab_size must be a positive integer, got 'x'"),
+        ({"head_dim": 64, "hidden_size": "2048"}, "hidden_size must be a positive integer"),
+    ],
+)
+def test_broken_configs_are_one_line(tmp_path: Path, fields: dict, message: str) -> None:
+    whole = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 512}
+    whole |= {"intermediate_size": 64, "vocab_size": None}
+    assert load_shape(str(write(tmp_path / "config.json", whole)), "bf16").parameters
+    with pytest.raises(ValueError, match=message):
+        load_shape(str(write(tmp_path / "config.json", whole | fields)), "bf16")
+
+
 def test_lengths_are_spread_evenly() -> None:
     assert fit_lengths([10, 20, 30, 40], 1000) == [10, 20, 30, 40]
     chosen = fit_lengths(list(range(1, 101)), 200)
@@ -477,6 +522,7 @@ def test_work_of_a_call() -> None:
         ("L=1,HQ=3,HKV=2,D=8", "HQ must be a multiple of HKV, got 3 and 2"),
         ("L=1,HQ=2,HKV=2,D=600", "D must be 576 at most, got 600"),
         ("L=1,HQ=2,HKV=2,D=8,q=2", "q must be L at most, got 2 and 1"),
+        ("L=10,HQ=2,HKV=2,D=8,L=20", "L is given twice"),
         ("L=1,HQ=2,HKV=2,D=8,dtype=int4", "dtype must be one of .*, got 'int4'"),
     ],
 )
@@ -554,6 +600,39 @@ def test_tune_drops_its_own_older_entry(run, tmp_path: Path, monkeypatch) -> Non
     assert launch_table.read_table(path)["cpu"]["decode"] == [other]
 
 
+def test_interrupted_tune_keeps_what_is_known(run, tmp_path: Path, monkeypatch) -> None:
+    """Exit code 130, no launch table; before the race only what the replay found."""
+    rows, table = tmp_path / "rows.json", tmp_path / "launch.json"
+    options = (*QUICK, "--json", str(rows), "--out", str(table))
+
+    def stop(*args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "choose_rows", stop)
+    code, out, err = run(*options)
+    assert code == 130 and "interrupted" in err and "what was measured so far" in out
+    assert "so far, block size" in out and "launch table: not written" in out
+    found = json.loads(rows.read_text())["results"]
+    assert all(row["interrupted"] and row["decode_ns_per_token"] > 0 for row in found)
+    monkeypatch.setattr(plan, "read_bandwidth", stop)
+    code, out, err = run(*options)
+    assert code == 130 and "the replay found" in out and not table.exists()
+    found = json.loads(rows.read_text())["results"]
+    assert [row["block_size"] for row in found] == [8, 16, 64]
+    assert found[0]["waste"] < found[2]["waste"]
+    assert explain()["tile"] == 16
+
+
+def test_a_tiny_call_in_large_blocks_takes_little_memory() -> None:
+    """Its copies were so many that their blocks were 68 GB."""
+    case = Call("decode", Heads("call", 1, 1, 64), torch.bfloat16, 1, 1)
+    copies = kernels.count_copies(case, [256])
+    assert copies * kernels.pool_bytes(case, 256) <= kernels.MOST_POOL_BYTES
+    assert kernels.count_copies(case, [16]) <= kernels.MOST_COPIES
+    ordinary = Call("decode", Heads("gqa", 32, 8, 128), torch.bfloat16, 1, 1024)
+    assert kernels.count_copies(ordinary, [16, 32, 64]) == 64
+
+
 def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> None:
     rows = tmp_path / "rows.json"
     table = write(tmp_path / "launch.json", {"cpu": {"decode": [{"tile": 64, "stages": 1}]}})
@@ -584,7 +663,16 @@ def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> Non
         (("--out", "/no/such/folder/x.json"), "--out: there is no folder"),
         (("--json", "/no/such/folder/x.json"), "--json: there is no folder"),
         (("--out", "-", "--json", "-"), "cannot both"),
+        (("--out", "/proc/x.json"), "--out: /proc/x.json cannot be written"),
+        (("--json", "/tmp"), "--json: /tmp is a folder"),
+        (("--json", ""), "--json needs the name of a file"),
+        (("--plot", "/tmp/x.xyz"), "--plot must end in .png, .svg, .pdf, .jpg, got 'x.xyz'"),
+        (("--plot", "noext"), "--plot must end in"),
+        (("--seconds", "nan"), "seconds must be more than 0"),
+        (("--step-ms", "nan"), "step_ms must be 0 or more, got nan"),
         (("--explain", "L=1"), "explain needs HQ"),
+        (("--explain", "L=10,HQ=2,HKV=2,D=64,block_size=1000000000000"), "GiB are free"),
+        (("--explain", "L=1000000000000,HQ=2,HKV=2,D=64"), "GiB are free"),
         (("--device", "tpu"), "--device must be cpu or cuda"),
         (("--model-config", "deepseek-v3"), "latents"),
     ],

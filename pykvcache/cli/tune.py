@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +23,13 @@ from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.tune.explain import CallSpec, Explanation
 from pykvcache.bench.tune.explain import explain as explain_call
 from pykvcache.bench.tune.measure import limits_of_calls, section_name
-from pykvcache.bench.tune.plan import BLOCK_SIZES, Request, Tuning
+from pykvcache.bench.tune.objective import Demand
+from pykvcache.bench.tune.plan import BLOCK_SIZES, Interrupted, Request, Tuning
 from pykvcache.bench.tune.plan import tune as run_tuning
-from pykvcache.bench.tune.report import reasons, tuning_table
+from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
 from pykvcache.bench.tune.shapes import load_shape
 from pykvcache.cli.bench.kernels import choose_device
-from pykvcache.cli.bench.options import check_folder, check_plot, integers
+from pykvcache.cli.bench.options import check_output, check_picture, integers
 
 STANDARD_OUTPUT = "-"
 
@@ -87,9 +91,9 @@ def tune(
         path = check_files(out, json, plot)
         if not 0 <= tolerance < 50:
             raise ValueError(f"tolerance must be 0 to 50 percent, got {tolerance}")
-        if not seconds > 0:
+        if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be more than 0, got {seconds}")
-        if step_ms is not None and step_ms < 0:
+        if step_ms is not None and not 0 <= step_ms < math.inf:
             raise ValueError(f"step_ms must be 0 or more, got {step_ms}")
         request = Request(
             load_shape(model_config, dtype),
@@ -108,26 +112,35 @@ def tune(
             found = run_tuning(request, advance)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(" ".join(str(error).split())) from error
+    except Interrupted as stop:
+        save_demands(console, stop.demands, json)
+        raise typer.Abort from None
+    if found.interrupted:
+        console.print("interrupted; what was measured so far:")
     show(console, found)
     save(console, found, path, json, plot)
+    if found.interrupted:
+        raise typer.Abort
 
 
 def check_files(out: str | None, json: str | None, plot: Path | None) -> Path | None:
     """The launch table's file, None for standard output; raises before any work is done."""
     if STANDARD_OUTPUT == out == json:
         raise ValueError("--out and --json cannot both go to standard output")
-    if json not in (None, STANDARD_OUTPUT):
-        check_folder("--json", Path(str(json)))
+    if json is not None and json != STANDARD_OUTPUT:
+        check_output("--json", json)
     if plot is not None:
-        check_plot()
-        check_folder("--plot", plot)
+        check_picture(plot)
     if out == STANDARD_OUTPUT:
         return None
-    path = launch_table.user_path() if out is None else Path(out)
     if out is not None:
-        check_folder("--out", path)
-        if path.exists():
-            launch_table.read_table(path)  # what is no launch table is not written over
+        check_output("--out", out)
+        if Path(out).exists():
+            launch_table.read_table(out)  # what is no launch table is not written over
+        return Path(out)
+    path = launch_table.user_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output("launch table (--out chooses another)", path)
     return path
 
 
@@ -141,7 +154,9 @@ def save(
     console: Console, found: Tuning, path: Path | None, json: str | None, plot: Path | None
 ) -> None:
     """Write the launch table, the rows and the picture."""
-    if path is None:
+    if found.interrupted:
+        console.print("launch table: not written, the kernels were not compared to the end")
+    elif path is None:
         sys.stdout.write(json_module.dumps(merge(found, {}), indent=2) + "\n")
     else:
         console.print(f"launch table: {write_table(found, path)}", soft_wrap=True)
@@ -152,6 +167,17 @@ def save(
 
         plot_tuning(found, plot)
         console.print(f"plot: {plot}")
+
+
+def save_demands(console: Console, demands: Mapping[int, Demand], json: str | None) -> None:
+    """What the replay had found when Ctrl-C came."""
+    if not demands:
+        return
+    console.print("interrupted before the kernels were compared; the replay found:")
+    console.print(demand_table(demands))
+    if json is not None:
+        rows = [asdict(demand) | {"interrupted": True} for demand in demands.values()]
+        tables.save_json(json, rows)
 
 
 def merge(found: Tuning, old: launch_table.Table) -> launch_table.Table:
@@ -177,7 +203,6 @@ def write_table(found: Tuning, path: Path) -> str:
         "model": found.request.shape.name,
         "block_size": found.outcome.block_size,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     if words:
         path.replace(path.with_suffix(".old"))
     path.write_text(json_module.dumps(merged, indent=2) + "\n")

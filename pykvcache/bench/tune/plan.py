@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +48,20 @@ class Request:
     exhaustive: bool = False
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C before the kernels could be compared; `demands` is what the replay had found."""
+
+    def __init__(self, demands: Mapping[int, Demand]) -> None:
+        super().__init__()
+        self.demands = demands
+
+
 @dataclass(frozen=True)
 class Tuning:
-    """What was found. `rows`: query rows of the general CPU kernel, 0 = its own choice."""
+    """What was found. `rows`: query rows of the general CPU kernel, 0 = its own choice.
+
+    interrupted: by Ctrl-C; what was chosen is what was best until then.
+    """
 
     request: Request
     objective: Objective
@@ -59,6 +70,7 @@ class Tuning:
     lengths: Sequence[int]
     bandwidth: float
     table: dict[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
 
     def to_json(self) -> list[dict[str, Any]]:
         """A row a block size."""
@@ -73,6 +85,7 @@ class Tuning:
         return {
             "block_size": size,
             "chosen": size == outcome.block_size,
+            "interrupted": self.interrupted,
             "tied": size in outcome.tied,
             "launch": candidate.launch.entry(),
             "decode_ns_per_token": 1e9 * decode,
@@ -93,8 +106,17 @@ def tune(request: Request, advance: Advance = lambda *a, **k: None) -> Tuning:
 
     Raises:
         ValueError: an argument; one line. WrongResult: a kernel is wrong; nothing was timed.
+        Interrupted: Ctrl-C before MIN_ROUNDS of the race; after them it only ends early.
     """
-    demands, lengths, prompt = replay_demands(request, advance)
+    demands: dict[int, Demand] = {}
+    try:
+        return _tune(request, demands, advance)
+    except KeyboardInterrupt:
+        raise Interrupted(demands) from None
+
+
+def _tune(request: Request, demands: dict[int, Demand], advance: Advance) -> Tuning:
+    lengths, prompt = replay_demands(request, demands, advance)
     device = torch.device(request.device)
     bench = Bench(request.shape, lengths, prompt, request.device)
     grid = launches_for(device, torch.get_num_threads())
@@ -117,11 +139,18 @@ def tune(request: Request, advance: Advance = lambda *a, **k: None) -> Tuning:
             time.perf_counter,
             lambda seconds: advance(seconds, title=f"{len(race.alive)} candidates"),
         )
-        found_rows = choose_rows(bench, outcome.block_size, rows)
+        found_rows, interrupted = 0, outcome.interrupted
+        if not interrupted:
+            try:
+                found_rows = choose_rows(bench, outcome.block_size, rows)
+            except KeyboardInterrupt:
+                interrupted = True
     finally:
         restore_launches(device)
     table = table_of(request.shape, outcome.choice.launch, found_rows, section_name(device))
-    return Tuning(request, objective, outcome, found_rows, bench.lengths, bandwidth, table)
+    return Tuning(
+        request, objective, outcome, found_rows, bench.lengths, bandwidth, table, interrupted
+    )
 
 
 def restore_launches(device: torch.device) -> None:
@@ -137,9 +166,9 @@ def restore_launches(device: torch.device) -> None:
 
 
 def replay_demands(
-    request: Request, advance: Advance = lambda *a, **k: None
-) -> tuple[dict[int, Demand], list[int], int]:
-    """Demands by block size, lengths of rows that were in the cache, and the mean prompt."""
+    request: Request, demands: dict[int, Demand], advance: Advance = lambda *a, **k: None
+) -> tuple[list[int], int]:
+    """Fill demands by block size; lengths of rows that were in the cache, and the mean prompt."""
     from pykvcache.sizes import parse_memory
 
     memory = parse_memory(request.memory)
@@ -160,7 +189,6 @@ def replay_demands(
         if len(lengths) < KEPT_LENGTHS:
             lengths.extend(rows.length.tolist())
 
-    demands = {}
     for case in plan.cases:
         assert case.block_size is not None
         advance(0, title=f"replaying blocks of {case.block_size}")
@@ -171,7 +199,7 @@ def replay_demands(
     middle = Case(PAGED, min(plan.cases, key=lambda c: abs((c.block_size or 0) - 16)).block_size)
     run_case(middle, plan.workload, slots, plan.max_len, plan.rules, observe=observe)
     positive = [length for length in lengths if length > 0]
-    return demands, positive or [1], round(plan.survey.prompt)
+    return positive or [1], round(plan.survey.prompt)
 
 
 def read_bandwidth(device: torch.device) -> float:

@@ -84,6 +84,7 @@ class Outcome:
     best: the launch of every block size, also of those that dropped out. times: its seconds.
     block_size: the recommended one. tied: all that count as equally fast, it included.
     settled: nothing was left to decide. rounds: of the candidates that stayed to the end.
+    interrupted: by Ctrl-C; the rest is what was known then.
     """
 
     samples: Mapping[Candidate, Samples]
@@ -93,6 +94,7 @@ class Outcome:
     tied: tuple[int, ...]
     settled: bool
     rounds: int
+    interrupted: bool = False
 
     @property
     def choice(self) -> Candidate:
@@ -137,7 +139,7 @@ class Race:
         Ctrl-C after MIN_ROUNDS ends the race with what is known; before, it is raised.
         """
         start = last = clock()
-        settled = False
+        settled = interrupted = False
         decide = MIN_ROUNDS  # the next round to decide after; statistics take time as well
         try:
             while not settled and (self.rounds < MIN_ROUNDS or clock() - start < seconds):
@@ -151,9 +153,10 @@ class Race:
         except KeyboardInterrupt:
             if self.rounds < MIN_ROUNDS:
                 raise
+            interrupted = True
         if self._exhaustive:
             settled = self._drop_losers()
-        return self._outcome(settled)
+        return self._outcome(settled and not interrupted, interrupted)
 
     def _play_round(self) -> None:
         """One sample of everybody that is left, each round starting with the next one."""
@@ -227,7 +230,7 @@ class Race:
         )
         return low, high
 
-    def _outcome(self, settled: bool) -> Outcome:
+    def _outcome(self, settled: bool, interrupted: bool) -> Outcome:
         sizes = sorted({c.block_size for c in self.samples})
         best = {}
         for size in sizes:
@@ -240,4 +243,4 @@ class Race:
         line = max(values.values()) * (1 - self._tolerance)
         tied = tuple(size for size in alive if values[size] >= line)
         chosen = min(tied, key=lambda size: (self._waste(size), size))
-        return Outcome(self.samples, best, times, chosen, tied, settled, self.rounds)
+        return Outcome(self.samples, best, times, chosen, tied, settled, self.rounds, interrupted)

@@ -92,4 +92,4 @@ def generate(
     if step:
         timings = {name: asdict(timing) for name, timing in step.items()}
         rows.append({"workload": "step", "threads": threads, "timings": timings})
-    output.finish(rows, complete)
+    output.finish([row | {"block_size": block_size} for row in rows], complete)
