@@ -234,7 +234,9 @@ def merge_section(
         if not set(found) - {"device"}:
             return dict(old)
         before = {}
-    section = {key: value for key, value in before.items() if key not in GPU_NUMBERS} | dict(found)
+    section = {**before, **found}
+    if "decode" in measured:
+        section = {k: v for k, v in section.items() if k in found or k not in GPU_NUMBERS}
     for phase in PHASES:
         kept = list(before.get(phase, ()))
         new = list(found.get(phase, ()))

@@ -13,7 +13,7 @@ import torch
 
 from pykvcache import cli
 from pykvcache.bench import allocator as allocator_code
-from pykvcache.bench import cases, kernels, peaks, peers, plots
+from pykvcache.bench import cases, kernels, peaks, peers, plots, transformers_paged
 from pykvcache.bench.cases import Case, Heads
 from pykvcache.bench.compare import compare, duration, read_results, times_of
 from pykvcache.bench.timing import WrongResult
@@ -178,6 +178,38 @@ def test_peers_that_cannot_run_say_why() -> None:
         patch.setattr(torch, "compile", lambda *args, **kwargs: broken)
         with pytest.raises(peers.Missing, match=r"does not run here: no compiler$"):
             peers.flex(workload)
+
+
+@pytest.mark.parametrize(
+    ("phase", "batch", "length"), [("decode", 1, 64), ("decode", 3, 70), ("prefill", 2, 40)]
+)
+def test_paged_attention_of_transformers_is_a_checked_contender(
+    monkeypatch: pytest.MonkeyPatch, phase: str, batch: int, length: int
+) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**17)
+    case = Case(phase, SMALL, torch.float32, batch, length)
+    workload = kernels.Workload(case, [16], peers=("transformers",))
+    assert workload.missing == {} and workload.copies > 2
+    workload.check()
+    right = workload.contenders["transformers paged"](0)
+    assert right.shape == (batch * case.query_len, 4, 16)
+    workload.contenders["transformers paged"] = lambda call: 1.01 * right
+    with pytest.raises(WrongResult, match="transformers paged is off by"):
+        workload.check()
+
+
+def test_paged_attention_of_transformers_that_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("decode", SMALL, torch.float32, 2, 32)
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
+    monkeypatch.setattr(transformers_paged, "MOST_CALL_SECONDS", 0)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"].endswith("s a call")
+    monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"] == "would need a mask of 2 x 64"
+    monkeypatch.setattr(transformers_paged, "paged", lambda workload: 1 / 0)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"] == "does not run here: division by zero"
 
 
 @pytest.mark.slow

@@ -58,6 +58,9 @@ def tune(
         bool, typer.Option("--exhaustive", help="Measure every candidate to the end.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, cpu, triton or cuda; on a GPU only triton takes a table.")
+    ] = "auto",
     out: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Launch table; the user's. - = standard output."),
@@ -81,7 +84,10 @@ def tune(
     Writes the launch table that the kernels read (docs/tuning.md). --explain says for one call
     which kernel and launch run, the bytes and FLOPs, the floor and what was achieved.
     """
-    device, _ = choose_device(device)
+    device, ready = choose_device(device)
+    if backend not in ("auto", *ready):
+        known = ", ".join(("auto", *ready))
+        raise typer.BadParameter(f"--backend must be one of {known} on {device}, got {backend!r}")
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -105,6 +111,7 @@ def tune(
             None if step_ms is None else step_ms / 1e3,
             device,
             exhaustive,
+            backend,
         )
         console = tables.open_console(stderr=STANDARD_OUTPUT in (out, json))
         console.print(tables.environment_line(environment.describe()), soft_wrap=True)
@@ -182,6 +189,8 @@ def save_demands(console: Console, demands: Mapping[int, Demand], json: str | No
 
 def merge(found: Tuning, old: launch_table.Table) -> launch_table.Table:
     """`old` with what was found: what it said about the measured calls goes."""
+    if found.backend == "cuda":
+        return old
     section = section_name(torch.device(found.request.device))
     new = dict(found.table.get(section, {}))
     if section == "cpu":
@@ -194,6 +203,8 @@ def write_table(found: Tuning, path: Path) -> str:
     """Bring the file up to date; what was done, in words."""
     old, words = old_table(path)
     merged = merge(found, old)
+    if found.backend == "cuda":
+        return "not written, the cuda kernels choose their launches themselves"
     if merged == old:
         kept = "stays as it is" if path.exists() else "is not written"
         return f"{path} {kept}, the kernels' own choices were best"

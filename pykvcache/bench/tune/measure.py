@@ -63,14 +63,20 @@ class Bench:
     Args:
         lengths: cached tokens of the rows of a decode call.
         prompt: length of the prompt of a prefill call.
+        backend: "cpu", "triton" or "cuda"; the last takes no launches.
     """
 
     def __init__(
-        self, shape: Shape, lengths: Sequence[int], prompt: int, device: str = "cpu"
+        self,
+        shape: Shape,
+        lengths: Sequence[int],
+        prompt: int,
+        device: str = "cpu",
+        backend: str = "cpu",
     ) -> None:
         self.shape = shape
         self.device = torch.device(device)
-        self.backend = "cpu" if self.device.type == "cpu" else "triton"
+        self.backend = backend
         self.lengths = fit_lengths(lengths, CALL_BYTES // shape.token_bytes)
         self.prompt = min(prompt, PREFILL_TOKENS)
         generator = torch.Generator().manual_seed(0)
@@ -84,24 +90,28 @@ class Bench:
 
     def decode(self, candidate: Candidate) -> float:
         """Seconds for one cached token."""
-        use_launch(self.shape, candidate.launch, device=self.device)
+        self._use(candidate.launch)
         call = self._call("decode", candidate.block_size)
         return self._sample("decode", candidate.block_size) / call.cached_tokens
 
     def prefill(self, block_size: int, rows: int = 0) -> float:
         """Seconds for one prompt token."""
-        use_launch(self.shape, DEFAULT, rows, self.device)
+        self._use(DEFAULT, rows)
         return self._sample("prefill", block_size) / self.prompt
 
     def check(self, candidates: Sequence[Candidate], rows: Sequence[int] = (0,)) -> None:
         """Raise WrongResult unless every launch gives the reference's result on short rows."""
         for candidate in candidates:
-            use_launch(self.shape, candidate.launch, device=self.device)
+            self._use(candidate.launch)
             self._check("decode", candidate.block_size, str(candidate))
         for size in sorted({candidate.block_size for candidate in candidates}):
             for count in rows:
-                use_launch(self.shape, DEFAULT, count, self.device)
+                self._use(DEFAULT, count)
                 self._check("prefill", size, f"prefill of {count} rows, blocks of {size}")
+
+    def _use(self, launch: Launch, rows: int = 0) -> None:
+        if self.backend != "cuda":
+            use_launch(self.shape, launch, rows, self.device)
 
     def _check(self, phase: str, block_size: int, name: str) -> None:
         lengths = [1, 37, CHECKED_TOKENS] if phase == "decode" else [CHECKED_TOKENS]

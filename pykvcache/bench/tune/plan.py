@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pykvcache import ops
 from pykvcache.bench import peaks
 from pykvcache.bench.replay.cases import PAGED, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
@@ -19,6 +20,7 @@ from pykvcache.bench.replay.rows import Rows
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.timing import interleave
+from pykvcache.bench.tune import screen
 from pykvcache.bench.tune.measure import Bench, elapsed, launches_for, section_name, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
 from pykvcache.bench.tune.search import Candidate, Outcome, Race
@@ -46,6 +48,7 @@ class Request:
     step_seconds: float | None = None
     device: str = "cpu"
     exhaustive: bool = False
+    backend: str = "auto"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -61,6 +64,7 @@ class Tuning:
     """What was found. `rows`: query rows of the general CPU kernel, 0 = its own choice.
 
     interrupted: by Ctrl-C; what was chosen is what was best until then.
+    backend: whose kernels were measured.
     """
 
     request: Request
@@ -71,6 +75,7 @@ class Tuning:
     bandwidth: float
     table: dict[str, Any] = field(default_factory=dict)
     interrupted: bool = False
+    backend: str = "cpu"
 
     def to_json(self) -> list[dict[str, Any]]:
         """A row a block size."""
@@ -118,24 +123,25 @@ def tune(request: Request, advance: Advance = lambda *a, **k: None) -> Tuning:
 def _tune(request: Request, demands: dict[int, Demand], advance: Advance) -> Tuning:
     lengths, prompt = replay_demands(request, demands, advance)
     device = torch.device(request.device)
-    bench = Bench(request.shape, lengths, prompt, request.device)
-    grid = launches_for(device, torch.get_num_threads())
+    backend = ops.table(request.backend, device.type).backend
+    bench = Bench(request.shape, lengths, prompt, request.device, backend)
     sizes = sorted(request.block_sizes)
-    candidates = [Candidate(size, launch) for size in sizes for launch in grid]
+    began = time.perf_counter()
+    on_gpu = device.type != "cpu"
     try:
         advance(0, title="checking")
-        rows = ROWS if device.type == "cpu" else (0,)
-        bench.check(candidates[:: max(1, len(candidates) // 60)], rows)
+        rows = (0,) if on_gpu else ROWS
+        candidates = choose_candidates(request, bench, sizes, rows)
         bandwidth = read_bandwidth(device)
         base = step_seconds(request, bandwidth)
         prefill = measure_prefill(bench, sizes)
         objective = Objective(base, request.shape.layers, demands, prefill)
         race = Race(
             candidates, bench.decode, objective.value, objective.waste, request.tolerance,
-            request.exhaustive,
+            request.exhaustive, bounded=on_gpu,
         )  # fmt: skip
         outcome = race.run(
-            request.seconds,
+            request.seconds - (time.perf_counter() - began if on_gpu else 0),
             time.perf_counter,
             lambda seconds: advance(seconds, title=f"{len(race.alive)} candidates"),
         )
@@ -146,11 +152,38 @@ def _tune(request: Request, demands: dict[int, Demand], advance: Advance) -> Tun
             except KeyboardInterrupt:
                 interrupted = True
     finally:
-        restore_launches(device)
-    table = table_of(request.shape, outcome.choice.launch, found_rows, section_name(device))
+        if backend != "cuda":
+            restore_launches(device)
+    table = {}
+    if backend != "cuda":
+        table = table_of(request.shape, outcome.choice.launch, found_rows, section_name(device))
     return Tuning(
-        request, objective, outcome, found_rows, bench.lengths, bandwidth, table, interrupted
-    )
+        request, objective, outcome, found_rows, bench.lengths, bandwidth, table, interrupted,
+        backend,
+    )  # fmt: skip
+
+
+def choose_candidates(
+    request: Request, bench: Bench, sizes: Sequence[int], rows: Sequence[int]
+) -> list[Candidate]:
+    """Who races: the whole grid on a CPU, on a GPU what can be compiled in the time.
+
+    Raises:
+        WrongResult: a kernel is wrong.
+    """
+    device = bench.device
+    if bench.backend == "cuda":  # its kernels choose their launches themselves
+        candidates = [Candidate(size) for size in sizes]
+        bench.check(candidates, rows)
+        return candidates
+    grid = launches_for(device, torch.get_num_threads())
+    if device.type == "cpu":
+        candidates = [Candidate(size, launch) for size in sizes for launch in grid]
+        bench.check(candidates[:: max(1, len(candidates) // 60)], rows)
+        return candidates
+    limit = screen.shared_memory(device)
+    grid = [launch for launch in grid if screen.fits_shared_memory(request.shape, launch, limit)]
+    return screen.screen(bench, sizes, grid, request.seconds, time.perf_counter)
 
 
 def restore_launches(device: torch.device) -> None:

@@ -33,6 +33,8 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
 
 
 def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     best = max(row["throughput"] for row in rows)
     xs = [max(row["waste"], 0.01) for row in rows]  # a logarithm has no 0
     ys = [100 * row["throughput"] / best for row in rows]
@@ -44,9 +46,13 @@ def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float
         axes.scatter(x, y, s=160 if chosen else 60, marker="*" if chosen else "o", color=colour)
         label = str(row["block_size"])
         label += " (recommended)" if chosen else " (no waste)" if row["waste"] < 0.01 else ""
+        side = "left" if x == min(xs) else "right" if x == max(xs) else "center"
         axes.annotate(label, (x, y), (0, 11 if chosen else -16), textcoords="offset points",
-                      ha="center", fontsize=10)  # fmt: skip
+                      ha=side, fontsize=10)  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.12, y=0.14)
     axes.set_xlabel("waste: share of allocated slots without a live token (%, log scale)")
     axes.set_ylabel("generated tokens/s (% of the best)")

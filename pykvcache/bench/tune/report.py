@@ -78,6 +78,10 @@ def reasons(found: Tuning) -> list[str]:
         f"{outcome.rounds} rounds over {len(outcome.samples)} candidates, read bandwidth "
         f"{found.bandwidth / 1e9:.1f} GB/s",
     ]
+    if found.backend == "cuda":
+        lines.append("measured the cuda kernels, which choose their launches themselves")
+    elif found.backend == "triton":
+        lines.append("measured the triton kernels: the launch table is for them alone")
     if found.interrupted:
         lines[0] = "so far, " + lines[0]
     elif not outcome.settled:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MIN_ROUNDS = 15
+BOUNDED_ROUNDS = 3
 DEFAULT_LAUNCH_MARGIN = 0.01
 SIGMAS = 4.0
 
@@ -111,6 +112,7 @@ class Race:
         waste: of a block size; of equally fast ones the least wins.
         tolerance: block sizes whose objective is within this share of the best are tied.
         exhaustive: nobody drops out.
+        bounded: the time counts for more than MIN_ROUNDS; only BOUNDED_ROUNDS are sure.
     """
 
     def __init__(
@@ -121,12 +123,14 @@ class Race:
         waste: Callable[[int], float],
         tolerance: float = 0.03,
         exhaustive: bool = False,
+        bounded: bool = False,
     ) -> None:
         self.samples = {candidate: Samples() for candidate in candidates}
         self.alive = list(self.samples)
         self.rounds = 0
         self._sample, self._value, self._waste = sample, value, waste
         self._tolerance, self._exhaustive = tolerance, exhaustive
+        self._least = BOUNDED_ROUNDS if bounded else MIN_ROUNDS
 
     def run(
         self,
@@ -136,13 +140,13 @@ class Race:
     ) -> Outcome:
         """Race until it is decided or `seconds` of `clock` are over, but MIN_ROUNDS at least.
 
-        Ctrl-C after MIN_ROUNDS ends the race with what is known; before, it is raised.
+        Ctrl-C after those ends the race with what is known; before, it is raised.
         """
         start = last = clock()
         settled = interrupted = False
         decide = MIN_ROUNDS  # the next round to decide after; statistics take time as well
         try:
-            while not settled and (self.rounds < MIN_ROUNDS or clock() - start < seconds):
+            while not settled and (self.rounds < self._least or clock() - start < seconds):
                 self._play_round()
                 if self.rounds >= decide and not self._exhaustive:
                     settled = self._drop_losers()
@@ -151,7 +155,7 @@ class Race:
                 advance(now - last)
                 last = now
         except KeyboardInterrupt:
-            if self.rounds < MIN_ROUNDS:
+            if self.rounds < self._least:
                 raise
             interrupted = True
         if self._exhaustive:

@@ -86,6 +86,11 @@ def generate(
         output.interrupted()
     if results:
         output.console.print(workload_table(results))
+        output.console.print(
+            "not measured: transformers' generate_batch, which is no call of generate; "
+            "bench engine --generate-batch",
+            soft_wrap=True,
+        )
     if step:
         output.console.print(step_table(step))
     rows = [result.to_json() for result in results]

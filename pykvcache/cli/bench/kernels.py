@@ -38,7 +38,8 @@ def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
     peers: Annotated[
-        str, typer.Option(help="flex, sdpa-backends, flashinfer, all that can run, or none.")
+        str,
+        typer.Option(help="flex, sdpa-backends, flashinfer, transformers, all that run, or none."),
     ] = "all",
     json: Json = None,
     compare: Compare = None,
