@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "GEMM_SIZE", 64)
     monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
     monkeypatch.setitem(cases.HEADS, "gqa", SMALL)
-    monkeypatch.setattr(cases, "QUICK_DECODE_SIZES", ((1, 64), (2, 128)))
+    monkeypatch.setattr(cases, "QUICK_DECODE_SIZES", ((1, 64), (1, 128), (2, 128)))
     monkeypatch.setattr(cases, "QUICK_PREFILL_SIZES", ((1, 64),))
 
 
@@ -240,6 +240,41 @@ def test_plots_need_no_more_than_one_kind(tmp_path: Path) -> None:
     assert [path.name for path in plots.plot_kernels([row], tmp_path)] == ["roofline.png"]
 
 
+def kernel_row(contender: str, batch: int, length: int) -> dict:
+    row = {"phase": "decode", "heads": "gqa", "dtype": "bf16", "batch": batch, "length": length}
+    row |= {"threads": 1, "contender": contender, "intensity": 2.0, "gflop_per_second": 50.0}
+    return row | {"gb_per_second": 9.0 + batch, "peak": 2e10, "device": "cpu"}
+
+
+def test_no_two_contenders_look_the_same() -> None:
+    names = ["sdpa", "folded", "flex", *(f"paged {2**i}" for i in range(9))]
+    names += [f"paged {2**i} triton" for i in range(9)]
+    looks = plots.looks_of([kernel_row(name, 1, 64) for name in names])
+    assert len({(look.colour, look.face, look.rim) for look in looks.values()}) == len(names)
+    assert len({(look.colour, look.line) for look in looks.values()}) == len(names)
+
+
+def test_contexts_are_an_axis() -> None:
+    """A panel a batch; batches of one context have none."""
+    sizes = ((1, 1024), (1, 4096), (8, 1024), (8, 4096), (32, 4096))
+    figure = plots.draw_contexts([kernel_row("paged 16", *size) for size in sizes])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "gqa bf16, 1 row", "gqa bf16, 8 rows"
+    ]  # fmt: skip
+    for axes in figure.axes:
+        assert axes.lines[0].get_xdata().tolist() == [1024, 4096] and axes.get_xscale() == "log"
+    assert "context" in figure.get_supxlabel()
+    assert plots.draw_contexts([kernel_row("paged 16", b, 4096) for b in (1, 8)]) is None
+
+
+def test_waste_by_formula_is_drawn_where_it_holds() -> None:
+    rows = [kernel_row(f"paged {size}", 1, 64) for size in (16, 64, 128, 256)]
+    waste = plots.draw_block_sizes(rows).axes[1]
+    assert "formula" in waste.get_title(loc="left") and "formula" in waste.get_ylabel()
+    assert waste.lines[0].get_label() == "100 tokens a row"
+    assert waste.lines[0].get_xdata().tolist() == [16, 64]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -318,7 +353,7 @@ def test_other_sizes_are_not_compared(run, small, tmp_path: Path) -> None:
     assert run(*QUICK, "--compare", str(path))[0] == 0
 
 
-@pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator"])
+@pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator", ""])
 def test_help_has_an_example(run, command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Example: python -m pykvcache bench" in out

@@ -223,8 +223,8 @@ def test_plot_without_matplotlib_says_what_to_install(run, monkeypatch: pytest.M
     )
 
 
-@pytest.mark.parametrize("command", ["info", "demo"])
+@pytest.mark.parametrize("command", ["info", "demo", ""])
 def test_help_has_an_example(run, command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert f"Example: python -m pykvcache {command}" in out

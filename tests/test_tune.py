@@ -25,6 +25,7 @@ from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.timing import WrongResult
 from pykvcache.bench.tune import measure, plan, screen
+from pykvcache.bench.tune import plots as tune_plots
 from pykvcache.bench.tune.explain import CallSpec, Explanation, describe_launch
 from pykvcache.bench.tune.measure import Bench, fit_lengths, launches_for, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
@@ -801,6 +802,26 @@ def test_wrong_arguments_are_one_line(run, arguments: tuple[str, ...], message: 
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("chosen", [16, 64])
+def test_labels_stay_inside_the_picture(chosen: int) -> None:
+    from matplotlib.figure import Figure
+
+    rows = [
+        {"block_size": size, "chosen": size == chosen, "waste": size / 20, "throughput": 1.0}
+        for size in (16, 64)
+    ]
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    tune_plots._speed_against_waste(axes, rows, 0.03)
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    for label in axes.texts:
+        box = label.get_window_extent()
+        assert inside.x0 < box.x0 and box.x1 < inside.x1
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert "1" in ticks and not any("10^" in tick for tick in ticks)
 
 
 def test_floor_is_the_larger_of_two() -> None:

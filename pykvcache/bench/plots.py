@@ -16,7 +16,7 @@ import numpy as np
 from pykvcache.plot import OKABE_ITO
 
 Rows = Sequence[dict[str, Any]]
-MARKERS = "osD^vP*X"
+MARKERS = "osD^v<>p"
 LINES = ("-", "--", ":", "-.")
 SIZE = (12, 6.2)
 
@@ -64,30 +64,28 @@ def _kind(row: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Look:
-    """Of one contender: no two of up to 28 look the same.
+    """Of one contender: no two of 28 look the same.
 
-    Colours repeat after len(OKABE_ITO), then with another line and with hollow points.
+    Colours repeat after len(OKABE_ITO), then with hollow points, black rims and grey points.
     """
 
     colour: str
+    face: str
+    rim: str
     line: str
-    is_hollow: bool
     marker: str
 
     @classmethod
     def of(cls, number: int) -> Look:
-        again = number // len(OKABE_ITO)
+        again = number // len(OKABE_ITO) % len(LINES)
         colour = OKABE_ITO[number % len(OKABE_ITO)]
-        marker = MARKERS[(number + again) % len(MARKERS)]
-        return cls(colour, LINES[again % len(LINES)], bool(again % 2), marker)
+        face = (colour, "white", colour, "#CCCCCC")[again]
+        rim = ("white", colour, "black", colour)[again]
+        return cls(colour, face, rim, LINES[again], MARKERS[(number + again) % len(MARKERS)])
 
-    @property
-    def face(self) -> str:
-        return "white" if self.is_hollow else self.colour
-
-    def style(self) -> dict[str, Any]:
-        """For a line with points."""
-        return {"color": self.colour, "ls": self.line, "marker": self.marker, "mfc": self.face}
+    def points(self) -> dict[str, Any]:
+        """For the points of a line or a legend."""
+        return {"color": self.colour, "mfc": self.face, "mec": self.rim, "ms": 7}
 
 
 def looks_of(rows: Rows) -> dict[str, Look]:
@@ -129,10 +127,21 @@ def draw_roofline(rows: Rows) -> Any:
     _points(axes, rows)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    use_plain_numbers(axes.xaxis)
+    use_plain_numbers(axes.yaxis)
     axes.set_xlabel("arithmetic intensity (FLOP a byte of K and V)")
     axes.set_ylabel("achieved (GFLOP/s)")
     axes.set_title(f"Roofline, {_where(rows)}", loc="left")
     return figure
+
+
+def use_plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis 0.5, 1, 2, 5, 10 instead of by powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _points(axes: Any, rows: Rows) -> None:
@@ -145,13 +154,13 @@ def _points(axes: Any, rows: Rows) -> None:
         look = looks[row["contender"]]
         axes.scatter(
             row["intensity"], row["gflop_per_second"], s=46, alpha=0.85,
-            facecolors=look.face, edgecolors=look.colour if look.is_hollow else "white",
-            linewidths=1.6 if look.is_hollow else 0.5,
+            facecolors=look.face, edgecolors=look.rim,
+            linewidths=0.5 if look.rim == "white" else 1.5,
             marker=MARKERS[kinds.index(_kind(row)) % len(MARKERS)],
         )  # fmt: skip
     handles = [
         *(
-            Line2D([], [], ls="", marker="o", color=look.colour, mfc=look.face, label=name)
+            Line2D([], [], ls="", marker="o", label=name, **look.points())
             for name, look in looks.items()
         ),
         *(
@@ -186,10 +195,11 @@ def draw_contexts(rows: Rows) -> Any:
             _draw_context(axes, chosen, looks)
             axes.set_title(f"{kind}, {batch} row" + ("s" if batch > 1 else ""), loc="left",
                            fontsize=11)  # fmt: skip
+    grid[0, 0].set_ylim(bottom=0)  # shared, so only once all is drawn
     figure.supxlabel("context of each row (tokens, log scale)", fontsize=11)
     figure.supylabel("K and V read (GB/s)", fontsize=11)
     figure.suptitle(f"Decode by context, {_where(rows)}", fontsize=13)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axes in grid.flat:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
@@ -201,7 +211,8 @@ def _draw_context(axes: Any, rows: Rows, looks: dict[str, Look]) -> None:
     for name, look in looks.items():
         line = sorted((r["length"], r["gb_per_second"]) for r in rows if r["contender"] == name)
         if line:
-            axes.plot(*zip(*line, strict=True), **look.style(), label=name)
+            style = {"ls": look.line, "marker": look.marker, **look.points()}
+            axes.plot(*zip(*line, strict=True), **style, label=name)
     peak = sorted({(r["length"], r["peak"] / 1e9) for r in rows})
     if peak:
         axes.plot(*zip(*peak, strict=True), color="black", ls="--", lw=1, label="peak of the run")
@@ -209,7 +220,6 @@ def _draw_context(axes: Any, rows: Rows, looks: dict[str, Look]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pykvcache.bench.plots import use_plain_numbers
 from pykvcache.bench.tune.plan import Tuning
 from pykvcache.plot import OKABE_ITO
 
@@ -33,8 +34,6 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
 
 
 def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     best = max(row["throughput"] for row in rows)
     xs = [max(row["waste"], 0.01) for row in rows]  # a logarithm has no 0
     ys = [100 * row["throughput"] / best for row in rows]
@@ -46,13 +45,11 @@ def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float
         axes.scatter(x, y, s=160 if chosen else 60, marker="*" if chosen else "o", color=colour)
         label = str(row["block_size"])
         label += " (recommended)" if chosen else " (no waste)" if row["waste"] < 0.01 else ""
-        side = "left" if x == min(xs) else "right" if x == max(xs) else "center"
+        at_edge = {min(xs): "left", max(xs): "right"} if " " in label else {}
         axes.annotate(label, (x, y), (0, 11 if chosen else -16), textcoords="offset points",
-                      ha=side, fontsize=10)  # fmt: skip
+                      ha=at_edge.get(x, "center"), fontsize=10)  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    use_plain_numbers(axes.xaxis)
     axes.margins(x=0.12, y=0.14)
     axes.set_xlabel("waste: share of allocated slots without a live token (%, log scale)")
     axes.set_ylabel("generated tokens/s (% of the best)")
