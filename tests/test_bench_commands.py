@@ -203,13 +203,26 @@ def test_paged_attention_of_transformers_that_is_too_slow(monkeypatch: pytest.Mo
     monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
     monkeypatch.setattr(transformers_paged, "MOST_CALL_SECONDS", 0)
     missing = kernels.Workload(case, [16], peers=("transformers",)).missing
-    assert missing["transformers"].endswith("s a call")
+    assert missing["transformers"].endswith("s a call in decode gqa fp32 B=2 L=32")
     monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
     missing = kernels.Workload(case, [16], peers=("transformers",)).missing
-    assert missing["transformers"] == "would need a mask of 2 x 64"
+    assert missing["transformers"].startswith("would need a mask of 2 x 64 in decode")
     monkeypatch.setattr(transformers_paged, "paged", lambda workload: 1 / 0)
     missing = kernels.Workload(case, [16], peers=("transformers",)).missing
     assert missing["transformers"] == "does not run here: division by zero"
+
+
+def test_every_reason_of_a_missing_peer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
+    monkeypatch.setattr(kernels, "_timed", lambda *args: [])
+    monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
+    missing: dict[str, str] = {}
+    for length in (32, 64, 64):
+        case = Case("decode", SMALL, torch.float32, 1, length)
+        names = ("transformers", "flashinfer")
+        list(kernels.measure(case, [16], [1], 0.0, peers=names, missing=missing))
+    assert missing["flashinfer"] == "needs a GPU"
+    assert missing["transformers"].count("would need a mask") == 2
 
 
 @pytest.mark.slow

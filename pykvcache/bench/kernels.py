@@ -306,7 +306,9 @@ def measure(
     """
     workload = Workload(case, block_sizes, backends, device, peers)
     if missing is not None:
-        missing |= workload.missing
+        for name, reason in workload.missing.items():
+            if reason not in missing.setdefault(name, reason):
+                missing[name] += f"; {reason}"
     for threads in thread_counts if device == "cpu" else (0,):
         if threads:
             torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PAGE = 256  # tokens; the default of transformers
 KIND = "full_attention"
 MOST_MASK_ELEMENTS = 2**28
-MOST_CALL_SECONDS = 1.0
+MOST_CALL_SECONDS = 5.0
 
 
 class DoesNotRun(Exception):
@@ -53,7 +53,7 @@ def paged(workload: Workload) -> Callable[[int], Tensor]:
         raise DoesNotRun("is measured for decode and prefill only")
     queries, keys = case.batch * case.query_len, case.batch * case.length
     if queries * keys > MOST_MASK_ELEMENTS:
-        raise DoesNotRun(f"would need a mask of {queries:,} x {keys:,}")
+        raise DoesNotRun(f"would need a mask of {queries:,} x {keys:,} in {case.name}")
     cache = make_cache(workload)
     reads, writes = fill(cache, workload)
     mask = block_mask(workload)
@@ -87,7 +87,7 @@ def paged(workload: Workload) -> Callable[[int], Tensor]:
         run(0)
         seconds = time.perf_counter() - began
     if seconds > MOST_CALL_SECONDS:
-        raise DoesNotRun(f"takes {seconds:.1f} s a call")
+        raise DoesNotRun(f"takes {seconds:.1f} s a call in {case.name}")
     return torch.no_grad()(run)
 
 

@@ -24,7 +24,7 @@ from pykvcache.bench.tune.explain import CallSpec, Explanation
 from pykvcache.bench.tune.explain import explain as explain_call
 from pykvcache.bench.tune.measure import limits_of_calls, section_name
 from pykvcache.bench.tune.objective import Demand
-from pykvcache.bench.tune.plan import BLOCK_SIZES, Interrupted, Request, Tuning
+from pykvcache.bench.tune.plan import BLOCK_SIZES, Interrupted, Request, Tuning, restore_launches
 from pykvcache.bench.tune.plan import tune as run_tuning
 from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
 from pykvcache.bench.tune.shapes import load_shape
@@ -217,6 +217,7 @@ def write_table(found: Tuning, path: Path) -> str:
     if words:
         path.replace(path.with_suffix(".old"))
     path.write_text(json_module.dumps(merged, indent=2) + "\n")
+    restore_launches(torch.device(found.request.device))  # this process reads it as well
     if not found.table:
         words += "; the kernels' own choices were best, older entries for these calls are gone"
     before = old.get("cpu", {}).get("device")
