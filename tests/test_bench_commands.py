@@ -267,6 +267,19 @@ def test_no_two_contenders_look_the_same() -> None:
     assert len({(look.colour, look.line) for look in looks.values()}) == len(names)
 
 
+def test_labels_of_the_roofline_stay_inside() -> None:
+    prefill = kernel_row("paged 16", 1, 64) | {"phase": "prefill", "intensity": 4000.0}
+    rows = [kernel_row("paged 16", 1, 64), prefill | {"peak": 1e11}]
+    figure = plots.draw_roofline(rows)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    inside = axes.get_window_extent()
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert len(boxes) == 2 and not boxes[0].overlaps(boxes[1])
+    for box in boxes:
+        assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0
+
+
 def test_contexts_are_an_axis() -> None:
     """A panel a batch; batches of one context have none."""
     sizes = ((1, 1024), (1, 4096), (8, 1024), (8, 4096), (32, 4096))

@@ -116,9 +116,8 @@ def draw_roofline(rows: Rows) -> Any:
         top = max([r["peak"] / 1e9 for r in prefill], default=float(slope * xs.max()))
         line = span[span * slope <= top * 1.05]
         axes.plot(line, line * slope, color="black", lw=1.5)
-        middle = len(line) // 2
-        axes.annotate(f"read bandwidth, {slope:.1f} GB/s", (line[middle], line[middle] * slope),
-                      (-10, 4), textcoords="offset points", fontsize=10, ha="right")  # fmt: skip
+        axes.annotate(f"read bandwidth, {slope:.1f} GB/s", (line[0], line[0] * slope),
+                      (10, -5), textcoords="offset points", fontsize=10)  # fmt: skip
     for dtype in sorted({row["dtype"] for row in prefill}):
         ceiling = np.median([row["peak"] for row in prefill if row["dtype"] == dtype]) / 1e9
         axes.axhline(ceiling, color="black", lw=1.5, ls=":")
