@@ -134,7 +134,7 @@ def _load_cpu() -> str:
     _check_signatures(_C.signatures(), "cpu")
     if not hasattr(_C, "set_launches"):
         raise ImportError("pykvcache._C is older than its sources; rebuild with: pip install -e .")
-    launch_table.use_on_cpu(launch_table.user_table())
+    launch_table.use_user_table_on_cpu()
     return "ready"
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pykvcache import cli
 from pykvcache.bench import allocator as allocator_code
-from pykvcache.bench import cases, kernels, peaks, peers, plots
+from pykvcache.bench import cases, kernels, peaks, peers, plots, transformers_paged
 from pykvcache.bench.cases import Case, Heads
 from pykvcache.bench.compare import compare, duration, read_results, times_of
 from pykvcache.bench.timing import WrongResult
@@ -44,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peaks, "GEMM_SIZE", 64)
     monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
     monkeypatch.setitem(cases.HEADS, "gqa", SMALL)
-    monkeypatch.setattr(cases, "QUICK_DECODE_SIZES", ((1, 64), (2, 128)))
+    monkeypatch.setattr(cases, "QUICK_DECODE_SIZES", ((1, 64), (1, 128), (2, 128)))
     monkeypatch.setattr(cases, "QUICK_PREFILL_SIZES", ((1, 64),))
 
 
@@ -180,6 +180,51 @@ def test_peers_that_cannot_run_say_why() -> None:
             peers.flex(workload)
 
 
+@pytest.mark.parametrize(
+    ("phase", "batch", "length"), [("decode", 1, 64), ("decode", 3, 70), ("prefill", 2, 40)]
+)
+def test_paged_attention_of_transformers_is_a_checked_contender(
+    monkeypatch: pytest.MonkeyPatch, phase: str, batch: int, length: int
+) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**17)
+    case = Case(phase, SMALL, torch.float32, batch, length)
+    workload = kernels.Workload(case, [16], peers=("transformers",))
+    assert workload.missing == {} and workload.copies > 2
+    workload.check()
+    right = workload.contenders["transformers paged"](0)
+    assert right.shape == (batch * case.query_len, 4, 16)
+    workload.contenders["transformers paged"] = lambda call: 1.01 * right
+    with pytest.raises(WrongResult, match="transformers paged is off by"):
+        workload.check()
+
+
+def test_paged_attention_of_transformers_that_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("decode", SMALL, torch.float32, 2, 32)
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
+    monkeypatch.setattr(transformers_paged, "MOST_CALL_SECONDS", 0)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"].endswith("s a call in decode gqa fp32 B=2 L=32")
+    monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"].startswith("would need a mask of 2 x 64 in decode")
+    monkeypatch.setattr(transformers_paged, "paged", lambda workload: 1 / 0)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"] == "does not run here: division by zero"
+
+
+def test_every_reason_of_a_missing_peer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
+    monkeypatch.setattr(kernels, "_timed", lambda *args: [])
+    monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
+    missing: dict[str, str] = {}
+    for length in (32, 64, 64):
+        case = Case("decode", SMALL, torch.float32, 1, length)
+        names = ("transformers", "flashinfer")
+        list(kernels.measure(case, [16], [1], 0.0, peers=names, missing=missing))
+    assert missing["flashinfer"] == "needs a GPU"
+    assert missing["transformers"].count("would need a mask") == 2
+
+
 @pytest.mark.slow
 def test_flex_is_a_checked_contender_and_never_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
@@ -208,6 +253,54 @@ def test_plots_need_no_more_than_one_kind(tmp_path: Path) -> None:
     assert [path.name for path in plots.plot_kernels([row], tmp_path)] == ["roofline.png"]
 
 
+def kernel_row(contender: str, batch: int, length: int) -> dict:
+    row = {"phase": "decode", "heads": "gqa", "dtype": "bf16", "batch": batch, "length": length}
+    row |= {"threads": 1, "contender": contender, "intensity": 2.0, "gflop_per_second": 50.0}
+    return row | {"gb_per_second": 9.0 + batch, "peak": 2e10, "device": "cpu"}
+
+
+def test_no_two_contenders_look_the_same() -> None:
+    names = ["sdpa", "folded", "flex", *(f"paged {2**i}" for i in range(9))]
+    names += [f"paged {2**i} triton" for i in range(9)]
+    looks = plots.looks_of([kernel_row(name, 1, 64) for name in names])
+    assert len({(look.colour, look.face, look.rim) for look in looks.values()}) == len(names)
+    assert len({(look.colour, look.line) for look in looks.values()}) == len(names)
+
+
+def test_labels_of_the_roofline_stay_inside() -> None:
+    prefill = kernel_row("paged 16", 1, 64) | {"phase": "prefill", "intensity": 4000.0}
+    rows = [kernel_row("paged 16", 1, 64), prefill | {"peak": 1e11}]
+    figure = plots.draw_roofline(rows)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    inside = axes.get_window_extent()
+    boxes = [label.get_window_extent() for label in axes.texts]
+    assert len(boxes) == 2 and not boxes[0].overlaps(boxes[1])
+    for box in boxes:
+        assert inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0
+
+
+def test_contexts_are_an_axis() -> None:
+    """A panel a batch; batches of one context have none."""
+    sizes = ((1, 1024), (1, 4096), (8, 1024), (8, 4096), (32, 4096))
+    figure = plots.draw_contexts([kernel_row("paged 16", *size) for size in sizes])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "gqa bf16, 1 row", "gqa bf16, 8 rows"
+    ]  # fmt: skip
+    for axes in figure.axes:
+        assert axes.lines[0].get_xdata().tolist() == [1024, 4096] and axes.get_xscale() == "log"
+    assert "context" in figure.get_supxlabel()
+    assert plots.draw_contexts([kernel_row("paged 16", b, 4096) for b in (1, 8)]) is None
+
+
+def test_waste_by_formula_is_drawn_where_it_holds() -> None:
+    rows = [kernel_row(f"paged {size}", 1, 64) for size in (16, 64, 128, 256)]
+    waste = plots.draw_block_sizes(rows).axes[1]
+    assert "formula" in waste.get_title(loc="left") and "formula" in waste.get_ylabel()
+    assert waste.lines[0].get_label() == "100 tokens a row"
+    assert waste.lines[0].get_xdata().tolist() == [16, 64]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -219,6 +312,13 @@ def test_plots_need_no_more_than_one_kind(tmp_path: Path) -> None:
         (("kernels", "--json", "/no/such/folder/x"), "--json: there is no folder"),
         (("kernels", "--compare", "/no/such/file"), "--compare: /no/such/file cannot be read"),
         (("kernels", "--fail-above", "1.1"), "--fail-above needs --compare"),
+        (("kernels", "--seconds", "nan"), "--seconds must be more than 0"),
+        (("kernels", "--block-sizes", "999999999"), "GiB are free"),
+        (("kernels", "--plot", "/proc/x"), "--plot: /proc/x is no folder"),
+        (("allocator", "--seconds", "-1"), "--seconds must be more than 0"),
+        (("allocator", "--json", "/tmp"), "--json: /tmp is a folder"),
+        (("allocator", "--json", ""), "--json needs the name of a file"),
+        (("allocator", "--json", "/proc/x"), "--json: /proc/x cannot be written"),
         (("engine", "--workload", "x"), "--workload is one of"),
         (("engine", "--capacity", "--overhead"), "two measurements"),
         (("generate", "--workload", "x"), "--workload is one of"),
@@ -241,7 +341,46 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
         read_results(path)
 
 
-@pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator"])
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"environment": None}, "environment must be an object"),
+        ({"results": 5}, "results must be a list of objects, got int"),
+        ({"results": None}, "results must be a list of objects, got NoneType"),
+        ({"results": ["a"]}, "results, row 0: must be an object, got str"),
+        ({"results": {"a": 1}}, "results must be a list of objects, got dict"),
+        ({"results": [{"median": "x"}]}, "a time must be a number above 0, got 'x'"),
+        ({"results": [{"median": None}]}, "a time must be a number above 0, got None"),
+        ({"results": [{"median": 0}]}, "row 0: a time must be a number above 0, got 0"),
+        ({"results": [{"median": float("nan")}]}, "above 0, got nan"),
+        ({"results": [{"median": 1, "p10": "x"}]}, "above 0, got 'x'"),
+        ({"results": [{"timing": {}}]}, "row 0: a time must be a number above 0, got None"),
+        ({"results": [{"timing": 3}]}, "timing must be an object, got int"),
+        ({"results": [{"timings": [1]}]}, "timings must be an object, got list"),
+    ],
+)
+def test_broken_files_are_named_before_the_work(
+    run, tmp_path: Path, broken: dict, message: str
+) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(results(1.0) | broken))
+    code, _, err = run("allocator", "--num-blocks", "200000", "--compare", str(path))
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_other_sizes_are_not_compared(run, small, tmp_path: Path) -> None:
+    row = {"where": "call", "operation": "x", "timing": {"median": 1.0}}
+    default, few = ([row | {"num_blocks": n}] for n in (1_000_000, 200_000))
+    assert dict(times_of([row])).keys() == dict(times_of(default)).keys()
+    assert not dict(times_of(default)).keys() & dict(times_of(few)).keys()
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"environment": {}, "results": [row]}))
+    code, out, _ = run(*QUICK, "--compare", str(path), "--fail-above", "1.1")
+    assert code == 1 and "nothing to judge by" in out
+    assert run(*QUICK, "--compare", str(path))[0] == 0
+
+
+@pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator", ""])
 def test_help_has_an_example(run, command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Example: python -m pykvcache bench" in out

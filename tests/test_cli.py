@@ -55,6 +55,34 @@ def test_module_runs_as_a_program(tmp_path: Path) -> None:
     assert f"torch              {torch.__version__}" in result.stdout
 
 
+def test_interrupt_while_it_starts(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Starting:
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "pykvcache.cli.app", Starting())
+    assert cli.main() == 130
+    assert capsys.readouterr().err == "pykvcache: interrupted\n"
+
+
+def test_full_disk_is_one_line(run, tiny_model) -> None:
+    code, _, err = run("demo", *TINY, "--json", "/dev/full")
+    assert code == 1 and "No space left" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--json", "/tmp"), "--json: /tmp is a folder"),
+        (("--plot", "d.xyz"), "--plot must end in .png"),
+        (("--plot", "/proc/x.png"), "--plot: /proc/x.png cannot be written"),
+    ],
+)
+def test_demo_finds_wrong_files_first(run, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run("demo", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
 def test_info_names_every_backend_and_its_state(run) -> None:
     code, out, _ = run("info")
     assert code == 0
@@ -195,8 +223,8 @@ def test_plot_without_matplotlib_says_what_to_install(run, monkeypatch: pytest.M
     )
 
 
-@pytest.mark.parametrize("command", ["info", "demo"])
+@pytest.mark.parametrize("command", ["info", "demo", ""])
 def test_help_has_an_example(run, command: str) -> None:
-    code, out, _ = run(command, "--help")
+    code, out, _ = run(*command.split(), "--help")
     assert code == 0
     assert f"Example: python -m pykvcache {command}" in out

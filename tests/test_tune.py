@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -9,22 +10,37 @@ import subprocess
 import sys
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pykvcache import _C, cli, launch_table, ops
+from pykvcache.bench import kernels
+from pykvcache.bench.cases import Case as Call
+from pykvcache.bench.cases import Heads
 from pykvcache.bench.replay.cases import PAGED, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.timing import WrongResult
-from pykvcache.bench.tune import measure, plan
+from pykvcache.bench.tune import measure, plan, screen
+from pykvcache.bench.tune import plots as tune_plots
 from pykvcache.bench.tune.explain import CallSpec, Explanation, describe_launch
 from pykvcache.bench.tune.measure import Bench, fit_lengths, launches_for, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
-from pykvcache.bench.tune.search import DEFAULT, MIN_ROUNDS, Candidate, Launch, Race
+from pykvcache.bench.tune.plan import Request
+from pykvcache.bench.tune.search import (
+    BOUNDED_ROUNDS,
+    DEFAULT,
+    MIN_ROUNDS,
+    Candidate,
+    Launch,
+    Race,
+)
 from pykvcache.bench.tune.shapes import Shape, load_shape
+
+tune_command = importlib.import_module("pykvcache.cli.tune")  # not the function
 
 SIZES = (4, 16, 64, 256)
 GRID = [DEFAULT, *(Launch(tile, stages) for tile in (16, 32, 64) for stages in (1, 2, 3))]
@@ -146,10 +162,118 @@ def test_interrupted_race_keeps_what_is_known() -> None:
         return device.sample(candidate)
 
     runner = Race(times, sample, goal.value, goal.waste, exhaustive=True)
-    assert runner.run(1000, device.clock).rounds == 25
+    outcome = runner.run(1000, device.clock)
+    assert outcome.rounds == 25 and outcome.interrupted and not outcome.settled
     device.calls = 95
     with pytest.raises(KeyboardInterrupt):
         Race(times, sample, goal.value, goal.waste).run(1000, device.clock)
+
+
+def test_bounded_race_ends_with_the_time() -> None:
+    times = {Candidate(size): 1e-4 for size in SIZES}
+    device = FakeDevice(times)
+    goal = objective(dict.fromkeys(SIZES, 10.0))
+    runner = Race(times, device.sample, goal.value, goal.waste, bounded=True)
+    assert runner.run(seconds=-5.0, clock=device.clock).rounds == BOUNDED_ROUNDS
+
+
+# Launches of a GPU, where some do not fit and each has to be compiled.
+
+
+class FakeGpu:
+    """Compiles for a second, has room for some launches, and is faster with large tiles."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self.now, self.limit, self.compiled = 0.0, limit, set()
+
+    def check(self, candidates: list[Candidate]) -> None:
+        for candidate in candidates:
+            self.now += candidate not in self.compiled
+            self.compiled.add(candidate)
+            if candidate.launch.tile > self.limit:
+                from triton.runtime.errors import OutOfResources
+
+                raise OutOfResources(405_504, 232_448, "shared memory")
+
+    def decode(self, candidate: Candidate) -> float:
+        return 1.0 / (candidate.launch.tile or 20)
+
+
+def test_launches_without_room_drop_out() -> None:
+    pytest.importorskip("triton")
+    gpu = FakeGpu()
+    grid = launches_for(torch.device("cuda"), 1)
+    found = screen.screen(gpu, [8, 16], grid, 1e5, lambda: gpu.now)
+    assert {c.launch.tile for c in found} == {0, 16, 32, 64}
+    assert {c.block_size for c in found} == {8, 16}
+    assert len(gpu.compiled) == len(grid) + len(found) // 2
+    with pytest.raises(Exception, match="out of resource"):
+        screen.screen(FakeGpu(limit=-1), [16], grid, 1e5, lambda: 0.0)
+
+    def broken(candidates: object) -> None:
+        raise WrongResult("is off")
+
+    gpu.check = broken  # type: ignore[method-assign]
+    with pytest.raises(WrongResult):
+        screen.screen(gpu, [16], grid, 1e5, lambda: 0.0)
+
+
+def test_screening_keeps_to_the_time_and_to_the_quickest() -> None:
+    pytest.importorskip("triton")
+    grid, sizes = launches_for(torch.device("cuda"), 1), (1, 4, 16, 64, 256)
+    gpu = FakeGpu()
+    found = screen.screen(gpu, sizes, grid, 60.0, lambda: gpu.now)
+    assert gpu.now <= 45  # a third to try, a third to compile, one more try each
+    kept = [c.launch for c in found if c.block_size == 16]
+    tried = [c.launch.tile for c in gpu.compiled if c.block_size == 16 and c.launch.tile <= 64]
+    assert kept[0] == DEFAULT and len(tried) > len(kept) > 3
+    assert [g.tile for g in kept[1:]] == sorted(tried, reverse=True)[: len(kept) - 1]
+    assert {c.block_size for c in found if c.launch == DEFAULT} == set(sizes)
+    gpu = FakeGpu()
+    found = screen.screen(gpu, sizes, grid, 0.1, lambda: gpu.now)
+    assert found == [Candidate(16), *(Candidate(size) for size in sizes if size != 16)]
+
+
+def test_shared_memory_rules_launches_out_before_they_are_compiled() -> None:
+    """By what Triton reports: D=128 bf16, tile 128, 4 stages: 204,800 bytes; D=256: 405,504."""
+    narrow = Shape("narrow", 2, 4, 2, 128, "bf16", 1e5)
+    wide = Shape("wide", 2, 4, 2, 256, "bf16", 1e5)
+    sm_80, sm_90 = 166_912, 232_448
+    most = Launch(128, 4, 2, 8)
+    assert not screen.fits_shared_memory(narrow, most, sm_80)
+    assert screen.fits_shared_memory(narrow, most, sm_90)
+    assert not screen.fits_shared_memory(wide, most, sm_90)
+    assert screen.fits_shared_memory(wide, DEFAULT, sm_90)
+    assert screen.fits_shared_memory(wide, most, None)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_the_backend_that_auto_chooses_is_measured(monkeypatch, backend: str) -> None:
+    """Kernels that choose for themselves race with their own launch alone, and get no table."""
+    shape = load_shape("gpt2", "bf16")
+    request = Request(shape, Workload("sharegpt"), "1GiB", [8, 16], device="cuda")
+    bench = SimpleNamespace(backend=backend, device=torch.device("cuda"), check=lambda *a: None)
+    monkeypatch.setattr(screen, "shared_memory", lambda device: 1)
+    monkeypatch.setattr(screen, "screen", lambda bench, sizes, grid, *rest: grid)
+    found = plan.choose_candidates(request, bench, [8, 16], (0,))
+    if backend == "cuda":
+        assert found == [Candidate(8), Candidate(16)]
+    else:  # the grid, less what the chip has no room for
+        assert found == [DEFAULT]
+    old = {"sm_90": {"decode": [{"dim": 64, "tile": 16, "stages": 1, "warps": 4}]}}
+    if backend == "cuda":
+        tuning = SimpleNamespace(backend="cuda", request=request, table={})
+        assert tune_command.merge(tuning, old) == old
+
+
+def test_compiled_kernels_get_no_launch(monkeypatch) -> None:
+    monkeypatch.setattr(measure, "STORAGE_BYTES", 2**18)
+    used: list[object] = []
+    monkeypatch.setattr(measure, "use_launch", lambda *args, **kwargs: used.append(args))
+    Bench(SMALL, [10], 10, backend="cuda")._use(DEFAULT)
+    assert not used
+    Bench(SMALL, [10], 10)._use(DEFAULT)
+    assert used
 
 
 def test_objective_is_the_throughput_of_the_replay() -> None:
@@ -286,7 +410,19 @@ def test_section_of_another_processor_is_not_used() -> None:
         ({"cpu": 3}, "section cpu must be an object"),
         ({"cpu": {"decode": [7]}}, "cpu.decode must be a list of objects"),
         ({"cpu": {"decode": [{"tiles": 7}]}}, "cpu.decode knows .*, got 'tiles'"),
-        ({"cpu": {"decode": [{"tile": 0}]}}, "tile must be a positive integer, got 0"),
+        ({"cpu": {"decode": [{"tile": 0}]}}, "tile must be one of 16, 32, 48, 64, got 0"),
+        ({"cpu": {"decode": [{"tile": 50}]}}, "tile must be one of 16, 32, 48, 64, got 50"),
+        ({"cpu": {"decode": [{"stages": 9}]}}, "stages must be an integer from 1 to 3, got 9"),
+        ({"cpu": {"prefill": [{"rows": 9999}]}}, "rows must be an integer from 1 to 4096"),
+        ({"cpu": {"decode": [{"splits": 10**25}]}}, "splits must be an integer from 1 to 64"),
+        ({"cpu": {"decode": [{"dim": True}]}}, "dim must be an integer from 1 to 576, got True"),
+        ({"cpu": {"decode": None}}, "cpu.decode must be a list of objects"),
+        ({"cpu": {"decode": 5}}, "cpu.decode must be a list of objects"),
+        ({"cpu": {"decod": []}}, "section cpu knows decode, prefill, device, got 'decod'"),
+        ({"cpu": {"device": 5}}, "cpu.device must be a processor's name, got 5"),
+        ({"cpus": {}}, "sections are cpu, sm_N, gfxN and interpreter, got 'cpus'"),
+        ({"sm_90": {"programs_per_sm": 0}}, "programs_per_sm must be an integer from 1 to 64"),
+        ({"sm_90": {"decode": [{"tile": 48, "stages": 1, "warps": 4}]}}, "tile must be one of"),
         ({"sm_90": {"decode": [{"tile": 16}]}}, "sm_90.decode needs stages, warps"),
     ],
 )
@@ -305,12 +441,60 @@ def test_launches_out_of_range_change_nothing() -> None:
     assert explain()["tile"] == 32
 
 
-def test_merging_tables_keeps_other_models() -> None:
-    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}, {"dim": 128, "tile": 16}]}}
-    new = {"cpu": {"device": "x", "decode": [{"dim": 128, "tile": 64}]}, "about": {}}
-    merged = launch_table.merge_tables(new, old)
-    assert merged["cpu"]["decode"] == [{"dim": 128, "tile": 64}, {"dim": 64, "tile": 16}]
-    assert launch_table.merge_tables(new, {}) == new
+@pytest.mark.parametrize(
+    "text", ['{"cpu": {"decode": 5}}', '{"cpu": {"decode": [{"tile": 1}]}}', "["]
+)
+def test_broken_table_is_a_warning(tmp_path: Path, monkeypatch, text: str) -> None:
+    path = tmp_path / "launch.json"
+    path.write_text(text)
+    monkeypatch.setenv(launch_table.VARIABLE, str(path))
+    with pytest.warns(UserWarning, match=r"no launch table is used: .*launch.json"):
+        assert ops.LOADERS["cpu"]() == "ready"
+    monkeypatch.setattr(launch_table, "check_table", lambda table: None)  # and one that C++ refuses
+    path.write_text('{"cpu": {"decode": [{"stages": 9}]}}')
+    with pytest.warns(UserWarning, match="stages must be 0 to 3, got 9"):
+        assert ops.LOADERS["cpu"]() == "ready"
+
+
+CALLS = {"decode": {"dim": 128, "bytes": 2}, "prefill": {"dim": 128, "bytes": 2}}
+
+
+def test_merging_replaces_what_was_measured_and_keeps_other_models() -> None:
+    mine = {"dim": 128, "bytes": 2}
+    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}, mine | {"tile": 16}]}}
+    new = {"device": "x", "decode": [mine | {"tile": 64}]}
+    merged = launch_table.merge_section(old, "cpu", new, CALLS)
+    assert merged["cpu"]["decode"] == [mine | {"tile": 64}, {"dim": 64, "tile": 16}]
+    assert launch_table.merge_section({}, "cpu", new, CALLS) == {"cpu": new}
+    # the kernels' own choice was best: nothing that says otherwise stays in force
+    merged = launch_table.merge_section(old, "cpu", {"device": "x"}, CALLS)
+    assert merged["cpu"]["decode"] == [{"dim": 64, "tile": 16}]
+    rows = {"device": "x", "prefill": [mine | {"rows": 256}]}
+    merged = launch_table.merge_section(old, "cpu", rows, CALLS)
+    assert merged["cpu"]["decode"] == [{"dim": 64, "tile": 16}]
+    wide = {"cpu": {"device": "x", "decode": [{"max_dim": 256, "tile": 16}]}}
+    merged = launch_table.merge_section(wide, "cpu", {"device": "x"}, CALLS)
+    assert merged["cpu"]["decode"] == [mine, {"max_dim": 256, "tile": 16}]
+    launch_table.check_table(merged)
+    launch_table.use_on_cpu(merged, "x")
+    assert explain()["tile"] == 16 and explain(SPEC.replace("bf16", "fp32"))["tile"] == 16
+    only = {"cpu": {"device": "x", "decode": [mine | {"tile": 16}]}, "about": {}}
+    assert launch_table.merge_section(only, "cpu", {"device": "x"}, CALLS) == {"about": {}}
+
+
+def test_merging_never_relabels_entries_of_another_processor() -> None:
+    old = {"cpu": {"device": "x", "decode": [{"dim": 64, "tile": 16}]}}
+    new = {"device": "y", "decode": [{"dim": 128, "bytes": 2, "tile": 64}]}
+    assert launch_table.merge_section(old, "cpu", new, CALLS) == {"cpu": new}
+    assert launch_table.merge_section(old, "cpu", {"device": "y"}, CALLS) == old
+
+
+def test_merging_a_section_of_a_gpu() -> None:
+    entry = {"dim": 128, "tile": 32, "stages": 4, "warps": 8}
+    prefill = entry | {"rows": 64}
+    old = {"sm_90": {"decode": [entry], "prefill": [prefill], "programs_per_sm": 4}}
+    calls = {"decode": {"dim": 128}}
+    assert launch_table.merge_section(old, "sm_90", {}, calls) == {"sm_90": {"prefill": [prefill]}}
 
 
 def test_triton_reads_the_same_table() -> None:
@@ -325,6 +509,9 @@ def test_triton_reads_the_same_table() -> None:
         assert table.decode_tile("sm_90", 128) == 32
         assert table.choose("decode", "sm_80", 128, 2) == packaged
         assert table.choose("prefill", "sm_90", 128, 2).rows == 128
+        own = {"sm_90": {"decode": [{"dim": 128}, user["sm_90"]["decode"][0]]}}
+        table.use(own)  # an entry without parameters: the package's choice
+        assert table.choose("decode", "sm_90", 128, 2) == packaged
     finally:
         table.use({})
     assert table.choose("decode", "sm_90", 128, 2) == packaged
@@ -347,6 +534,45 @@ def test_shapes_of_models(tmp_path: Path) -> None:
         load_shape("deepseek-v3", "bf16")
     with pytest.raises(ValueError, match="dtype must be one of bf16, fp16, fp32, got 'int8'"):
         load_shape("gpt2", "int8")
+
+
+def test_weights_of_experts(tmp_path: Path) -> None:
+    """As the packaged table and the models' own cards have them."""
+    qwen = {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
+    qwen |= {"head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144, "num_experts": 128}
+    qwen |= {"moe_intermediate_size": 768, "vocab_size": 151936}
+    scout = {"num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8}
+    scout |= {"hidden_size": 5120, "intermediate_size": 8192, "num_local_experts": 16}
+    scout |= {"head_dim": 128, "intermediate_size_mlp": 16384, "vocab_size": 202048}
+    maverick = scout | {"num_local_experts": 128, "interleave_moe_layer_step": 2}
+    mixtral = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    mixtral |= {"hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8}
+    known = load_shape("qwen3-30b-a3b", "bf16").parameters
+    for fields, billions in ((qwen, known / 1e9), (scout, 107), (maverick, 401), (mixtral, 46.7)):
+        path = write(tmp_path / "config.json", fields)
+        assert load_shape(str(path), "bf16").parameters == pytest.approx(1e9 * billions, rel=0.04)
+    dense = write(tmp_path / "config.json", qwen | {"mlp_only_layers": list(range(48))})
+    assert load_shape(str(dense), "bf16").parameters < 4e9
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 4}, "hidden_size must be at least num_attention_heads, got 4 and 8"),
+        ({"kv_lora_rank": "x"}, "kv_lora_rank must be a positive integer, got 'x'"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": None}, "latents"),
+        ({"text_config": "x"}, "text_config must be an object, got 'x'"),
+        ({"intermediate_size": [1, 2]}, r"intermediate_size must be a positive integer, got \[1"),
+        ({"vocab_size": "x"}, "vocab_size must be a positive integer, got 'x'"),
+        ({"head_dim": 64, "hidden_size": "2048"}, "hidden_size must be a positive integer"),
+    ],
+)
+def test_broken_configs_are_one_line(tmp_path: Path, fields: dict, message: str) -> None:
+    whole = {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 512}
+    whole |= {"intermediate_size": 64, "vocab_size": None}
+    assert load_shape(str(write(tmp_path / "config.json", whole)), "bf16").parameters
+    with pytest.raises(ValueError, match=message):
+        load_shape(str(write(tmp_path / "config.json", whole | fields)), "bf16")
 
 
 def test_lengths_are_spread_evenly() -> None:
@@ -419,6 +645,7 @@ def test_work_of_a_call() -> None:
         ("L=1,HQ=3,HKV=2,D=8", "HQ must be a multiple of HKV, got 3 and 2"),
         ("L=1,HQ=2,HKV=2,D=600", "D must be 576 at most, got 600"),
         ("L=1,HQ=2,HKV=2,D=8,q=2", "q must be L at most, got 2 and 1"),
+        ("L=10,HQ=2,HKV=2,D=8,L=20", "L is given twice"),
         ("L=1,HQ=2,HKV=2,D=8,dtype=int4", "dtype must be one of .*, got 'int4'"),
     ],
 )
@@ -472,6 +699,63 @@ def test_tune_recommends_and_writes(run, tmp_path: Path, monkeypatch) -> None:
     assert explain()["tile"] == 48
 
 
+def test_tune_drops_its_own_older_entry(run, tmp_path: Path, monkeypatch) -> None:
+    """What was best once and is not now does not stay in force; a broken file is set aside."""
+    monkeypatch.setattr(plan, "launches_for", lambda device, threads: [DEFAULT])
+    monkeypatch.setattr(plan, "choose_rows", lambda *args: 0)
+    monkeypatch.setenv(launch_table.VARIABLE, "none")
+    path = tmp_path / "cache" / "pykvcache" / "launch.json"
+    path.parent.mkdir(parents=True)
+    device, entry = launch_table.processor(), {"dim": 64, "bytes": 2, "tile": 16, "stages": 1}
+    other = {"dim": 128, "tile": 16}
+    write(path, {"cpu": {"device": device, "decode": [entry, other]}})
+    code, out, err = run(*QUICK)
+    assert code == 0, err
+    assert json.loads(path.read_text())["cpu"] == {"device": device, "decode": [other]}
+    assert "older entries for these calls are gone" in out
+    assert "not read while PYKVCACHE_LAUNCH_TABLE is none" in out
+    assert "stays as it is" in run(*QUICK)[1]
+    path.write_text("{")
+    monkeypatch.setattr(plan, "table_of", lambda *args: {"cpu": {"decode": [other]}})
+    code, out, err = run(*QUICK)
+    assert code == 0 and "the old one was broken" in out
+    assert path.with_suffix(".old").read_text() == "{"
+    assert launch_table.read_table(path)["cpu"]["decode"] == [other]
+
+
+def test_interrupted_tune_keeps_what_is_known(run, tmp_path: Path, monkeypatch) -> None:
+    """Exit code 130, no launch table; before the race only what the replay found."""
+    rows, table = tmp_path / "rows.json", tmp_path / "launch.json"
+    options = (*QUICK, "--json", str(rows), "--out", str(table))
+
+    def stop(*args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "choose_rows", stop)
+    code, out, err = run(*options)
+    assert code == 130 and "interrupted" in err and "what was measured so far" in out
+    assert "so far, block size" in out and "launch table: not written" in out
+    found = json.loads(rows.read_text())["results"]
+    assert all(row["interrupted"] and row["decode_ns_per_token"] > 0 for row in found)
+    monkeypatch.setattr(plan, "read_bandwidth", stop)
+    code, out, err = run(*options)
+    assert code == 130 and "the replay found" in out and not table.exists()
+    found = json.loads(rows.read_text())["results"]
+    assert [row["block_size"] for row in found] == [8, 16, 64]
+    assert found[0]["waste"] < found[2]["waste"]
+    assert explain()["tile"] == 16
+
+
+def test_a_tiny_call_in_large_blocks_takes_little_memory() -> None:
+    """Its copies were so many that their blocks were 68 GB."""
+    case = Call("decode", Heads("call", 1, 1, 64), torch.bfloat16, 1, 1)
+    copies = kernels.count_copies(case, [256])
+    assert copies * kernels.pool_bytes(case, 256) <= kernels.MOST_POOL_BYTES
+    assert kernels.count_copies(case, [16]) <= kernels.MOST_COPIES
+    ordinary = Call("decode", Heads("gqa", 32, 8, 128), torch.bfloat16, 1, 1024)
+    assert kernels.count_copies(ordinary, [16, 32, 64]) == 64
+
+
 def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> None:
     rows = tmp_path / "rows.json"
     table = write(tmp_path / "launch.json", {"cpu": {"decode": [{"tile": 64, "stages": 1}]}})
@@ -502,8 +786,18 @@ def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> Non
         (("--out", "/no/such/folder/x.json"), "--out: there is no folder"),
         (("--json", "/no/such/folder/x.json"), "--json: there is no folder"),
         (("--out", "-", "--json", "-"), "cannot both"),
+        (("--out", "/proc/x.json"), "--out: /proc/x.json cannot be written"),
+        (("--json", "/tmp"), "--json: /tmp is a folder"),
+        (("--json", ""), "--json needs the name of a file"),
+        (("--plot", "x.xyz"), "--plot must end in .png, .svg, .pdf, .jpg, got 'x.xyz'"),
+        (("--plot", "noext"), "--plot must end in"),
+        (("--seconds", "nan"), "seconds must be more than 0"),
+        (("--step-ms", "nan"), "step_ms must be 0 or more, got nan"),
         (("--explain", "L=1"), "explain needs HQ"),
+        (("--explain", "L=10,HQ=2,HKV=2,D=64,block_size=1000000000000"), "GiB are free"),
+        (("--explain", "L=1000000000000,HQ=2,HKV=2,D=64"), "GiB are free"),
         (("--device", "tpu"), "--device must be cpu or cuda"),
+        (("--device", "cpu", "--backend", "triton"), "--backend must be one of auto, cpu on cpu"),
         (("--model-config", "deepseek-v3"), "latents"),
     ],
 )
@@ -511,6 +805,26 @@ def test_wrong_arguments_are_one_line(run, arguments: tuple[str, ...], message: 
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("chosen", [16, 64])
+def test_labels_stay_inside_the_picture(chosen: int) -> None:
+    from matplotlib.figure import Figure
+
+    rows = [
+        {"block_size": size, "chosen": size == chosen, "waste": size / 20, "throughput": 1.0}
+        for size in (16, 64)
+    ]
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    tune_plots._speed_against_waste(axes, rows, 0.03)
+    figure.draw_without_rendering()
+    inside = axes.get_window_extent()
+    for label in axes.texts:
+        box = label.get_window_extent()
+        assert inside.x0 < box.x0 and box.x1 < inside.x1
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert "1" in ticks and not any("10^" in tick for tick in ticks)
 
 
 def test_floor_is_the_larger_of_two() -> None:

@@ -69,24 +69,29 @@ def architecture(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def _user_section(name: str) -> dict[str, Any]:
+    table = launch_table.user_table() if _user_table is None else _user_table
+    section: dict[str, Any] = table.get(name, {})
+    return section
+
+
 @functools.cache
 def _section(name: str) -> dict[str, Any]:
+    """What the package says; numbers of the user's table replace it, entries stand before."""
     packaged: dict[str, Any] = {}
     for part in ("default", "gfx" if name.startswith("gfx") else "", name):
         packaged |= _packaged().get(part, {})
-    user = (launch_table.user_table() if _user_table is None else _user_table).get(name, {})
-    return {
-        **packaged,
-        **user,
-        **{phase: [*user.get(phase, ()), *packaged[phase]] for phase in launch_table.PHASES},
-    }
+    user = _user_section(name)
+    return {**packaged, **{key: user[key] for key in user if key not in launch_table.PHASES}}
 
 
 @functools.cache
 def choose(phase: str, arch: str, head_dim: int, element_bytes: int) -> Choice:
     """The launch of "decode" or "prefill" for K of this head dim and elements of this size."""
-    for entry in _section(arch)[phase]:
-        if launch_table.fits(entry, head_dim, element_bytes):
+    for entries in (_user_section(arch).get(phase, ()), _section(arch)[phase]):
+        fitting = (e for e in entries if launch_table.fits(e, head_dim, element_bytes))
+        entry = next(fitting, {})
+        if "tile" in entry:
             return Choice(entry["tile"], entry["warps"], entry["stages"], entry.get("rows", 0))
     raise ValueError(f"table.json has no {phase} entry for head dim {head_dim}")
 

@@ -73,7 +73,7 @@ HEADS = {"gqa": Heads("gqa", 32, 8, 128), "mha": Heads("mha", 16, 16, 64)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 DECODE_SIZES = ((1, 1024), (1, 4096), (1, 32768), (8, 1024), (8, 4096), (32, 1024), (32, 4096))
-QUICK_DECODE_SIZES = ((1, 4096), (8, 4096))
+QUICK_DECODE_SIZES = ((1, 1024), (1, 4096), (8, 4096))
 PREFILL_SIZES = ((1, 2048), (1, 8192))
 QUICK_PREFILL_SIZES = ((1, 2048),)
 

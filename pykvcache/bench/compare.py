@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from rich.table import Table
 
 IDENTITY = (
     *("device", "phase", "heads", "dtype", "batch", "length", "workload", "where", "operation"),
-    *("rows", "budget_tokens", "threads", "contender"),
+    *("num_blocks", "block_size", "rows", "budget_tokens", "threads", "contender"),
 )
+# Files that do not say these are of the CPU and of the defaults.
+UNSAID = ("device=cpu", "num_blocks=1000000", "block_size=16")
 OVERHEAD_PARTS = ("plan", "settle", "rest", "step")  # microseconds
 SAME_DEVICE = ("cpu", "cpu_isa", "gpus", "threads")
 NOTICED = 1.1
@@ -29,8 +32,13 @@ class Time:
 
     @classmethod
     def of(cls, found: dict[str, Any], scale: float = 1.0) -> Time:
-        median = scale * found["median"]
-        return cls(median, scale * found.get("p10", median), scale * found.get("p90", median))
+        """Raises ValueError unless it has a median, and every figure is above 0."""
+        median = found.get("median")
+        figures: list[Any] = [median, found.get("p10", median), found.get("p90", median)]
+        for figure in figures:
+            if type(figure) not in (int, float) or not 0 < figure < math.inf:
+                raise ValueError(f"a time must be a number above 0, got {figure!r:.40}")
+        return cls(*(scale * figure for figure in figures))
 
 
 @dataclass(frozen=True)
@@ -83,31 +91,58 @@ def read_results(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict) or not {"environment", "results"} <= set(found):
         raise ValueError(f"{path} must have environment and results, as --json saves them")
-    if not any(True for _ in times_of(found["results"])):
+    if not isinstance(found["environment"], dict):
+        raise ValueError(f"{path}: environment must be an object")
+    try:
+        times = list(times_of(found["results"]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not times:
         raise ValueError(f"{path} has no times to compare")
     return found
 
 
 def times_of(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Time]]:
-    """Everything in the rows that has a median, by name."""
-    for row in rows:
-        name = " ".join(f"{key}={row[key]}" for key in IDENTITY if row.get(key) is not None)
-        if "median" in row:
-            yield name, Time.of(row)
-        if isinstance(row.get("timing"), dict):
-            yield name, Time.of(row["timing"])
-        for part, timing in (row.get("timings") or {}).items():
-            yield f"{name} {part}".strip(), Time.of(timing)
-        if all(part in row for part in OVERHEAD_PARTS):
-            for part in OVERHEAD_PARTS:
+    """Everything in the rows that has a median, by name.
+
+    Raises:
+        ValueError: rows are no list of objects, or a time is no number above 0.
+    """
+    if not isinstance(rows, Sequence) or isinstance(rows, str):
+        raise ValueError(f"results must be a list of objects, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        try:
+            yield from _times_of(row)
+        except ValueError as error:
+            raise ValueError(f"results, row {number}: {error}") from None
+
+
+def _times_of(row: object) -> Iterator[tuple[str, Time]]:
+    if not isinstance(row, dict):
+        raise ValueError(f"must be an object, got {type(row).__name__}")
+    words = [f"{key}={row[key]}" for key in IDENTITY if row.get(key) is not None]
+    name = " ".join(word for word in words if word not in UNSAID)
+    if "median" in row:
+        yield name, Time.of(row)
+    if row.get("timing") is not None:
+        yield name, Time.of(_object("timing", row["timing"]))
+    for part, timing in _object("timings", row.get("timings") or {}).items():
+        yield f"{name} {part}".strip(), Time.of(_object(part, timing))
+    if all(part in row for part in OVERHEAD_PARTS):
+        for part in OVERHEAD_PARTS:
+            if row[part] != 0:  # a difference of clocks may be
                 yield f"{name} {part}", Time.of({"median": row[part]}, 1e-6)
+
+
+def _object(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object, got {type(value).__name__}")
+    return value
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     """Match two {"environment", "results"} by what was measured."""
-    # Files from before devices were recorded are of the CPU.
-    before = {name.removeprefix("device=cpu "): t for name, t in times_of(old["results"])}
-    after = {name.removeprefix("device=cpu "): t for name, t in times_of(new["results"])}
+    before, after = dict(times_of(old["results"])), dict(times_of(new["results"]))
     both = [name for name in after if name in before]
     warnings = []
     for key in SAME_DEVICE:

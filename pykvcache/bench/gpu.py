@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pykvcache.bench.cases import Case, Heads
+from pykvcache.bench.cases import Case
 from pykvcache.bench.timing import Contender, Timing, interleave
 
 if TYPE_CHECKING:
@@ -124,18 +124,14 @@ def copy_bandwidth(total_bytes: int) -> float:
     return total_bytes / timings["copy"].median
 
 
-def explain_on_gpu(spec: CallSpec, seconds: float) -> Explanation:
+def explain_on_gpu(spec: CallSpec, case: Case, seconds: float) -> Explanation:
     """`tune.explain.explain` on the current GPU, with the best backend that is ready."""
     from pykvcache import ops
     from pykvcache.bench.kernels import Workload
     from pykvcache.bench.tune.explain import Explanation
-    from pykvcache.bench.tune.shapes import DTYPES
 
     device = torch.device("cuda")
     backend = ops.table("auto", "cuda").backend
-    heads = Heads("call", spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    phase = "decode" if spec.query_len == 1 else "chunk"
-    case = Case(phase, heads, DTYPES[spec.dtype], spec.batch, spec.length, spec.query_len)
     workload = Workload(case, [spec.block_size], [backend], "cuda")
     workload.check()
     name = f"paged {spec.block_size}"

@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pykvcache import ops
-from pykvcache.bench import peaks
+from pykvcache.bench import environment, peaks
 from pykvcache.bench.cases import Case
 from pykvcache.bench.timing import Contender, Timing, WrongResult, interleave
 from pykvcache.storage import allocate
 
 COLD_BYTES = 256 * 2**20
+MOST_POOL_BYTES = 4 * COLD_BYTES
+MOST_COPIES = 2**15
 CHECKED_QUERIES = 32
 SEED = 0
 
@@ -70,6 +72,34 @@ class Result:
         }
 
 
+def pool_bytes(case: Case, block_size: int) -> int:
+    """Bytes of the whole blocks that hold K and V once."""
+    per_row = -(-case.length // block_size) * block_size
+    return case.kv_bytes // case.length * per_row
+
+
+def count_copies(case: Case, block_sizes: Sequence[int]) -> int:
+    """Copies of K and V that make calls cold, as far as their pools may grow."""
+    largest = max((pool_bytes(case, size) for size in block_sizes), default=case.kv_bytes)
+    wanted = -(-COLD_BYTES // case.kv_bytes)
+    return max(1, min(wanted, MOST_COPIES, MOST_POOL_BYTES // largest))
+
+
+def check_memory(case: Case, block_sizes: Sequence[int], device: str = "cpu") -> None:
+    """Raise ValueError unless K and V, dense and in blocks, fit the memory that is free."""
+    copies = count_copies(case, block_sizes)
+    queries = 4 * case.batch * case.query_len * case.heads.num_heads * case.heads.head_dim
+    needed = copies * (case.kv_bytes + sum(pool_bytes(case, size) for size in block_sizes))
+    needed += 16 * queries + 4 * case.kv_bytes  # outputs, and the reference's own in float32
+    free = environment.free_memory(device)
+    if free is not None and needed > free:
+        sizes = ", ".join(map(str, block_sizes))
+        raise ValueError(
+            f"{case.name} in blocks of {sizes} needs {needed / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB are free"
+        )
+
+
 class Workload:
     """Tensors of a case and the contenders over them; all copies hold the same K and V.
 
@@ -95,7 +125,7 @@ class Workload:
         self.device = torch.device(device)
         heads = case.heads
         self.case = case
-        self.copies = -(-COLD_BYTES // case.kv_bytes)
+        self.copies = count_copies(case, block_sizes)
         query = (case.batch, heads.num_heads, case.query_len, heads.head_dim)
         kv = (case.batch, heads.num_kv_heads, case.length, heads.head_dim)
         self.q = self._random(query)
@@ -288,7 +318,9 @@ def measure(
     """
     workload = Workload(case, block_sizes, backends, device, peers, wgmma)
     if missing is not None:
-        missing |= workload.missing
+        for name, reason in workload.missing.items():
+            if reason not in missing.setdefault(name, reason):
+                missing[name] += f"; {reason}"
     for threads in thread_counts if device == "cpu" else (0,):
         if threads:
             torch.set_num_threads(threads)

@@ -149,10 +149,25 @@ def flashinfer(workload: Workload) -> dict[str, Contender]:
     return {"flashinfer": run}
 
 
+def transformers(workload: Workload) -> dict[str, Contender]:
+    """transformers' paged attention, as its continuous batching calls it."""
+    if importlib.util.find_spec("transformers") is None:
+        raise Missing("is not installed")
+    from pykvcache.bench import transformers_paged
+
+    try:
+        return {"transformers paged": transformers_paged.paged(workload)}
+    except transformers_paged.DoesNotRun as error:
+        raise Missing(str(error)) from error
+    except Exception as error:  # what it uses is private there and changes between versions
+        raise Missing(f"does not run here: {_one_line(error)}") from error
+
+
 PEERS: dict[str, Callable[[Workload], dict[str, Contender]]] = {
     "flex": flex,
     "sdpa-backends": sdpa_backends,
     "flashinfer": flashinfer,
+    "transformers": transformers,
 }
 
 

@@ -7,6 +7,7 @@ can be drawn too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from pykvcache.plot import OKABE_ITO
 
 Rows = Sequence[dict[str, Any]]
-MARKERS = "osD^vP*X"
+MARKERS = "osD^v<>p"
+LINES = ("-", "--", ":", "-.")
 SIZE = (12, 6.2)
 
 
@@ -49,7 +51,7 @@ def _new_figure(columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=100, layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, sharey=columns > 1)[0]
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
@@ -58,6 +60,38 @@ def _new_figure(columns: int = 1) -> tuple[Any, Any]:
 
 def _kind(row: dict[str, Any]) -> str:
     return f"{row['heads']} {row['dtype']}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of one contender: no two of 28 look the same.
+
+    Colours repeat after len(OKABE_ITO), then with hollow points, black rims and grey points.
+    """
+
+    colour: str
+    face: str
+    rim: str
+    line: str
+    marker: str
+
+    @classmethod
+    def of(cls, number: int) -> Look:
+        again = number // len(OKABE_ITO) % len(LINES)
+        colour = OKABE_ITO[number % len(OKABE_ITO)]
+        face = (colour, "white", colour, "#CCCCCC")[again]
+        rim = ("white", colour, "black", colour)[again]
+        return cls(colour, face, rim, LINES[again], MARKERS[(number + again) % len(MARKERS)])
+
+    def points(self) -> dict[str, Any]:
+        """For the points of a line or a legend."""
+        return {"color": self.colour, "mfc": self.face, "mec": self.rim, "ms": 7}
+
+
+def looks_of(rows: Rows) -> dict[str, Look]:
+    """The look of every contender, the same in all pictures of these rows."""
+    names = dict.fromkeys(row["contender"] for row in rows)
+    return {name: Look.of(number) for number, name in enumerate(names)}
 
 
 def _where(rows: Rows) -> str:
@@ -82,9 +116,8 @@ def draw_roofline(rows: Rows) -> Any:
         top = max([r["peak"] / 1e9 for r in prefill], default=float(slope * xs.max()))
         line = span[span * slope <= top * 1.05]
         axes.plot(line, line * slope, color="black", lw=1.5)
-        middle = len(line) // 2
-        axes.annotate(f"read bandwidth, {slope:.1f} GB/s", (line[middle], line[middle] * slope),
-                      (-10, 4), textcoords="offset points", fontsize=10, ha="right")  # fmt: skip
+        axes.annotate(f"read bandwidth, {slope:.1f} GB/s", (line[0], line[0] * slope),
+                      (10, -5), textcoords="offset points", fontsize=10)  # fmt: skip
     for dtype in sorted({row["dtype"] for row in prefill}):
         ceiling = np.median([row["peak"] for row in prefill if row["dtype"] == dtype]) / 1e9
         axes.axhline(ceiling, color="black", lw=1.5, ls=":")
@@ -93,27 +126,42 @@ def draw_roofline(rows: Rows) -> Any:
     _points(axes, rows)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    use_plain_numbers(axes.xaxis)
+    use_plain_numbers(axes.yaxis)
     axes.set_xlabel("arithmetic intensity (FLOP a byte of K and V)")
     axes.set_ylabel("achieved (GFLOP/s)")
     axes.set_title(f"Roofline, {_where(rows)}", loc="left")
     return figure
 
 
+def use_plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis 0.5, 1, 2, 5, 10 instead of by powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _points(axes: Any, rows: Rows) -> None:
     """A colour a contender, a marker a shape and dtype."""
     from matplotlib.lines import Line2D
 
-    contenders = list(dict.fromkeys(row["contender"] for row in rows))
+    looks = looks_of(rows)
     kinds = list(dict.fromkeys(_kind(row) for row in rows))
-    colours = {c: OKABE_ITO[i % len(OKABE_ITO)] for i, c in enumerate(contenders)}
     for row in rows:
+        look = looks[row["contender"]]
         axes.scatter(
             row["intensity"], row["gflop_per_second"], s=46, alpha=0.85,
-            color=colours[row["contender"]], edgecolors="white", linewidths=0.5,
+            facecolors=look.face, edgecolors=look.rim,
+            linewidths=0.5 if look.rim == "white" else 1.5,
             marker=MARKERS[kinds.index(_kind(row)) % len(MARKERS)],
         )  # fmt: skip
     handles = [
-        *(Line2D([], [], ls="", marker="o", color=colours[c], label=c) for c in contenders),
+        *(
+            Line2D([], [], ls="", marker="o", label=name, **look.points())
+            for name, look in looks.items()
+        ),
         *(
             Line2D([], [], ls="", marker=MARKERS[i % len(MARKERS)], color="#777777", label=kind)
             for i, kind in enumerate(kinds)
@@ -124,34 +172,55 @@ def _points(axes: Any, rows: Rows) -> None:
 
 
 def draw_contexts(rows: Rows) -> Any:
-    """GB/s of K and V in decode against context length, an axes a shape and dtype."""
+    """GB/s of K and V in decode against context length: a column a shape and dtype, a row a batch.
+
+    Of batches of one context there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
     decode = [row for row in rows if row["phase"] == "decode"]
-    if len({row["length"] for row in decode}) < 2 and len({r["batch"] for r in decode}) < 2:
+    pairs = {(row["batch"], row["length"]) for row in decode}
+    batches = sorted(b for b in {b for b, _ in pairs} if len([1 for x, _ in pairs if x == b]) > 1)
+    if not batches:
         return None
     kinds = list(dict.fromkeys(_kind(row) for row in decode))
-    figure, axes = _new_figure(len(kinds))
-    contenders = list(dict.fromkeys(row["contender"] for row in decode))
-    for ax, kind in zip(axes, kinds, strict=True):
-        of_kind = [row for row in decode if _kind(row) == kind]
-        totals = sorted({(r["batch"] * r["length"], r["batch"], r["length"]) for r in of_kind})
-        places = {(batch, length): i for i, (_, batch, length) in enumerate(totals)}
-        for i, name in enumerate(contenders):
-            line = sorted((places[r["batch"], r["length"]], r["gb_per_second"])
-                          for r in of_kind if r["contender"] == name)  # fmt: skip
-            if line:
-                ax.plot(*zip(*line, strict=True), color=OKABE_ITO[i % len(OKABE_ITO)],
-                        marker=MARKERS[i % len(MARKERS)], label=name)  # fmt: skip
-        peak = sorted((places[r["batch"], r["length"]], r["peak"] / 1e9) for r in of_kind)
-        ax.plot(*zip(*peak, strict=True), color="black", ls="--", lw=1, label="peak of the run")
-        labels = [f"{batch} x {length:,}" for _, batch, length in totals]
-        ax.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-        ax.set_title(kind, loc="left", fontsize=11)
-        ax.set_ylim(bottom=0)
-    figure.supxlabel("rows x context (tokens), by the tokens in the cache", fontsize=11)
-    axes[0].set_ylabel("K and V read (GB/s)")
+    looks = looks_of(decode)
+    height = 1.6 + 3.0 * len(batches) if len(batches) > 1 else SIZE[1]
+    figure = Figure(figsize=(SIZE[0], height), dpi=100, layout="constrained")
+    grid = figure.subplots(len(batches), len(kinds), squeeze=False, sharey=True)
+    for line, batch in zip(grid, batches, strict=True):
+        for axes, kind in zip(line, kinds, strict=True):
+            chosen = [r for r in decode if _kind(r) == kind and r["batch"] == batch]
+            _draw_context(axes, chosen, looks)
+            axes.set_title(f"{kind}, {batch} row" + ("s" if batch > 1 else ""), loc="left",
+                           fontsize=11)  # fmt: skip
+    grid[0, 0].set_ylim(bottom=0)  # shared, so only once all is drawn
+    figure.supxlabel("context of each row (tokens, log scale)", fontsize=11)
+    figure.supylabel("K and V read (GB/s)", fontsize=11)
     figure.suptitle(f"Decode by context, {_where(rows)}", fontsize=13)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    handles: dict[str, Any] = {}
+    for axes in grid.flat:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     return figure
+
+
+def _draw_context(axes: Any, rows: Rows, looks: dict[str, Look]) -> None:
+    """The lines of one batch size."""
+    for name, look in looks.items():
+        line = sorted((r["length"], r["gb_per_second"]) for r in rows if r["contender"] == name)
+        if line:
+            style = {"ls": look.line, "marker": look.marker, **look.points()}
+            axes.plot(*zip(*line, strict=True), **style, label=name)
+    peak = sorted({(r["length"], r["peak"] / 1e9) for r in rows})
+    if peak:
+        axes.plot(*zip(*peak, strict=True), color="black", ls="--", lw=1, label="peak of the run")
+    lengths = sorted({row["length"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_block_sizes(rows: Rows) -> Any:
@@ -160,7 +229,7 @@ def draw_block_sizes(rows: Rows) -> Any:
     sizes = sorted({_block_size(row) for row in paged})
     if len(sizes) < 2:
         return None
-    figure, (speed, waste) = _two_axes()
+    figure, (speed, waste) = _new_figure(2)
     groups: dict[tuple[str, int, int], dict[int, float]] = {}
     for row in paged:
         key = _kind(row), row["batch"], row["length"]
@@ -175,15 +244,21 @@ def draw_block_sizes(rows: Rows) -> Any:
         speed.plot(sizes, middle, marker=MARKERS[i % len(MARKERS)], color=colour, label=kind)
         speed.fill_between(sizes, low, high, color=colour, alpha=0.12, lw=0)
     for i, length in enumerate((100, 500, 1000, 4000)):
-        lost = [100 * (s - 1) / 2 / (length + (s - 1) / 2) for s in sizes]
+        whole_blocks = [s for s in sizes if s <= length]  # of shorter rows the formula is wrong
+        lost = [100 * (s - 1) / 2 / (length + (s - 1) / 2) for s in whole_blocks]
         colour = OKABE_ITO[i % len(OKABE_ITO)]
-        waste.plot(sizes, lost, marker=MARKERS[i], color=colour, label=f"{length:,} tokens a row")
+        waste.plot(
+            whole_blocks, lost, marker=MARKERS[i], color=colour, label=f"{length:,} tokens a row"
+        )
     speed.set_ylabel("decode speed (% of the fastest block size)")
-    speed.set_title(
-        "Speed: median of the cases, shaded from worst to best", loc="left", fontsize=11
+    speed.set_title("Speed, measured: median of the cases,\nshaded from worst to best",
+                    loc="left", fontsize=11)  # fmt: skip
+    waste.set_ylabel("waste of allocated slots by the formula (%)")
+    waste.set_title(
+        "Waste by formula, (block size - 1) / 2 slots a row;\nof a trace: pykvcache replay",
+        loc="left",
+        fontsize=11,
     )
-    waste.set_ylabel("expected waste of allocated slots (%)")
-    waste.set_title("Waste: (block size - 1) / 2 slots a row", loc="left", fontsize=11)
     for ax in (speed, waste):
         ax.set_xscale("log", base=2)
         ax.set_xticks(sizes, [str(size) for size in sizes])
@@ -192,17 +267,6 @@ def draw_block_sizes(rows: Rows) -> Any:
         ax.legend(frameon=False, fontsize=10)
     figure.suptitle(f"Block size against speed and waste, {_where(rows)}", fontsize=13)
     return figure
-
-
-def _two_axes() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, dpi=100, layout="constrained")
-    axes = figure.subplots(1, 2)
-    for ax in axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _block_size(row: dict[str, Any]) -> int:

@@ -182,7 +182,7 @@ def measure_overhead(rows: int, steps: int = 200) -> Overhead:
         for _ in range(steps):
             engine.step()
     parts = np.array([plan, settle, forward, whole])
-    rest = parts[3] - parts[:3].sum(0)
+    rest = np.maximum(parts[3] - parts[:3].sum(0), 0)
     numbers = [float(np.median(x)) * 1e6 for x in (parts[0], parts[1], rest, parts[3])]
     return Overhead(rows, *numbers)
 

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run the command in sys.argv and return its exit code."""
-    from pykvcache.cli.app import app
-
+    try:
+        from pykvcache.cli.app import app  # seconds go by here
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     return run(app)
 
 
 def run(app: typer.Typer) -> int:
-    """Run a typer application on sys.argv: 2 = wrong arguments, 1 = wrong result, 130 = Ctrl-C."""
+    """Run a typer application on sys.argv; returns the exit code.
+
+    2 = wrong arguments, 1 = wrong result or a file that could not be written, 130 = Ctrl-C.
+    """
     import typer
 
     from pykvcache.bench.timing import WrongResult
@@ -34,6 +39,8 @@ def run(app: typer.Typer) -> int:
         return _fail("interrupted", 130)
     except WrongResult as error:
         return _fail(str(error), 1)
+    except OSError as error:  # such as a full disk; wrong files are found before the work
+        return _fail(" ".join(str(error).split()), 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors; which click depends on typer
             raise

@@ -13,6 +13,7 @@ from pykvcache.cli.tune import tune
 app = typer.Typer(
     name="pykvcache",
     help="A block-paged KV cache for PyTorch and Hugging Face models.",
+    epilog="Example: python -m pykvcache demo. Each command has --help with an example of its own.",
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -12,6 +12,7 @@ from rich.table import Table
 from pykvcache.bench import demo as bench
 from pykvcache.bench import tables
 from pykvcache.bench.progress import task_progress
+from pykvcache.cli.bench.options import check_output, check_picture
 
 
 def demo(
@@ -36,10 +37,10 @@ def demo(
     """
     if dtype not in bench.DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(bench.DTYPES)}, got {dtype!r}")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise typer.BadParameter("--plot needs matplotlib: pip install 'pykvcache[plot]'")
-    if plot is not None and not plot.absolute().parent.is_dir():
-        raise typer.BadParameter(f"--plot: there is no folder {plot.absolute().parent}")
+    if plot is not None:
+        check_picture(plot)
+    if json is not None and json != "-":
+        check_output("--json", json)
     if importlib.util.find_spec("transformers") is None:
         raise typer.BadParameter("demo needs transformers: pip install 'pykvcache[hf]'")
     lengths = bench.prompt_lengths(batch, seed)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json as json_module
+import math
+import os
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +22,14 @@ from pykvcache.bench.progress import task_progress
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.tune.explain import CallSpec, Explanation
 from pykvcache.bench.tune.explain import explain as explain_call
-from pykvcache.bench.tune.plan import BLOCK_SIZES, Request, Tuning
+from pykvcache.bench.tune.measure import limits_of_calls, section_name
+from pykvcache.bench.tune.objective import Demand
+from pykvcache.bench.tune.plan import BLOCK_SIZES, Interrupted, Request, Tuning, restore_launches
 from pykvcache.bench.tune.plan import tune as run_tuning
-from pykvcache.bench.tune.report import reasons, tuning_table
+from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
 from pykvcache.bench.tune.shapes import load_shape
 from pykvcache.cli.bench.kernels import choose_device
-from pykvcache.cli.bench.options import check_folder, check_plot, integers
+from pykvcache.cli.bench.options import check_output, check_picture, integers
 
 STANDARD_OUTPUT = "-"
 
@@ -52,6 +58,9 @@ def tune(
         bool, typer.Option("--exhaustive", help="Measure every candidate to the end.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, cpu, triton or cuda; on a GPU only triton takes a table.")
+    ] = "auto",
     out: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Launch table; the user's. - = standard output."),
@@ -75,7 +84,10 @@ def tune(
     Writes the launch table that the kernels read (docs/tuning.md). --explain says for one call
     which kernel and launch run, the bytes and FLOPs, the floor and what was achieved.
     """
-    device, _ = choose_device(device)
+    device, ready = choose_device(device)
+    if backend not in ("auto", *ready):
+        known = ", ".join(("auto", *ready))
+        raise typer.BadParameter(f"--backend must be one of {known} on {device}, got {backend!r}")
     if threads is not None:
         torch.set_num_threads(threads)
     try:
@@ -85,9 +97,9 @@ def tune(
         path = check_files(out, json, plot)
         if not 0 <= tolerance < 50:
             raise ValueError(f"tolerance must be 0 to 50 percent, got {tolerance}")
-        if not seconds > 0:
+        if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be more than 0, got {seconds}")
-        if step_ms is not None and step_ms < 0:
+        if step_ms is not None and not 0 <= step_ms < math.inf:
             raise ValueError(f"step_ms must be 0 or more, got {step_ms}")
         request = Request(
             load_shape(model_config, dtype),
@@ -99,6 +111,7 @@ def tune(
             None if step_ms is None else step_ms / 1e3,
             device,
             exhaustive,
+            backend,
         )
         console = tables.open_console(stderr=STANDARD_OUTPUT in (out, json))
         console.print(tables.environment_line(environment.describe()), soft_wrap=True)
@@ -106,26 +119,35 @@ def tune(
             found = run_tuning(request, advance)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(" ".join(str(error).split())) from error
+    except Interrupted as stop:
+        save_demands(console, stop.demands, json)
+        raise typer.Abort from None
+    if found.interrupted:
+        console.print("interrupted; what was measured so far:")
     show(console, found)
     save(console, found, path, json, plot)
+    if found.interrupted:
+        raise typer.Abort
 
 
 def check_files(out: str | None, json: str | None, plot: Path | None) -> Path | None:
     """The launch table's file, None for standard output; raises before any work is done."""
     if STANDARD_OUTPUT == out == json:
         raise ValueError("--out and --json cannot both go to standard output")
-    if json not in (None, STANDARD_OUTPUT):
-        check_folder("--json", Path(str(json)))
+    if json is not None and json != STANDARD_OUTPUT:
+        check_output("--json", json)
     if plot is not None:
-        check_plot()
-        check_folder("--plot", plot)
+        check_picture(plot)
     if out == STANDARD_OUTPUT:
         return None
-    path = launch_table.user_path() if out is None else Path(out)
     if out is not None:
-        check_folder("--out", path)
-    if path.exists():
-        launch_table.read_table(path)  # entries of other models stay
+        check_output("--out", out)
+        if Path(out).exists():
+            launch_table.read_table(out)  # what is no launch table is not written over
+        return Path(out)
+    path = launch_table.user_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output("launch table (--out chooses another)", path)
     return path
 
 
@@ -139,31 +161,12 @@ def save(
     console: Console, found: Tuning, path: Path | None, json: str | None, plot: Path | None
 ) -> None:
     """Write the launch table, the rows and the picture."""
-    table = dict(found.table)
-    for name, section in table.items():
-        table[name] = {"device": device_name(name), **section} if name == "cpu" else section
-    if path is None:
-        sys.stdout.write(json_module.dumps(table, indent=2) + "\n")
-    elif not table:
-        console.print("launch table: not written, the kernels' own choices were best")
+    if found.interrupted:
+        console.print("launch table: not written, the kernels were not compared to the end")
+    elif path is None:
+        sys.stdout.write(json_module.dumps(merge(found, {}), indent=2) + "\n")
     else:
-        old = launch_table.read_table(path) if path.exists() else {}
-        merged = launch_table.merge_tables(table, old)
-        merged["about"] = {
-            "written_by": "python -m pykvcache tune",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "model": found.request.shape.name,
-            "block_size": found.outcome.block_size,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json_module.dumps(merged, indent=2) + "\n")
-        used = path == launch_table.user_path()
-        how = (
-            "read by every process from now on"
-            if used
-            else (f"read when {launch_table.VARIABLE} names it")
-        )
-        console.print(f"launch table: {path}, {how}", soft_wrap=True)
+        console.print(f"launch table: {write_table(found, path)}", soft_wrap=True)
     if json is not None:
         tables.save_json(json, found.to_json())
     if plot is not None:
@@ -173,8 +176,76 @@ def save(
         console.print(f"plot: {plot}")
 
 
-def device_name(section: str) -> str:
-    return launch_table.processor() if section == "cpu" else section
+def save_demands(console: Console, demands: Mapping[int, Demand], json: str | None) -> None:
+    """What the replay had found when Ctrl-C came."""
+    if not demands:
+        return
+    console.print("interrupted before the kernels were compared; the replay found:")
+    console.print(demand_table(demands))
+    if json is not None:
+        rows = [asdict(demand) | {"interrupted": True} for demand in demands.values()]
+        tables.save_json(json, rows)
+
+
+def merge(found: Tuning, old: launch_table.Table) -> launch_table.Table:
+    """`old` with what was found: what it said about the measured calls goes."""
+    if found.backend == "cuda":
+        return old
+    section = section_name(torch.device(found.request.device))
+    new = dict(found.table.get(section, {}))
+    if section == "cpu":
+        new["device"] = launch_table.processor()
+    measured = limits_of_calls(found.request.shape, section)
+    return launch_table.merge_section(old, section, new, measured)
+
+
+def write_table(found: Tuning, path: Path) -> str:
+    """Bring the file up to date; what was done, in words."""
+    old, words = old_table(path)
+    merged = merge(found, old)
+    if found.backend == "cuda":
+        return "not written, the cuda kernels choose their launches themselves"
+    if merged == old:
+        kept = "stays as it is" if path.exists() else "is not written"
+        return f"{path} {kept}, the kernels' own choices were best"
+    merged["about"] = {
+        "written_by": "python -m pykvcache tune",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": found.request.shape.name,
+        "block_size": found.outcome.block_size,
+    }
+    if words:
+        path.replace(path.with_suffix(".old"))
+    path.write_text(json_module.dumps(merged, indent=2) + "\n")
+    restore_launches(torch.device(found.request.device))  # this process reads it as well
+    if not found.table:
+        words += "; the kernels' own choices were best, older entries for these calls are gone"
+    before = old.get("cpu", {}).get("device")
+    if "cpu" in found.request.device and before not in (None, launch_table.processor()):
+        words += f"; entries of another processor ({before}) are gone"
+    return f"{path}, {who_reads(path)}{words}"
+
+
+def old_table(path: Path) -> tuple[launch_table.Table, str]:
+    """The table in a file, and what is to be said about it if it is broken."""
+    if not path.exists():
+        return {}, ""
+    try:
+        return launch_table.read_table(path), ""
+    except ValueError as error:
+        return {}, f"; the old one was broken and is now {path.with_suffix('.old').name} ({error})"
+
+
+def who_reads(path: Path) -> str:
+    """Which processes read this launch table."""
+    named = os.environ.get(launch_table.VARIABLE)
+    if named and named != launch_table.NO_TABLE and Path(named).absolute() == path.absolute():
+        return f"read while {launch_table.VARIABLE} names it"
+    if path != launch_table.user_path():
+        return f"read when {launch_table.VARIABLE} names it"
+    if named:
+        return f"not read while {launch_table.VARIABLE} is {named}"
+    return "read by every process from now on"
 
 
 def show_explanation(spec: CallSpec, device: str, json: str | None) -> None:
@@ -189,7 +260,10 @@ def show_explanation(spec: CallSpec, device: str, json: str | None) -> None:
 
 def used_table() -> str:
     """Which launch table this process reads."""
-    found, path = launch_table.find_user_table()
+    try:
+        found, path = launch_table.find_user_table()
+    except ValueError as error:
+        return f"none; {error}"
     if path is None:
         return "none; the kernels' own choices"
     device = found.get("cpu", {}).get("device")

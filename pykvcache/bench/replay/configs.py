@@ -15,6 +15,8 @@ ALIASES = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "head_dim": ("head_dim",),
+    "kv_lora_rank": ("kv_lora_rank",),
+    "qk_rope_head_dim": ("qk_rope_head_dim",),
 }
 
 
@@ -66,7 +68,10 @@ def load_config(name: str) -> ModelConfig:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(fields).__name__}")
-    return _from_fields(fields.get("text_config") or fields, fields, path)
+    text = fields.get("text_config") or fields
+    if not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config must be an object, got {text!r:.40}")
+    return _from_fields(text, fields, path)
 
 
 def _from_fields(fields: dict[str, Any], outer: dict[str, Any], path: Path) -> ModelConfig:
@@ -82,11 +87,16 @@ def _from_fields(fields: dict[str, Any], outer: dict[str, Any], path: Path) -> M
         return default
 
     layers = get("num_hidden_layers")
-    if latent := fields.get("kv_lora_rank"):
-        elements = latent + fields.get("qk_rope_head_dim", 0)
+    if fields.get("kv_lora_rank"):
+        elements = get("kv_lora_rank") + get("qk_rope_head_dim", 0)
     else:
         heads = get("num_attention_heads")
         head_dim = get("head_dim", 0) or get("hidden_size") // heads
+        if not head_dim:
+            raise ValueError(
+                f"{path}: hidden_size must be at least num_attention_heads, got "
+                f"{get('hidden_size')} and {heads}"
+            )
         one = fields.get("multi_query", False) and not fields.get("new_decoder_architecture")
         elements = 2 * get("num_key_value_heads", 1 if one else heads) * head_dim
     dtype = str(outer.get("dtype") or outer.get("torch_dtype") or "bfloat16")

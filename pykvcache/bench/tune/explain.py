@@ -8,7 +8,7 @@ from typing import Any
 from pykvcache import launch_table, ops
 from pykvcache.bench import environment, peaks
 from pykvcache.bench.cases import Case, Heads
-from pykvcache.bench.kernels import Workload
+from pykvcache.bench.kernels import Workload, check_memory
 from pykvcache.bench.timing import Timing, interleave
 from pykvcache.bench.tune.shapes import DTYPES
 
@@ -39,6 +39,8 @@ class CallSpec:
         found: dict[str, Any] = {}
         for part in text.split(","):
             name, _, value = part.strip().partition("=")
+            if name in found:
+                raise ValueError(f"explain: {name} is given twice")
             if name == "dtype":
                 found[name] = value
             elif name not in FIELDS:
@@ -108,7 +110,7 @@ class Explanation:
         return [
             ("backend", self.backend),
             ("kernel", self.kernel),
-            ("launch", launch),
+            ("launch", launch or "chosen by the compiled kernels, which do not report it"),
             ("must move", f"{spec.bytes / 2**20:,.2f} MiB ({spec.bytes:,} bytes)"),
             ("must compute", f"{spec.flops / 1e9:,.3f} GFLOP ({spec.flops:,})"),
             ("intensity", f"{spec.flops / spec.bytes:.2f} FLOP a byte"),
@@ -171,16 +173,18 @@ def explain(spec: CallSpec, seconds: float = 2.0, device: str = "cpu") -> Explan
 
     Raises:
         WrongResult: the kernel is wrong. RuntimeError: no kernels for this device.
+        ValueError: K and V do not fit the memory that is free.
     """
-    if device != "cpu":
-        from pykvcache.bench.gpu import explain_on_gpu
-
-        return explain_on_gpu(spec, seconds)
-    if ops.backends()["cpu"] != "ready":
-        raise RuntimeError(f"backend 'cpu' is not available: {ops.backends()['cpu']}")
     heads = Heads("call", spec.num_heads, spec.num_kv_heads, spec.head_dim)
     phase = "decode" if spec.query_len == 1 else "chunk"
     case = Case(phase, heads, DTYPES[spec.dtype], spec.batch, spec.length, spec.query_len)
+    check_memory(case, [spec.block_size], device)
+    if device != "cpu":
+        from pykvcache.bench.gpu import explain_on_gpu
+
+        return explain_on_gpu(spec, case, seconds)
+    if ops.backends()["cpu"] != "ready":
+        raise RuntimeError(f"backend 'cpu' is not available: {ops.backends()['cpu']}")
     workload = Workload(case, [spec.block_size])
     workload.check()
     name = f"paged {spec.block_size}"

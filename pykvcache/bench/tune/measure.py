@@ -63,14 +63,20 @@ class Bench:
     Args:
         lengths: cached tokens of the rows of a decode call.
         prompt: length of the prompt of a prefill call.
+        backend: "cpu", "triton" or "cuda"; the last takes no launches.
     """
 
     def __init__(
-        self, shape: Shape, lengths: Sequence[int], prompt: int, device: str = "cpu"
+        self,
+        shape: Shape,
+        lengths: Sequence[int],
+        prompt: int,
+        device: str = "cpu",
+        backend: str = "cpu",
     ) -> None:
         self.shape = shape
         self.device = torch.device(device)
-        self.backend = "cpu" if self.device.type == "cpu" else "triton"
+        self.backend = backend
         self.lengths = fit_lengths(lengths, CALL_BYTES // shape.token_bytes)
         self.prompt = min(prompt, PREFILL_TOKENS)
         generator = torch.Generator().manual_seed(0)
@@ -84,24 +90,28 @@ class Bench:
 
     def decode(self, candidate: Candidate) -> float:
         """Seconds for one cached token."""
-        use_launch(self.shape, candidate.launch, device=self.device)
+        self._use(candidate.launch)
         call = self._call("decode", candidate.block_size)
         return self._sample("decode", candidate.block_size) / call.cached_tokens
 
     def prefill(self, block_size: int, rows: int = 0) -> float:
         """Seconds for one prompt token."""
-        use_launch(self.shape, DEFAULT, rows, self.device)
+        self._use(DEFAULT, rows)
         return self._sample("prefill", block_size) / self.prompt
 
     def check(self, candidates: Sequence[Candidate], rows: Sequence[int] = (0,)) -> None:
         """Raise WrongResult unless every launch gives the reference's result on short rows."""
         for candidate in candidates:
-            use_launch(self.shape, candidate.launch, device=self.device)
+            self._use(candidate.launch)
             self._check("decode", candidate.block_size, str(candidate))
         for size in sorted({candidate.block_size for candidate in candidates}):
             for count in rows:
-                use_launch(self.shape, DEFAULT, count, self.device)
+                self._use(DEFAULT, count)
                 self._check("prefill", size, f"prefill of {count} rows, blocks of {size}")
+
+    def _use(self, launch: Launch, rows: int = 0) -> None:
+        if self.backend != "cuda":
+            use_launch(self.shape, launch, rows, self.device)
 
     def _check(self, phase: str, block_size: int, name: str) -> None:
         lengths = [1, 37, CHECKED_TOKENS] if phase == "decode" else [CHECKED_TOKENS]
@@ -239,26 +249,28 @@ def section_name(device: torch.device | None) -> str:
     return str(architecture(device))
 
 
-def table_of(shape: Shape, launch: Launch, rows: int, section: str) -> dict[str, Any]:
-    """A launch table with entries for this head dim, and on a CPU for this element size.
+def limits_of_calls(shape: Shape, section: str) -> dict[str, dict[str, int]]:
+    """Which calls tuning measures, by phase: of this head dim, on a CPU of this element size.
 
     A GPU's decode tile serves every dtype, because the plan of a step is made before it is known.
     """
-    where = {"dim": shape.head_dim}
-    found: dict[str, Any] = {}
     if section == "cpu":
-        where["bytes"] = shape.torch_dtype.itemsize
-        if launch.entry():
-            found["decode"] = [where | launch.entry()]
-        if rows:
-            found["prefill"] = [where | {"rows": rows}]
-    else:
-        entry = launch.entry()
-        splits = entry.pop("splits", 0)
-        if entry:
-            found["decode"] = [where | entry]
-        if splits:
-            found["programs_per_sm"] = splits
+        where = {"dim": shape.head_dim, "bytes": shape.torch_dtype.itemsize}
+        return dict.fromkeys(launch_table.PHASES, where)
+    return {"decode": {"dim": shape.head_dim}}
+
+
+def table_of(shape: Shape, launch: Launch, rows: int, section: str) -> dict[str, Any]:
+    """A launch table with entries for the calls of this shape."""
+    where = limits_of_calls(shape, section)
+    entry = launch.entry()
+    found: dict[str, Any] = {}
+    if section != "cpu" and "splits" in entry:
+        found["programs_per_sm"] = entry.pop("splits")
+    if entry:
+        found["decode"] = [where["decode"] | entry]
+    if rows and "prefill" in where:
+        found["prefill"] = [where["prefill"] | {"rows": rows}]
     return {section: found} if found else {}
 
 

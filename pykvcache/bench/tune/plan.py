@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from pykvcache import ops
 from pykvcache.bench import peaks
 from pykvcache.bench.replay.cases import PAGED, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
@@ -19,6 +20,7 @@ from pykvcache.bench.replay.rows import Rows
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.timing import interleave
+from pykvcache.bench.tune import screen
 from pykvcache.bench.tune.measure import Bench, elapsed, launches_for, section_name, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
 from pykvcache.bench.tune.search import Candidate, Outcome, Race
@@ -46,11 +48,24 @@ class Request:
     step_seconds: float | None = None
     device: str = "cpu"
     exhaustive: bool = False
+    backend: str = "auto"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C before the kernels could be compared; `demands` is what the replay had found."""
+
+    def __init__(self, demands: Mapping[int, Demand]) -> None:
+        super().__init__()
+        self.demands = demands
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What was found. `rows`: query rows of the general CPU kernel, 0 = its own choice."""
+    """What was found. `rows`: query rows of the general CPU kernel, 0 = its own choice.
+
+    interrupted: by Ctrl-C; what was chosen is what was best until then.
+    backend: whose kernels were measured.
+    """
 
     request: Request
     objective: Objective
@@ -59,6 +74,8 @@ class Tuning:
     lengths: Sequence[int]
     bandwidth: float
     table: dict[str, Any] = field(default_factory=dict)
+    interrupted: bool = False
+    backend: str = "cpu"
 
     def to_json(self) -> list[dict[str, Any]]:
         """A row a block size."""
@@ -73,6 +90,7 @@ class Tuning:
         return {
             "block_size": size,
             "chosen": size == outcome.block_size,
+            "interrupted": self.interrupted,
             "tied": size in outcome.tied,
             "launch": candidate.launch.entry(),
             "decode_ns_per_token": 1e9 * decode,
@@ -93,54 +111,97 @@ def tune(request: Request, advance: Advance = lambda *a, **k: None) -> Tuning:
 
     Raises:
         ValueError: an argument; one line. WrongResult: a kernel is wrong; nothing was timed.
+        Interrupted: Ctrl-C before MIN_ROUNDS of the race; after them it only ends early.
     """
-    demands, lengths, prompt = replay_demands(request, advance)
+    demands: dict[int, Demand] = {}
+    try:
+        return _tune(request, demands, advance)
+    except KeyboardInterrupt:
+        raise Interrupted(demands) from None
+
+
+def _tune(request: Request, demands: dict[int, Demand], advance: Advance) -> Tuning:
+    lengths, prompt = replay_demands(request, demands, advance)
     device = torch.device(request.device)
-    bench = Bench(request.shape, lengths, prompt, request.device)
-    grid = launches_for(device, torch.get_num_threads())
+    backend = ops.table(request.backend, device.type).backend
+    bench = Bench(request.shape, lengths, prompt, request.device, backend)
     sizes = sorted(request.block_sizes)
-    candidates = [Candidate(size, launch) for size in sizes for launch in grid]
+    began = time.perf_counter()
+    on_gpu = device.type != "cpu"
     try:
         advance(0, title="checking")
-        rows = ROWS if device.type == "cpu" else (0,)
-        bench.check(candidates[:: max(1, len(candidates) // 60)], rows)
+        rows = (0,) if on_gpu else ROWS
+        candidates = choose_candidates(request, bench, sizes, rows)
         bandwidth = read_bandwidth(device)
         base = step_seconds(request, bandwidth)
         prefill = measure_prefill(bench, sizes)
         objective = Objective(base, request.shape.layers, demands, prefill)
         race = Race(
             candidates, bench.decode, objective.value, objective.waste, request.tolerance,
-            request.exhaustive,
+            request.exhaustive, bounded=on_gpu,
         )  # fmt: skip
         outcome = race.run(
-            request.seconds,
+            request.seconds - (time.perf_counter() - began if on_gpu else 0),
             time.perf_counter,
             lambda seconds: advance(seconds, title=f"{len(race.alive)} candidates"),
         )
-        found_rows = choose_rows(bench, outcome.block_size, rows)
+        found_rows, interrupted = 0, outcome.interrupted
+        if not interrupted:
+            try:
+                found_rows = choose_rows(bench, outcome.block_size, rows)
+            except KeyboardInterrupt:
+                interrupted = True
     finally:
-        restore_launches(device)
-    table = table_of(request.shape, outcome.choice.launch, found_rows, section_name(device))
-    return Tuning(request, objective, outcome, found_rows, bench.lengths, bandwidth, table)
+        if backend != "cuda":
+            restore_launches(device)
+    table = {}
+    if backend != "cuda":
+        table = table_of(request.shape, outcome.choice.launch, found_rows, section_name(device))
+    return Tuning(
+        request, objective, outcome, found_rows, bench.lengths, bandwidth, table, interrupted,
+        backend,
+    )  # fmt: skip
+
+
+def choose_candidates(
+    request: Request, bench: Bench, sizes: Sequence[int], rows: Sequence[int]
+) -> list[Candidate]:
+    """Who races: the whole grid on a CPU, on a GPU what can be compiled in the time.
+
+    Raises:
+        WrongResult: a kernel is wrong.
+    """
+    device = bench.device
+    if bench.backend == "cuda":  # its kernels choose their launches themselves
+        candidates = [Candidate(size) for size in sizes]
+        bench.check(candidates, rows)
+        return candidates
+    grid = launches_for(device, torch.get_num_threads())
+    if device.type == "cpu":
+        candidates = [Candidate(size, launch) for size in sizes for launch in grid]
+        bench.check(candidates[:: max(1, len(candidates) // 60)], rows)
+        return candidates
+    limit = screen.shared_memory(device)
+    grid = [launch for launch in grid if screen.fits_shared_memory(request.shape, launch, limit)]
+    return screen.screen(bench, sizes, grid, request.seconds, time.perf_counter)
 
 
 def restore_launches(device: torch.device) -> None:
     """Back to the user's table."""
     from pykvcache import launch_table
 
-    found = launch_table.user_table()
     if device.type == "cpu":
-        launch_table.use_on_cpu(found)
+        launch_table.use_user_table_on_cpu()
     else:
         from pykvcache.kernels.launch import table as kernels_table
 
-        kernels_table.use(found)
+        kernels_table.use(launch_table.user_table())
 
 
 def replay_demands(
-    request: Request, advance: Advance = lambda *a, **k: None
-) -> tuple[dict[int, Demand], list[int], int]:
-    """Demands by block size, lengths of rows that were in the cache, and the mean prompt."""
+    request: Request, demands: dict[int, Demand], advance: Advance = lambda *a, **k: None
+) -> tuple[list[int], int]:
+    """Fill demands by block size; lengths of rows that were in the cache, and the mean prompt."""
     from pykvcache.sizes import parse_memory
 
     memory = parse_memory(request.memory)
@@ -161,7 +222,6 @@ def replay_demands(
         if len(lengths) < KEPT_LENGTHS:
             lengths.extend(rows.length.tolist())
 
-    demands = {}
     for case in plan.cases:
         assert case.block_size is not None
         advance(0, title=f"replaying blocks of {case.block_size}")
@@ -172,7 +232,7 @@ def replay_demands(
     middle = Case(PAGED, min(plan.cases, key=lambda c: abs((c.block_size or 0) - 16)).block_size)
     run_case(middle, plan.workload, slots, plan.max_len, plan.rules, observe=observe)
     positive = [length for length in lengths if length > 0]
-    return demands, positive or [1], round(plan.survey.prompt)
+    return positive or [1], round(plan.survey.prompt)
 
 
 def read_bandwidth(device: torch.device) -> float:

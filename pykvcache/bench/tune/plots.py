@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pykvcache.bench.plots import use_plain_numbers
 from pykvcache.bench.tune.plan import Tuning
 from pykvcache.plot import OKABE_ITO
 
@@ -44,9 +45,11 @@ def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float
         axes.scatter(x, y, s=160 if chosen else 60, marker="*" if chosen else "o", color=colour)
         label = str(row["block_size"])
         label += " (recommended)" if chosen else " (no waste)" if row["waste"] < 0.01 else ""
+        at_edge = {min(xs): "left", max(xs): "right"} if " " in label else {}
         axes.annotate(label, (x, y), (0, 11 if chosen else -16), textcoords="offset points",
-                      ha="center", fontsize=10)  # fmt: skip
+                      ha=at_edge.get(x, "center"), fontsize=10)  # fmt: skip
     axes.set_xscale("log")
+    use_plain_numbers(axes.xaxis)
     axes.margins(x=0.12, y=0.14)
     axes.set_xlabel("waste: share of allocated slots without a live token (%, log scale)")
     axes.set_ylabel("generated tokens/s (% of the best)")

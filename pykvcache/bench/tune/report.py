@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
+from pykvcache.bench.tune.objective import Demand
 from pykvcache.bench.tune.plan import Tuning
 
 
@@ -39,6 +42,17 @@ def tuning_table(found: Tuning) -> Table:
     return table
 
 
+def demand_table(demands: Mapping[int, Demand]) -> Table:
+    """What the replay alone has found, for a run that ended before the kernels were compared."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("block size", "waste %", "live %", "mean batch"):
+        table.add_column(column, justify="right")
+    for size, demand in sorted(demands.items()):
+        figures = (f"{demand.waste:.2f}", f"{demand.live:.1f}", f"{demand.mean_batch:.1f}")
+        table.add_row(str(size), *figures)
+    return table
+
+
 def reasons(found: Tuning) -> list[str]:
     """Why the recommended block size was chosen, in sentences."""
     outcome, objective, request = found.outcome, found.objective, found.request
@@ -64,6 +78,12 @@ def reasons(found: Tuning) -> list[str]:
         f"{outcome.rounds} rounds over {len(outcome.samples)} candidates, read bandwidth "
         f"{found.bandwidth / 1e9:.1f} GB/s",
     ]
-    if not outcome.settled:
+    if found.backend == "cuda":
+        lines.append("measured the cuda kernels, which choose their launches themselves")
+    elif found.backend == "triton":
+        lines.append("measured the triton kernels: the launch table is for them alone")
+    if found.interrupted:
+        lines[0] = "so far, " + lines[0]
+    elif not outcome.settled:
         lines.append("not everything was decided in this time; more --seconds would decide it")
     return lines

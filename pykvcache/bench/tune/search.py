@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MIN_ROUNDS = 15
+BOUNDED_ROUNDS = 3
 DEFAULT_LAUNCH_MARGIN = 0.01
 SIGMAS = 4.0
 
@@ -84,6 +85,7 @@ class Outcome:
     best: the launch of every block size, also of those that dropped out. times: its seconds.
     block_size: the recommended one. tied: all that count as equally fast, it included.
     settled: nothing was left to decide. rounds: of the candidates that stayed to the end.
+    interrupted: by Ctrl-C; the rest is what was known then.
     """
 
     samples: Mapping[Candidate, Samples]
@@ -93,6 +95,7 @@ class Outcome:
     tied: tuple[int, ...]
     settled: bool
     rounds: int
+    interrupted: bool = False
 
     @property
     def choice(self) -> Candidate:
@@ -109,6 +112,7 @@ class Race:
         waste: of a block size; of equally fast ones the least wins.
         tolerance: block sizes whose objective is within this share of the best are tied.
         exhaustive: nobody drops out.
+        bounded: the time counts for more than MIN_ROUNDS; only BOUNDED_ROUNDS are sure.
     """
 
     def __init__(
@@ -119,12 +123,14 @@ class Race:
         waste: Callable[[int], float],
         tolerance: float = 0.03,
         exhaustive: bool = False,
+        bounded: bool = False,
     ) -> None:
         self.samples = {candidate: Samples() for candidate in candidates}
         self.alive = list(self.samples)
         self.rounds = 0
         self._sample, self._value, self._waste = sample, value, waste
         self._tolerance, self._exhaustive = tolerance, exhaustive
+        self._least = BOUNDED_ROUNDS if bounded else MIN_ROUNDS
 
     def run(
         self,
@@ -134,13 +140,13 @@ class Race:
     ) -> Outcome:
         """Race until it is decided or `seconds` of `clock` are over, but MIN_ROUNDS at least.
 
-        Ctrl-C after MIN_ROUNDS ends the race with what is known; before, it is raised.
+        Ctrl-C after those ends the race with what is known; before, it is raised.
         """
         start = last = clock()
-        settled = False
+        settled = interrupted = False
         decide = MIN_ROUNDS  # the next round to decide after; statistics take time as well
         try:
-            while not settled and (self.rounds < MIN_ROUNDS or clock() - start < seconds):
+            while not settled and (self.rounds < self._least or clock() - start < seconds):
                 self._play_round()
                 if self.rounds >= decide and not self._exhaustive:
                     settled = self._drop_losers()
@@ -149,11 +155,12 @@ class Race:
                 advance(now - last)
                 last = now
         except KeyboardInterrupt:
-            if self.rounds < MIN_ROUNDS:
+            if self.rounds < self._least:
                 raise
+            interrupted = True
         if self._exhaustive:
             settled = self._drop_losers()
-        return self._outcome(settled)
+        return self._outcome(settled and not interrupted, interrupted)
 
     def _play_round(self) -> None:
         """One sample of everybody that is left, each round starting with the next one."""
@@ -227,7 +234,7 @@ class Race:
         )
         return low, high
 
-    def _outcome(self, settled: bool) -> Outcome:
+    def _outcome(self, settled: bool, interrupted: bool) -> Outcome:
         sizes = sorted({c.block_size for c in self.samples})
         best = {}
         for size in sizes:
@@ -240,4 +247,4 @@ class Race:
         line = max(values.values()) * (1 - self._tolerance)
         tied = tuple(size for size in alive if values[size] >= line)
         chosen = min(tied, key=lambda size: (self._waste(size), size))
-        return Outcome(self.samples, best, times, chosen, tied, settled, self.rounds)
+        return Outcome(self.samples, best, times, chosen, tied, settled, self.rounds, interrupted)

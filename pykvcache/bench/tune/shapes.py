@@ -74,11 +74,11 @@ def _fields(name: str) -> dict[str, Any]:
 
 
 def _from_file(config: ModelConfig, fields: dict[str, Any], dtype: str) -> Shape:
-    if fields.get("kv_lora_rank"):
+    if _first(fields, "kv_lora_rank"):
         raise ValueError(f"{config.name} caches latents, which tune does not measure")
     heads = _first(fields, "num_attention_heads", "n_head", "num_heads", "n_heads")
     hidden = _first(fields, "hidden_size", "n_embd", "d_model")
-    head_dim = fields.get("head_dim") or (hidden or 0) // (heads or 1)
+    head_dim = _first(fields, "head_dim") or (hidden or 0) // (heads or 1)
     if not heads or not head_dim:
         raise ValueError(f"{config.name} must have num_attention_heads and head_dim or hidden_size")
     kv_heads = config.token_elements // (2 * head_dim)
@@ -89,19 +89,57 @@ def _from_file(config: ModelConfig, fields: dict[str, Any], dtype: str) -> Shape
 
 
 def _first(fields: dict[str, Any], *names: str) -> int | None:
-    return next((fields[name] for name in names if fields.get(name)), None)
+    """The first of these fields that is there and not 0.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
+    for name in names:
+        value = fields.get(name)
+        if value is None or value == 0:
+            continue
+        if type(value) is not int or value < 0:
+            raise ValueError(f"config: {name} must be a positive integer, got {value!r:.40}")
+        return value
+    return None
 
 
 def _parameters(
     fields: dict[str, Any], hidden: int | None, heads: int, kv_heads: int, head_dim: int
 ) -> float | None:
-    """Of a dense decoder with a gated MLP; an estimate."""
-    inner = _first(fields, "intermediate_size", "n_inner", "ffn_dim")
+    """Of a decoder with gated MLPs, all experts of all layers; an estimate."""
+    inner = _first(fields, "intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
     layers = _first(fields, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     if not (hidden and inner and layers):
         return None
     attention = 2 * hidden * head_dim * (heads + kv_heads)
-    experts = _first(fields, "num_experts", "num_local_experts") or 1
-    return float(layers * (attention + 3 * hidden * inner * experts)) + float(
-        hidden * fields.get("vocab_size", 0)
-    )
+    sparse = _sparse_layers(fields, layers)
+    dense_inner = _first(fields, "intermediate_size_mlp") or inner
+    inner_sum = sparse * _expert_inner(fields, inner) + (layers - sparse) * dense_inner
+    vocabulary = _first(fields, "vocab_size") or 0
+    return float(layers * attention + 3 * hidden * inner_sum + hidden * vocabulary)
+
+
+def _sparse_layers(fields: dict[str, Any], layers: int) -> int:
+    """How many layers have experts, as Qwen, DeepSeek and Llama 4 say it."""
+    if not _experts(fields):
+        return 0
+    dense = _first(fields, "first_k_dense_replace") or 0
+    only_dense = fields.get("mlp_only_layers") or ()
+    step = _first(fields, "decoder_sparse_step", "interleave_moe_layer_step") or 1
+    numbers = range(dense, layers)
+    return sum((n + 1) % step == 0 and n not in only_dense for n in numbers)
+
+
+def _experts(fields: dict[str, Any]) -> int | None:
+    return _first(fields, "num_experts", "num_local_experts", "n_routed_experts")
+
+
+def _expert_inner(fields: dict[str, Any], inner: int) -> int:
+    """Inner size of all experts of a layer together, with those that every token takes."""
+    each = _first(fields, "moe_intermediate_size") or inner
+    shared = _first(fields, "shared_expert_intermediate_size")
+    if shared is None:
+        llama_4 = "intermediate_size_mlp" in fields  # which does not say that it shares one
+        shared = each * (_first(fields, "n_shared_experts") or int(llama_4))
+    return each * (_experts(fields) or 0) + shared

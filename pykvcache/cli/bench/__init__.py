@@ -15,6 +15,7 @@ from pykvcache.cli.bench.prefix import prefix
 
 app = typer.Typer(
     help="Time kernels, engine, generate and allocator; compare with an earlier run.",
+    epilog="Example: python -m pykvcache bench kernels --quick --plot plots",
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -9,7 +9,7 @@ import typer
 
 from pykvcache.bench.allocator import Row, allocator_table, time_calls, time_inside
 from pykvcache.bench.progress import task_progress
-from pykvcache.cli.bench.options import Compare, FailAbove, Json, Output
+from pykvcache.cli.bench.options import Compare, FailAbove, Json, Output, check_seconds
 
 
 def allocator(
@@ -21,6 +21,7 @@ def allocator(
     fail_above: FailAbove = None,
 ) -> None:
     """Time the block allocator inside C++ and through Python."""
+    check_seconds(seconds)
     output = Output(json, compare, fail_above)
     rows: list[Row] = []
     complete = True
@@ -34,4 +35,4 @@ def allocator(
         complete = False
         output.interrupted()
     output.console.print(allocator_table(rows, num_blocks), soft_wrap=True)
-    output.finish([asdict(row) for row in rows], complete)
+    output.finish([asdict(row) | {"num_blocks": num_blocks} for row in rows], complete)

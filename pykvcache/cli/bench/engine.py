@@ -133,6 +133,10 @@ def measure_throughput(
         complete = False
         output.interrupted()
     output.console.print(result_table(results))
+    if not generate_batch:
+        output.console.print(
+            "not measured: transformers' generate_batch, which takes minutes; --generate-batch"
+        )
     output.finish([result.to_json() for result in results], complete)
 
 

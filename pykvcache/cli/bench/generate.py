@@ -86,10 +86,15 @@ def generate(
         output.interrupted()
     if results:
         output.console.print(workload_table(results))
+        output.console.print(
+            "not measured: transformers' generate_batch, which is no call of generate; "
+            "bench engine --generate-batch",
+            soft_wrap=True,
+        )
     if step:
         output.console.print(step_table(step))
     rows = [result.to_json() for result in results]
     if step:
         timings = {name: asdict(timing) for name, timing in step.items()}
         rows.append({"workload": "step", "threads": threads, "timings": timings})
-    output.finish(rows, complete)
+    output.finish([row | {"block_size": block_size} for row in rows], complete)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from pykvcache import ops
 from pykvcache.bench import cases, tables
-from pykvcache.bench.kernels import Result, measure
+from pykvcache.bench.kernels import Result, check_memory, measure
 from pykvcache.bench.peers import PEERS
 from pykvcache.bench.progress import task_progress
 from pykvcache.cli.bench.options import (
@@ -19,6 +20,7 @@ from pykvcache.cli.bench.options import (
     Json,
     Output,
     check_plot,
+    check_seconds,
     chosen,
     integers,
 )
@@ -36,7 +38,8 @@ def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
     peers: Annotated[
-        str, typer.Option(help="flex, sdpa-backends, flashinfer, all that can run, or none.")
+        str,
+        typer.Option(help="flex, sdpa-backends, flashinfer, transformers, all that run, or none."),
     ] = "all",
     wgmma: Annotated[
         bool, typer.Option("--wgmma", help="Also prefill by the wgmma kernel (Hopper).")
@@ -59,16 +62,21 @@ def kernels(
         chosen("--dtypes", dtypes, tuple(cases.DTYPES)),
         quick,
     )
+    check_seconds(seconds)
     thread_counts = integers("--threads", threads)
     sizes = integers("--block-sizes", block_sizes)
     names = peer_names(peers)
     device, backends = choose_device(device)
     if wgmma:
         check_wgmma(backends)
+    try:
+        for case in selected:
+            check_memory(case, sizes * len(backends), device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if plot is not None:
         check_plot()
-        if plot.exists() and not plot.is_dir():
-            raise typer.BadParameter(f"--plot: {plot} is not a folder")
+        make_folder(plot)
     output = Output(json, compare, fail_above)
     results: list[Result] = []
     missing: dict[str, str] = {}
@@ -93,10 +101,19 @@ def kernels(
     if plot is not None and results:
         from pykvcache.bench.plots import plot_kernels
 
-        plot.mkdir(parents=True, exist_ok=True)
         for path in plot_kernels([result.to_json() for result in results], plot):
             output.console.print(f"plot: {path}")
     output.finish([result.to_json() for result in results], complete)
+
+
+def make_folder(folder: Path) -> None:
+    """Raise BadParameter if pictures could not be written there after all the work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--plot: {folder} is no folder: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"--plot: folder {folder} cannot be written to")
 
 
 def peer_names(peers: str) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +14,8 @@ from rich.console import Console
 
 from pykvcache.bench import environment, tables
 from pykvcache.bench.compare import change_table, compare, read_results
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 Json = Annotated[str | None, typer.Option(metavar="FILE", help="Also save; - = standard output.")]
 Compare = Annotated[
@@ -39,10 +43,10 @@ class Output:
         self._json, self._fail_above = json, fail_above
         if fail_above is not None and compare_with is None:
             raise typer.BadParameter("--fail-above needs --compare")
-        if fail_above is not None and not fail_above > 0:
+        if fail_above is not None and not 0 < fail_above < math.inf:
             raise typer.BadParameter(f"--fail-above must be more than 0, got {fail_above}")
         if json is not None and json != "-":
-            check_folder("--json", Path(json))
+            check_output("--json", json)
         try:
             self._old = None if compare_with is None else read_results(compare_with)
         except ValueError as error:
@@ -55,7 +59,9 @@ class Output:
         self.console.print("interrupted; what was measured so far:")
 
     def finish(self, rows: Sequence[dict[str, Any]], complete: bool = True) -> None:
-        """Save and compare; exit code 1 beyond --fail-above, 130 after Ctrl-C."""
+        """Save and compare; exit code 1 beyond --fail-above or with nothing to compare, 130 after
+        Ctrl-C.
+        """
         if self._json is not None and rows:
             tables.save_json(self._json, rows)
         is_slower = self._old is not None and bool(rows) and self._compare(rows)
@@ -72,22 +78,53 @@ class Output:
             self.console.print(f"warning: other device, ratios mean little: {warning}")
         if not found.changes:
             self.console.print("warning: nothing in the old file was measured now")
+            if self._fail_above is not None:
+                self.console.print("so --fail-above has nothing to judge by: exit code 1")
         else:
             self.console.print(change_table(found), soft_wrap=True)
         for word, names in (("not measured now", found.gone), ("new", found.added)):
             if names:
                 self.console.print(f"{word}: {len(names)}", style="dim")
-        return self._fail_above is not None and found.worst > self._fail_above
+        if self._fail_above is None:
+            return False
+        return not found.changes or found.worst > self._fail_above
 
 
-def check_folder(option: str, path: Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{option}: there is no folder {path.absolute().parent}")
+def check_output(option: str, file: str | Path) -> None:
+    """Raise BadParameter if a file could not be written after all the work."""
+    if not str(file):
+        raise typer.BadParameter(f"{option} needs the name of a file")
+    path = Path(file).absolute()
+    try:
+        if not path.parent.is_dir():
+            raise typer.BadParameter(f"{option}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise typer.BadParameter(f"{option}: {path} is a folder")
+        if not path.exists():
+            path.open("x").close()
+            path.unlink()
+        elif not os.access(path, os.W_OK):
+            raise typer.BadParameter(f"{option}: {path} cannot be written")
+    except OSError as error:
+        raise typer.BadParameter(f"{option}: {path} cannot be written: {error.strerror}") from None
+
+
+def check_picture(file: Path, option: str = "--plot") -> None:
+    """Raise BadParameter if a picture could not be drawn or written after all the work."""
+    check_plot(option)
+    if file.suffix.lower() not in PICTURES:
+        raise typer.BadParameter(f"{option} must end in {', '.join(PICTURES)}, got {file.name!r}")
+    check_output(option, file)
 
 
 def check_plot(option: str = "--plot") -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter(f"{option} needs matplotlib: pip install 'pykvcache[plot]'")
+
+
+def check_seconds(seconds: float) -> None:
+    if not 0 < seconds < math.inf:
+        raise typer.BadParameter(f"--seconds must be more than 0, got {seconds}")
 
 
 def integers(option: str, text: str) -> list[int]:
