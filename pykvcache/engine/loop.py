@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pykvcache.batch import Int64Array
-from pykvcache.engine.handle import Listener, Sample, ScoreJob
-from pykvcache.engine.interrupts import Shield, uninterrupted
+from pykvcache.engine.delivery import Delivery
+from pykvcache.engine.handle import Sample, ScoreJob
+from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
@@ -26,8 +27,6 @@ from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.stats import Meter
 from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
-
-Heard = list[tuple[Event, Listener | None]]
 
 
 class Loop:
@@ -45,7 +44,10 @@ class Loop:
     ) -> None:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
-        self.meter = Meter(scheduler)
+        self.meter, self.delivery = Meter(scheduler), Delivery()
+        self.depth = 0  # steps that run: one, or more when a processor steps
+        self._computing = False  # blocks of a step are being written
+        self._heard: list[Event] = []  # of the step that runs
         self.set_ends(eos, 1.0)
 
     def set_ends(self, eos: Sequence[int], penalty: float) -> None:
@@ -53,23 +55,38 @@ class Loop:
         self._eos = np.array(eos, np.int64)
         self._sampler = Sampler(self.runner.vocabulary, eos, penalty)
 
-    def step(self) -> Heard:
-        """Run one step; returns the events of watched samples."""
-        with torch.inference_mode(), uninterrupted() as shield:
-            return self._step(shield)
+    def step(self, shield: Shield) -> list[Event]:
+        """Run one step; returns the events of watched samples, those with a listener are queued.
 
-    def _step(self, shield: Shield) -> Heard:
-        """The same; Ctrl-C comes through while the model runs, and waits elsewhere."""
+        The shield is open while the model runs, and closed elsewhere.
+
+        Raises:
+            RuntimeError: the model itself, by a hook, wants to step; nothing was changed.
+        """
+        if self._computing:
+            raise RuntimeError("step() was called inside of the model's forward, which a step runs")
+        outer, self._heard = self._heard, []  # a processor may step
+        self.depth += 1
+        try:
+            with torch.inference_mode():
+                self._step(shield)
+            return self._heard
+        finally:
+            self.depth -= 1
+            self._heard, self._computing = outer, False
+
+    def _step(self, shield: Shield) -> None:
         started = time.perf_counter()
+        self._computing = True
         step = self.scheduler.plan()
         if step is None:
-            return []
+            return
         try:
             ids = self.lanes.ids(step.lanes, step.starts, step.counts)
             shield.open = True
             logits = self.runner.run(step, ids)
             shield.open = False
-            heard = self._settle(step, ids, logits)
+            self._settle(step, ids, logits)
         except BaseException:
             shield.open = False
             self.scheduler.undo(step)
@@ -79,40 +96,47 @@ class Loop:
         if prompts.any():
             self.swap.observe(int(step.counts.sum()), seconds)
         self.meter.step(len(step.lanes), step.num_tokens, seconds)
-        return heard
 
-    def end(self, sample: Sample, reason: str) -> Event | None:
-        """The sample ends, wherever it is; its blocks are given back. Returns its last event."""
+    def end(self, sample: Sample, reason: str) -> None:
+        """The sample ends, wherever it is; its blocks are given back."""
         request = sample.request
         tokens = self._text(request)
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
         sample.handle.sample_ended()
         self.meter.finished(output)
-        if not sample.watched or reason not in ("cancelled", "error"):
-            return None
-        event = Event(sample.prompt_index, sample.sample_index, None, None, output)
-        sample.handle.put_event(event)
-        return event
+        if reason in ("cancelled", "error"):  # otherwise its last token tells
+            self._tell(sample, None, None)
 
-    def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> Heard:
+    def _tell(self, sample: Sample, token: int | None, logs: LogProbs | None) -> None:
+        """Queue the newest event of a sample for those who watch it."""
+        if not sample.watched:
+            return
+        event = Event(sample.prompt_index, sample.sample_index, token, logs, sample.output)
+        self._heard.append(event)
+        sample.handle.put_event(event)
+        if sample.listener is not None:
+            self.delivery.put(event, sample.listener)
+
+    def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> None:
         lanes = self.lanes
         self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
+        self._computing = False
         scored = lanes.logits_from[step.lanes] >= 0
         if scored.any():
             logits = self._settle_scores(step, scored, logits)
         rows = step.lanes[(step.wanted > 0) & ~scored]
         if not len(rows):
-            return []
+            return
         plain = lanes.plain[rows]
         if plain.all():
             self._settle_plain(rows, likeliest(logits))
-            return []
+            return
         others = np.flatnonzero(~plain)
         if plain.any():
             self._settle_plain(rows[plain], likeliest(logits[np.flatnonzero(plain)]))
             logits = logits[others]
-        return self._settle_samples(rows[others], logits)
+        self._settle_samples(rows[others], logits)
 
     def _settle_plain(self, rows: Int64Array, tokens: Int64Array) -> None:
         """Take the next tokens of lanes [R] whose samples nobody watches."""
@@ -125,7 +149,7 @@ class Loop:
             assert request is not None
             self.end(request.owner, "eos" if eos[i] else "length")
 
-    def _settle_samples(self, rows: Int64Array, logits: Tensor) -> Heard:
+    def _settle_samples(self, rows: Int64Array, logits: Tensor) -> None:
         """The same for lanes whose samples need a look, and for those that share their prompt."""
         requests: list[Request] = []
         sources: list[int] = []
@@ -140,14 +164,14 @@ class Loop:
         if len(sources) > len(rows):
             logits = logits[torch.tensor(sources, device=logits.device)]
         try:
-            return self._next_tokens(requests, logits)
+            self._next_tokens(requests, logits)
         except BaseException:
             for request in requests:  # blocks of a prompt without a first token are of no use
                 if not request.owner.begun and request.lane < 0:
                     self.blocks.close(request)
             raise
 
-    def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> Heard:
+    def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose and take the next token of each request, whose logits are [R, V]."""
         samples: list[Sample] = [request.owner for request in requests]
         texts = [self._text(request) for request in requests]
@@ -160,25 +184,20 @@ class Loop:
         )
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
-        heard: Heard = []
         for i, (sample, text, token) in enumerate(
             zip(samples, texts, tokens.tolist(), strict=True)
         ):
+            if sample.output is not None:  # a processor cancelled it
+                continue
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
                 plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
                 sample.request.plain = plain
             if i in errors:
-                heard += self._fail(sample, errors[i])
+                sample.error = errors[i]
+                self.end(sample, "error")
             else:
-                heard += self._take(sample, text, token, numbers[i])
-        return heard
-
-    def _fail(self, sample: Sample, error: Exception) -> Heard:
-        """End a sample whose own processor raised."""
-        sample.error = error
-        event = self.end(sample, "error")
-        return [] if event is None else [(event, sample.listener)]
+                self._take(sample, text, token, numbers[i])
 
     def _text(self, request: Request) -> Int64Array:
         if request.lane < 0:
@@ -201,7 +220,7 @@ class Loop:
                 numbers[i] = {int(tokens[i]): own, **dict(kept)}
         return numbers
 
-    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> Heard:
+    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> None:
         """Give a sample its next token, and end it if that was the last."""
         request = sample.request
         if request.lane >= 0:
@@ -211,16 +230,10 @@ class Loop:
             request.tokens = np.append(text, token)
         if sample.logprobs is not None and logs is not None:
             sample.logprobs.append(logs)
-        output = None
         reason = self._reason(sample, np.append(text, token))
         if reason is not None:
             self.end(sample, reason)
-            output = sample.output
-        if not sample.watched:
-            return []
-        event = Event(sample.prompt_index, sample.sample_index, token, logs, output)
-        sample.handle.put_event(event)
-        return [(event, sample.listener)]
+        self._tell(sample, token, logs)
 
     def _reason(self, sample: Sample, text: Int64Array) -> str | None:
         """Why a sample with this text ends, or None."""
