@@ -28,6 +28,8 @@ from pykvcache.engine.stats import Meter
 from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
 
+SLICE_BYTES = 8 * 2**20  # of logits that are repeated or scored; what is made of them is larger
+
 
 class Loop:
     """Runs steps; not locked, `Engine` does that.
@@ -47,7 +49,7 @@ class Loop:
         self.meter, self.delivery = Meter(scheduler), Delivery()
         self.depth = 0  # steps that run: one, or more when a processor steps
         self._computing = False  # blocks of a step are being written
-        self._heard: list[Event] = []  # of the step that runs
+        self._heard: list[Event] = []  # in the step that runs
         self.set_ends(eos, 1.0)
 
     def set_ends(self, eos: Sequence[int], penalty: float) -> None:
@@ -104,7 +106,7 @@ class Loop:
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
         sample.handle.sample_ended()
-        self.meter.finished(output)
+        self.meter.finished(output, started=request.placed > 0 or sample.begun)
         if reason in ("cancelled", "error"):  # otherwise its last token tells
             self._tell(sample, None, None)
 
@@ -113,7 +115,8 @@ class Loop:
         if not sample.watched:
             return
         event = Event(sample.prompt_index, sample.sample_index, token, logs, sample.output)
-        self._heard.append(event)
+        if self.depth:
+            self._heard.append(event)
         sample.handle.put_event(event)
         if sample.listener is not None:
             self.delivery.put(event, sample.listener)
@@ -142,6 +145,7 @@ class Loop:
         """Take the next tokens of lanes [R] whose samples nobody watches."""
         lanes = self.lanes
         lanes.append(rows, tokens)
+        self.meter.generated(len(rows))
         full = lanes.known[rows] >= lanes.limit[rows]
         eos = np.isin(tokens, self._eos) & lanes.ends_at_eos[rows]
         for i in np.flatnonzero(full | eos).tolist():
@@ -161,15 +165,29 @@ class Loop:
                 sharing += self.blocks.prompt_computed(request)
             requests += sharing
             sources += [i] * len(sharing)
-        if len(sources) > len(rows):
-            logits = logits[torch.tensor(sources, device=logits.device)]
         try:
-            self._next_tokens(requests, logits)
+            if len(requests) == len(rows):
+                self._next_tokens(requests, logits)
+            else:
+                self._share_logits(requests, sources, logits)
         except BaseException:
             for request in requests:  # blocks of a prompt without a first token are of no use
                 if not request.owner.begun and request.lane < 0:
                     self.blocks.close(request)
             raise
+
+    def _share_logits(
+        self, requests: Sequence[Request], sources: Sequence[int], logits: Tensor
+    ) -> None:
+        """As `_next_tokens`, where the logits of request i are logits[sources[i]].
+
+        A prompt may have any number of samples, and their logits no place in memory: they are
+        repeated in slices, which are no larger than what is there already, or than SLICE_BYTES.
+        """
+        most = max(len(logits), _slice_rows(logits))
+        for i in range(0, len(requests), most):
+            slice_sources = torch.tensor(sources[i : i + most], device=logits.device)
+            self._next_tokens(requests[i : i + most], logits[slice_sources])
 
     def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose and take the next token of each request, whose logits are [R, V]."""
@@ -223,6 +241,7 @@ class Loop:
     def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> None:
         """Give a sample its next token, and end it if that was the last."""
         request = sample.request
+        self.meter.generated(1)
         if request.lane >= 0:
             self.lanes.append(np.array([request.lane]), np.array([token]))
             self.lanes.plain[request.lane] = request.plain
@@ -268,12 +287,12 @@ class Loop:
 
     def _score(self, job: ScoreJob, logits: Tensor) -> None:
         """The next logits [n, V] of a completion."""
-        done = len(job.score.logprobs)
-        tokens = job.completion[done : done + len(logits)]
-        chosen, top = log_probs(logits, tokens, job.top_k)
-        job.score.logprobs += chosen
-        if job.top_k:
-            job.score.top += top
+        for rows in logits.split(_slice_rows(logits)):
+            done = len(job.score.logprobs)
+            chosen, top = log_probs(rows, job.completion[done : done + len(rows)], job.top_k)
+            job.score.logprobs += chosen
+            if job.top_k:
+                job.score.top += top
 
     def _end_score(self, job: ScoreJob, request: Request) -> None:
         if not job.keep:
@@ -281,3 +300,8 @@ class Loop:
             return
         job.ready = True
         self.scheduler.retire(request)
+
+
+def _slice_rows(logits: Tensor) -> int:
+    """Rows of [R, V] logits that are SLICE_BYTES, at least one."""
+    return max(SLICE_BYTES // (logits.shape[1] * logits.element_size()), 1)

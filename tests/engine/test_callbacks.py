@@ -166,3 +166,11 @@ def test_an_interrupt_outranks_what_a_callback_raised() -> None:
     except BaseException as error:
         raised = error
     assert isinstance(raised, KeyboardInterrupt)
+
+
+def test_cancelling_outside_of_steps_keeps_no_events() -> None:
+    engine = make_engine()
+    handle = engine.submit(make_prompts()[0], max_new_tokens=9, on_token=lambda event: None)
+    first = engine.step()
+    handle.cancel()
+    assert (len(first), engine.step(), engine._loop._heard) == (1, [], [])
