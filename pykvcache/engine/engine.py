@@ -22,7 +22,7 @@ from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
-from pykvcache.engine.interrupts import uninterrupted
+from pykvcache.engine.interrupts import Shield, uninterrupted
 from pykvcache.engine.limits import default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Loop
 from pykvcache.engine.progress import progress_bar
@@ -264,16 +264,18 @@ class Engine:
         """
         with uninterrupted() as shield:
             try:
-                shield.acquire(self._lock)
-                try:
-                    self._cancel_dropped()
-                    self._check_weights()
-                    return self._loop.step(shield)
-                finally:
-                    self._cancel_dropped()
-                    self._lock.release()
+                with shield.holding(self._lock):
+                    return self._step(shield)
             finally:
                 self._loop.delivery.deliver(shield)
+
+    def _step(self, shield: Shield) -> list[Event]:
+        self._cancel_dropped()
+        try:
+            self._check_weights()
+            return self._loop.step(shield)
+        finally:
+            self._cancel_dropped()  # what asked for it meanwhile
 
     def weights_changed(self) -> None:
         """Share nothing that was computed so far; a change of weights that is noticed does it."""

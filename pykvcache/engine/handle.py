@@ -180,7 +180,10 @@ class Handle:
         return [sample.output for sample in self.samples if sample.output is not None]
 
     def cancel(self) -> None:
-        """End what has not ended; all its blocks are given back before any callback is called."""
+        """End what has not ended; all its blocks are given back before any callback is called.
+
+        By a processor, or a hook of the model: when the step that runs is over.
+        """
         self._engine._cancel([self])
 
     def result(self) -> list[Output]:

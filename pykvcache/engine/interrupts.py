@@ -38,10 +38,15 @@ class Shield:
         if received is not None and self._handler is not None:
             self._handler(*received)
 
-    def acquire(self, lock: threading.RLock) -> None:
-        """Take a lock; what comes while others hold it is handled at once."""
+    @contextlib.contextmanager
+    def holding(self, lock: threading.RLock) -> Iterator[None]:
+        """Hold a lock; what comes while others still hold it is handled at once."""
         while not lock.acquire(timeout=PATIENCE):
             self.release()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 @contextlib.contextmanager
