@@ -189,9 +189,10 @@ class Engine:
         settings = self._settings(prompts, sampling, max_new_tokens)
         call = Call(streams=True)
         handles = self._handles(prompts, settings, priority, salt, call)
+        stream = Stream(self, handles, call)  # before they are queued: nobody else has them
         try:
             self._queue(handles)
-            return Stream(self, handles, call)
+            return stream
         except BaseException:
             self._cancel(handles)
             raise

@@ -114,6 +114,8 @@ class Stream:
     the blocks are back when the engine is used next.
     """
 
+    _total = 0  # samples; set last, an interrupt may come before
+
     def __init__(self, engine: _Engine, handles: list[Handle], call: Call) -> None:
         self._engine, self._handles, self._call = engine, handles, call
         self._total = sum(len(handle.samples) for handle in handles)
@@ -142,7 +144,7 @@ class Stream:
 
     def __del__(self) -> None:
         # The garbage collector may come here from anywhere, also from inside a step.
-        if self._call.ended < self._total:
+        if self._total and self._call.ended < self._total:
             self._engine._drop(self._handles)
 
 

@@ -68,6 +68,14 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(name: str) -> None:
     assert [output.token_ids for output in outputs] == [expected("llama")[i][:3] for i in (0, 3, 0)]
 
 
+@pytest.mark.parametrize("name", USES)
+def test_two_interrupts_while_submitting_leave_nothing_behind(name: str) -> None:
+    engine = make_engine()
+    for line in range(1, 300, 4):
+        interrupt_at(lambda: USES[name](engine), {line, line + line % 13 + 1})
+        assert_empty(engine)
+
+
 @pytest.mark.parametrize("name", ["generate", "score"])
 def test_interrupts_while_cancelling_leave_nothing_behind(name: str) -> None:
     """Ctrl-C again and again, from one in the middle of the call on."""
