@@ -108,6 +108,7 @@ class RequestBlocks:
             forks = self.allocator.fork([request.seq], len(heirs))
             for heir, seq in zip(heirs, forks.tolist(), strict=True):
                 heir.seq, heir.computed, heir.heir_of = seq, len(request.prompt), request
+                heir.cached = heir.computed
                 self.holders[heir.order] = heir
         twins.waiting.clear()
         self._forget_empty(request)

@@ -8,10 +8,10 @@ Read first: scheduler.py, runner.py, sampler.py.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
-from pykvcache.engine.interrupts import uninterrupted
+from pykvcache.engine.interrupts import Shield, uninterrupted
 from pykvcache.engine.limits import default_memory, eos_tokens, max_length
-from pykvcache.engine.loop import Heard, Loop
+from pykvcache.engine.loop import Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
 from pykvcache.engine.runner import ModelRunner
@@ -122,6 +122,7 @@ class Engine:
         self._unchecked = False  # a request came since the weights were looked at
         self._max_length = max_length(model)
         self._lock = threading.RLock()
+        self._dropped: deque[Handle] = deque()  # to be cancelled
 
     # Ways to use it.
 
@@ -155,12 +156,19 @@ class Engine:
         """
         settings = self._settings(prompts, sampling, max_new_tokens)
         total, call = sum(setting.n for setting in settings), Call()
-        handles = self._submit_all(prompts, settings, priority, salt, call)
-        with self._cancelling(handles), progress_bar(total, progress) as advance:
-            while call.ended < total:
-                before = call.ended
-                self.step()
-                advance(call.ended - before, self._loop.meter.rate)
+        handles = self._handles(prompts, settings, priority, salt, call)
+        with uninterrupted() as shield:
+            try:
+                shield.open = True
+                self._queue(handles)
+                with progress_bar(total, progress) as advance:
+                    while call.ended < total:
+                        before = call.ended
+                        self.step()
+                        advance(call.ended - before, self._loop.meter.rate)
+            finally:
+                shield.open = False
+                self._cancel(handles)
         outputs = [output for handle in handles for output in handle.outputs]
         raise_errors(outputs)
         return outputs
@@ -180,8 +188,14 @@ class Engine:
         """
         settings = self._settings(prompts, sampling, max_new_tokens)
         call = Call(streams=True)
-        handles = self._submit_all(prompts, settings, priority, salt, call)
-        return Stream(self, handles, call)
+        handles = self._handles(prompts, settings, priority, salt, call)
+        stream = Stream(self, handles, call)  # before they are queued: nobody else has them
+        try:
+            self._queue(handles)
+            return stream
+        except BaseException:
+            self._cancel(handles)
+            raise
 
     def submit(
         self,
@@ -197,13 +211,20 @@ class Engine:
 
         Args:
             prompt, sampling, max_new_tokens, priority, salt: as in `generate`.
-            on_token: called with every event of this request. What it raises comes out of the
-                `step` that was running; that step counts as done.
+            on_token: called with every event of this request, in order and never inside of
+                another callback, when the engine has done its step; it may use the engine. What
+                it raises comes out of the `step` that called it, which counts as done.
         """
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token must be callable, got {on_token!r}")
         settings = self._settings([prompt], sampling, max_new_tokens)
-        return self._submit_all([prompt], settings, priority, salt, Call(), on_token)[0]
+        handles = self._handles([prompt], settings, priority, salt, Call(), on_token)
+        try:
+            self._queue(handles)
+            return handles[0]
+        except BaseException:
+            self._cancel(handles)
+            raise
 
     def score(
         self,
@@ -238,12 +259,24 @@ class Engine:
         return scorer.score(first, endings, top_k)
 
     def step(self) -> list[Event]:
-        """Run one step; returns the events of watched requests. Nothing to do: an empty list."""
-        with self._lock:
+        """Run one step; returns the events of watched requests. Nothing to do: an empty list.
+
+        Callbacks are called at the end. Inside of one, the events of this step follow later.
+        """
+        with uninterrupted() as shield:
+            try:
+                with shield.holding(self._lock):
+                    return self._step(shield)
+            finally:
+                self._loop.delivery.deliver(shield)
+
+    def _step(self, shield: Shield) -> list[Event]:
+        self._cancel_dropped()
+        try:
             self._check_weights()
-            events = self._loop.step()
-        _notify(events)
-        return [event for event, _ in events]
+            return self._loop.step(shield)
+        finally:
+            self._cancel_dropped()  # what asked for it meanwhile
 
     def weights_changed(self) -> None:
         """Share nothing that was computed so far; a change of weights that is noticed does it."""
@@ -255,6 +288,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
+        self._cancel(())  # those that were dropped
         with self._lock:
             return self._loop.meter.stats(self._scheduler, self._allocator, self._swap)
 
@@ -328,7 +362,7 @@ class Engine:
             )
         return Request(prompt, limit, key=0, order=0, salt=salt, priority=priority)
 
-    def _submit_all(
+    def _handles(
         self,
         prompts: Sequence[Prompt],
         settings: Sequence[Sampling],
@@ -337,7 +371,7 @@ class Engine:
         call: Call,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[Handle]:
-        """Check everything, then put everything into the queue."""
+        """Handles of prompts that were checked and are not yet in the queue."""
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._prompt(prompt, f"prompts[{index}]")
@@ -351,12 +385,15 @@ class Engine:
                 request.owner, request.ends_at_eos = sample, not setting.ignore_eos
                 handle.samples.append(sample)
             handles.append(handle)
-        with self._lock, uninterrupted():
+        return handles
+
+    def _queue(self, handles: Sequence[Handle]) -> None:
+        """Put everything into the queue; Ctrl-C comes before or after that."""
+        with uninterrupted(), self._lock:
             self._accept()
             for handle in handles:
                 for sample in handle.samples:
                     self._scheduler.submit(sample.request)
-        return handles
 
     def _accept(self) -> None:
         """New requests come: look at the weights before the next step, and at the configuration."""
@@ -371,33 +408,21 @@ class Engine:
         if (new and self._guard.changed()) or (waits and not new and self._guard.moved()):
             self.weights_changed()
 
-    @contextlib.contextmanager
-    def _cancelling(self, handles: Sequence[Handle]) -> Iterator[None]:
-        """Whatever happens inside, nothing of these requests is left behind."""
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.cancel()
+    def _cancel(self, handles: Sequence[Handle]) -> None:
+        """End all samples that have not ended, then tell those who watch them."""
+        with uninterrupted() as shield:
+            self._dropped.extend(handles)
+            with self._lock:
+                self._cancel_dropped()
+            self._loop.delivery.deliver(shield)
 
-    def _cancel(self, sample: Sample) -> None:
-        """End a sample now; used by its handle."""
-        with self._lock, uninterrupted():
-            if sample.request.done:
-                return
-            event = self._loop.end(sample, "cancelled")
-        if event is not None:
-            _notify([(event, sample.listener)])
+    def _drop(self, handles: Sequence[Handle]) -> None:
+        """Nobody has these handles any more; may be called at any time, by any thread."""
+        self._dropped.extend(handles)
 
-
-def _notify(heard: Heard) -> None:
-    """Call every listener, also after one has raised; what was raised first comes out."""
-    error: BaseException | None = None
-    for event, listener in heard:
-        try:
-            if listener is not None:
-                listener(event)
-        except BaseException as raised:
-            error = error or raised
-    if error is not None:
-        raise error
+    def _cancel_dropped(self) -> None:
+        """End what shall be cancelled; inside of a step that waits until it is over."""
+        while self._dropped and not self._loop.depth:
+            for sample in self._dropped.popleft().samples:
+                if sample.output is None and sample.request.order:  # it was queued
+                    self._loop.end(sample, "cancelled")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.delivery import Listener
 from pykvcache.engine.request import Request
 from pykvcache.engine.sampling import Event, LogProbs, Output, Sampling, Score
-
-Listener = Callable[[Event], None]
 
 
 class Sample:
@@ -85,11 +84,8 @@ class ScoreJob:
     """A completion whose tokens are known, or a text that is only computed.
 
     Attributes:
-        request: its logits from the prompt's last token on are those of the completion.
         keep: the request keeps its blocks when everything is computed; `ready` says that it is.
     """
-
-    request: Request
 
     def __init__(self, completion: Int64Array, top_k: int, keep: bool = False) -> None:
         self.completion, self.top_k, self.keep = completion, top_k, keep
@@ -114,8 +110,11 @@ class Call:
 class Stream:
     """Iterates over the events of a call, running the engine as needed.
 
-    `close`, leaving a loop over it early, or dropping it cancels what has not ended.
+    `close`, leaving a loop over it early, or dropping it cancels what has not ended; after a drop
+    the blocks are back when the engine is used next.
     """
+
+    _total = 0  # samples; set last, an interrupt may come before
 
     def __init__(self, engine: _Engine, handles: list[Handle], call: Call) -> None:
         self._engine, self._handles, self._call = engine, handles, call
@@ -141,11 +140,12 @@ class Stream:
 
     def close(self) -> None:
         """Cancel what has not ended."""
-        for handle in self._handles:
-            handle.cancel()
+        self._engine._cancel(self._handles)
 
     def __del__(self) -> None:
-        self.close()
+        # The garbage collector may come here from anywhere, also from inside a step.
+        if self._total and self._call.ended < self._total:
+            self._engine._drop(self._handles)
 
 
 def raise_errors(outputs: Iterable[Output]) -> None:
@@ -158,7 +158,9 @@ def raise_errors(outputs: Iterable[Output]) -> None:
 class _Engine(Protocol):
     def step(self) -> list[Event]: ...
 
-    def _cancel(self, sample: Sample) -> None: ...
+    def _cancel(self, handles: Sequence[Handle]) -> None: ...
+
+    def _drop(self, handles: Sequence[Handle]) -> None: ...
 
 
 class Handle:
@@ -180,9 +182,11 @@ class Handle:
         return [sample.output for sample in self.samples if sample.output is not None]
 
     def cancel(self) -> None:
-        """End what has not ended; its blocks are given back at once."""
-        for sample in self.samples:
-            self._engine._cancel(sample)
+        """End what has not ended; all its blocks are given back before any callback is called.
+
+        By a processor, or a hook of the model: when the step that runs is over.
+        """
+        self._engine._cancel([self])
 
     def result(self) -> list[Output]:
         """Run the engine until this is done; one output a sample.

@@ -9,9 +9,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+PATIENCE = 0.05  # seconds between looks for a signal while a lock is not free
+
 
 class Shield:
-    """Handles SIGINT at once only while it is `open`; yielded by `uninterrupted`."""
+    """Handles SIGINT at once only while it is `open`; yielded by `uninterrupted`.
+
+    A handler that raises closes it: what cleans up after the first Ctrl-C is safe from the next.
+    """
 
     def __init__(self, handler: Callable[[int, FrameType | None], Any] | None) -> None:
         self.open = False
@@ -21,7 +26,9 @@ class Shield:
     def receive(self, number: int, frame: FrameType | None) -> None:
         """The handler of the signal inside the block."""
         if self.open and self._handler is not None:
+            self.open = False
             self._handler(number, frame)
+            self.open = True
         else:
             self._received = (number, frame)
 
@@ -30,6 +37,16 @@ class Shield:
         received, self._received = self._received, None
         if received is not None and self._handler is not None:
             self._handler(*received)
+
+    @contextlib.contextmanager
+    def holding(self, lock: threading.RLock) -> Iterator[None]:
+        """Hold a lock; what comes while others still hold it is handled at once."""
+        while not lock.acquire(timeout=PATIENCE):
+            self.release()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pykvcache.batch import Int64Array
-from pykvcache.engine.handle import Listener, Sample, ScoreJob
-from pykvcache.engine.interrupts import Shield, uninterrupted
+from pykvcache.engine.delivery import Delivery
+from pykvcache.engine.handle import Sample, ScoreJob
+from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
@@ -27,7 +28,7 @@ from pykvcache.engine.stats import Meter
 from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
 
-Heard = list[tuple[Event, Listener | None]]
+SLICE_BYTES = 8 * 2**20  # of logits that are repeated or scored; what is made of them is larger
 
 
 class Loop:
@@ -45,7 +46,10 @@ class Loop:
     ) -> None:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
-        self.meter = Meter(scheduler)
+        self.meter, self.delivery = Meter(scheduler), Delivery()
+        self.depth = 0  # steps that run: one, or more when a processor steps
+        self._computing = False  # blocks of a step are being written
+        self._heard: list[Event] = []  # in the step that runs
         self.set_ends(eos, 1.0)
 
     def set_ends(self, eos: Sequence[int], penalty: float) -> None:
@@ -53,23 +57,38 @@ class Loop:
         self._eos = np.array(eos, np.int64)
         self._sampler = Sampler(self.runner.vocabulary, eos, penalty)
 
-    def step(self) -> Heard:
-        """Run one step; returns the events of watched samples."""
-        with torch.inference_mode(), uninterrupted() as shield:
-            return self._step(shield)
+    def step(self, shield: Shield) -> list[Event]:
+        """Run one step; returns the events of watched samples, those with a listener are queued.
 
-    def _step(self, shield: Shield) -> Heard:
-        """The same; Ctrl-C comes through while the model runs, and waits elsewhere."""
+        The shield is open while the model runs, and closed elsewhere.
+
+        Raises:
+            RuntimeError: the model itself, by a hook, wants to step; nothing was changed.
+        """
+        if self._computing:
+            raise RuntimeError("step() was called inside of the model's forward, which a step runs")
+        outer, self._heard = self._heard, []  # a processor may step
+        self.depth += 1
+        try:
+            with torch.inference_mode():
+                self._step(shield)
+            return self._heard
+        finally:
+            self.depth -= 1
+            self._heard, self._computing = outer, False
+
+    def _step(self, shield: Shield) -> None:
         started = time.perf_counter()
+        self._computing = True
         step = self.scheduler.plan()
         if step is None:
-            return []
+            return
         try:
             ids = self.lanes.ids(step.lanes, step.starts, step.counts)
             shield.open = True
             logits = self.runner.run(step, ids)
             shield.open = False
-            heard = self._settle(step, ids, logits)
+            self._settle(step, ids, logits)
         except BaseException:
             shield.open = False
             self.scheduler.undo(step)
@@ -79,45 +98,54 @@ class Loop:
         if prompts.any():
             self.swap.observe(int(step.counts.sum()), seconds)
         self.meter.step(len(step.lanes), step.num_tokens, seconds)
-        return heard
 
-    def end(self, sample: Sample, reason: str) -> Event | None:
-        """The sample ends, wherever it is; its blocks are given back. Returns its last event."""
+    def end(self, sample: Sample, reason: str) -> None:
+        """The sample ends, wherever it is; its blocks are given back."""
         request = sample.request
         tokens = self._text(request)
         self.scheduler.finish(request)
         output = sample.end(tokens, reason)
         sample.handle.sample_ended()
-        self.meter.finished(output)
-        if not sample.watched or reason not in ("cancelled", "error"):
-            return None
-        event = Event(sample.prompt_index, sample.sample_index, None, None, output)
-        sample.handle.put_event(event)
-        return event
+        self.meter.finished(output, started=request.placed > 0 or sample.begun)
+        if reason in ("cancelled", "error"):  # otherwise its last token tells
+            self._tell(sample, None, None)
 
-    def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> Heard:
+    def _tell(self, sample: Sample, token: int | None, logs: LogProbs | None) -> None:
+        """Queue the newest event of a sample for those who watch it."""
+        if not sample.watched:
+            return
+        event = Event(sample.prompt_index, sample.sample_index, token, logs, sample.output)
+        if self.depth:
+            self._heard.append(event)
+        sample.handle.put_event(event)
+        if sample.listener is not None:
+            self.delivery.put(event, sample.listener)
+
+    def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> None:
         lanes = self.lanes
         self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
+        self._computing = False
         scored = lanes.logits_from[step.lanes] >= 0
         if scored.any():
             logits = self._settle_scores(step, scored, logits)
         rows = step.lanes[(step.wanted > 0) & ~scored]
         if not len(rows):
-            return []
+            return
         plain = lanes.plain[rows]
         if plain.all():
             self._settle_plain(rows, likeliest(logits))
-            return []
+            return
         others = np.flatnonzero(~plain)
         if plain.any():
             self._settle_plain(rows[plain], likeliest(logits[np.flatnonzero(plain)]))
             logits = logits[others]
-        return self._settle_samples(rows[others], logits)
+        self._settle_samples(rows[others], logits)
 
     def _settle_plain(self, rows: Int64Array, tokens: Int64Array) -> None:
         """Take the next tokens of lanes [R] whose samples nobody watches."""
         lanes = self.lanes
         lanes.append(rows, tokens)
+        self.meter.generated(len(rows))
         full = lanes.known[rows] >= lanes.limit[rows]
         eos = np.isin(tokens, self._eos) & lanes.ends_at_eos[rows]
         for i in np.flatnonzero(full | eos).tolist():
@@ -125,7 +153,7 @@ class Loop:
             assert request is not None
             self.end(request.owner, "eos" if eos[i] else "length")
 
-    def _settle_samples(self, rows: Int64Array, logits: Tensor) -> Heard:
+    def _settle_samples(self, rows: Int64Array, logits: Tensor) -> None:
         """The same for lanes whose samples need a look, and for those that share their prompt."""
         requests: list[Request] = []
         sources: list[int] = []
@@ -137,17 +165,31 @@ class Loop:
                 sharing += self.blocks.prompt_computed(request)
             requests += sharing
             sources += [i] * len(sharing)
-        if len(sources) > len(rows):
-            logits = logits[torch.tensor(sources, device=logits.device)]
         try:
-            return self._next_tokens(requests, logits)
+            if len(requests) == len(rows):
+                self._next_tokens(requests, logits)
+            else:
+                self._share_logits(requests, sources, logits)
         except BaseException:
             for request in requests:  # blocks of a prompt without a first token are of no use
                 if not request.owner.begun and request.lane < 0:
                     self.blocks.close(request)
             raise
 
-    def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> Heard:
+    def _share_logits(
+        self, requests: Sequence[Request], sources: Sequence[int], logits: Tensor
+    ) -> None:
+        """As `_next_tokens`, where the logits of request i are logits[sources[i]].
+
+        A prompt may have any number of samples, and their logits no place in memory: they are
+        repeated in slices, which are no larger than what is there already, or than SLICE_BYTES.
+        """
+        most = max(len(logits), _slice_rows(logits))
+        for i in range(0, len(requests), most):
+            slice_sources = torch.tensor(sources[i : i + most], device=logits.device)
+            self._next_tokens(requests[i : i + most], logits[slice_sources])
+
+    def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose and take the next token of each request, whose logits are [R, V]."""
         samples: list[Sample] = [request.owner for request in requests]
         texts = [self._text(request) for request in requests]
@@ -160,25 +202,20 @@ class Loop:
         )
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
-        heard: Heard = []
         for i, (sample, text, token) in enumerate(
             zip(samples, texts, tokens.tolist(), strict=True)
         ):
+            if sample.output is not None:  # a processor cancelled it
+                continue
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
                 plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
                 sample.request.plain = plain
             if i in errors:
-                heard += self._fail(sample, errors[i])
+                sample.error = errors[i]
+                self.end(sample, "error")
             else:
-                heard += self._take(sample, text, token, numbers[i])
-        return heard
-
-    def _fail(self, sample: Sample, error: Exception) -> Heard:
-        """End a sample whose own processor raised."""
-        sample.error = error
-        event = self.end(sample, "error")
-        return [] if event is None else [(event, sample.listener)]
+                self._take(sample, text, token, numbers[i])
 
     def _text(self, request: Request) -> Int64Array:
         if request.lane < 0:
@@ -201,9 +238,10 @@ class Loop:
                 numbers[i] = {int(tokens[i]): own, **dict(kept)}
         return numbers
 
-    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> Heard:
+    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> None:
         """Give a sample its next token, and end it if that was the last."""
         request = sample.request
+        self.meter.generated(1)
         if request.lane >= 0:
             self.lanes.append(np.array([request.lane]), np.array([token]))
             self.lanes.plain[request.lane] = request.plain
@@ -211,16 +249,10 @@ class Loop:
             request.tokens = np.append(text, token)
         if sample.logprobs is not None and logs is not None:
             sample.logprobs.append(logs)
-        output = None
         reason = self._reason(sample, np.append(text, token))
         if reason is not None:
             self.end(sample, reason)
-            output = sample.output
-        if not sample.watched:
-            return []
-        event = Event(sample.prompt_index, sample.sample_index, token, logs, output)
-        sample.handle.put_event(event)
-        return [(event, sample.listener)]
+        self._tell(sample, token, logs)
 
     def _reason(self, sample: Sample, text: Int64Array) -> str | None:
         """Why a sample with this text ends, or None."""
@@ -255,12 +287,12 @@ class Loop:
 
     def _score(self, job: ScoreJob, logits: Tensor) -> None:
         """The next logits [n, V] of a completion."""
-        done = len(job.score.logprobs)
-        tokens = job.completion[done : done + len(logits)]
-        chosen, top = log_probs(logits, tokens, job.top_k)
-        job.score.logprobs += chosen
-        if job.top_k:
-            job.score.top += top
+        for rows in logits.split(_slice_rows(logits)):
+            done = len(job.score.logprobs)
+            chosen, top = log_probs(rows, job.completion[done : done + len(rows)], job.top_k)
+            job.score.logprobs += chosen
+            if job.top_k:
+                job.score.top += top
 
     def _end_score(self, job: ScoreJob, request: Request) -> None:
         if not job.keep:
@@ -268,3 +300,8 @@ class Loop:
             return
         job.ready = True
         self.scheduler.retire(request)
+
+
+def _slice_rows(logits: Tensor) -> int:
+    """Rows of [R, V] logits that are SLICE_BYTES, at least one."""
+    return max(SLICE_BYTES // (logits.shape[1] * logits.element_size()), 1)

@@ -65,6 +65,8 @@ class Request:
     heir_of: Request | None = None  # shares the blocks of its prompt, while it waits
     placed: float = 0.0  # when it first got a lane, time.perf_counter()
     twin_key: TwinKey | None = None  # of its prompt, see blocks.py
+    room_needed: int = 0  # free blocks for which it was too much when its prefix was looked up,
+    retry_at: int = 0  # and the step that looks again, since more of it may be there
 
     def __post_init__(self) -> None:
         self.tokens = self.prompt
@@ -97,6 +99,7 @@ class Lanes:
         self.last_step = np.zeros(count, np.int64)
         self.plain, self.ends_at_eos = np.zeros(count, bool), np.zeros(count, bool)
         self.tokens = np.empty((count, 0), np.int32)
+        self._used = np.zeros(count, bool)
         self._free = list(range(count - 1, -1, -1))
         self._active: Int64Array | None = None
 
@@ -106,10 +109,15 @@ class Lanes:
         return len(self._free)
 
     @property
+    def num_running(self) -> int:
+        """Lanes in use."""
+        return len(self.requests) - len(self._free)
+
+    @property
     def active(self) -> Int64Array:
         """Lanes in use, in the order of the queue."""
         if self._active is None:
-            used = np.array([i for i, r in enumerate(self.requests) if r is not None], np.int64)
+            used = np.flatnonzero(self._used)
             self._active = used[np.argsort(self.key[used], kind="stable")]
         return self._active
 
@@ -119,7 +127,7 @@ class Lanes:
         self._widen(len(request.tokens) + 1)
         lane = self._free.pop()
         request.placed = request.placed or time.perf_counter()
-        self.requests[lane], request.lane = request, lane
+        self.requests[lane], request.lane, self._used[lane] = request, lane, True
         self.seqs[lane], self.computed[lane] = request.seq, request.computed
         self.known[lane], self.limit[lane] = len(request.tokens), request.limit
         self.logits_from[lane], self.key[lane] = request.logits_from, request.key
@@ -135,7 +143,7 @@ class Lanes:
         assert request is not None
         request.tokens = self.tokens[lane, : self.known[lane]].astype(np.int64)
         request.computed = int(self.computed[lane])
-        request.lane, self.requests[lane] = -1, None
+        request.lane, self.requests[lane], self._used[lane] = -1, None, False
         self._free.append(lane)
         self._active = None
         return request

@@ -144,7 +144,10 @@ def likeliest(logits: Tensor) -> Int64Array:
 
 
 def _groups(settings: Sequence[Sampling]) -> list[list[int]]:
-    """Rows whose scores are processed alike; seeds may differ."""
+    """Rows whose scores are processed alike; seeds may differ.
+
+    Processors are told apart by identity: equal ones may hold different state, or have no hash.
+    """
     kinds: dict[int, Filters] = {}
     groups: dict[Filters, list[int]] = {}
     for row, setting in enumerate(settings):
@@ -152,7 +155,8 @@ def _groups(settings: Sequence[Sampling]) -> list[list[int]]:
         if kind is None:
             kind = kinds[id(setting)] = (
                 setting.greedy, setting.temperature, setting.top_k, setting.top_p, setting.min_p,
-                setting.repetition_penalty, setting.min_new_tokens, setting.processors,
+                setting.repetition_penalty, setting.min_new_tokens,
+                *map(id, setting.processors),
             )  # fmt: skip
         groups.setdefault(kind, []).append(row)
     return list(groups.values())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 LogProbs = dict[int, float]  # token id -> natural log of its probability
+COLDEST = 1e-30  # logits over a smaller temperature overflow float32
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Sampling:
 
     Args:
         max_new_tokens: most tokens to generate, at least 1.
-        temperature: divides the logits; 0 = greedy, default 1 when another filter is given.
+        temperature: divides the logits; 0 to 1e-30 = greedy, default 1 when another filter is
+            given.
         top_p, top_k, min_p: filters, see the warpers of transformers.
         repetition_penalty: above 1 makes tokens of prompt and output less likely; default: that of
             the model's generation config.
@@ -107,7 +109,7 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most likely token is taken."""
         if self.temperature is not None:
-            return self.temperature == 0
+            return self.temperature <= COLDEST
         return self.top_p is None and self.top_k is None and self.min_p is None
 
 

@@ -30,6 +30,7 @@ Cost = Callable[[int], float]
 
 
 MAX_TOKENS = 2**31 - 1  # lengths are int32
+LOOKED_UP = 8192  # tokens a step that a request without room may look up in the prefix index
 
 
 class Scheduler:
@@ -73,7 +74,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests that have a lane."""
-        return len(self.lanes.active)
+        return self.lanes.num_running
 
     def check(self, request: Request) -> None:
         """Refuse what could not even run alone.
@@ -250,6 +251,8 @@ class Scheduler:
 
     def _start(self, request: Request, room: int, alone: bool) -> bool:
         """Place a request if `room` blocks are enough for all its tokens, or if it is alone."""
+        if room < request.room_needed and self.steps < request.retry_at and not alone:
+            return False
         before, held = self._allocator.num_free, request.seq is not None
         if request.swapped is not None:
             if self.blocks.needed(len(request.tokens)) > room and not alone:
@@ -264,13 +267,16 @@ class Scheduler:
                 self._drop_swapped(request)  # others hold blocks and wait: compute it again
         if not held:
             self.blocks.open(request)  # cached blocks that it takes are no longer free
-        room -= before - self._allocator.num_free
+        taken = before - self._allocator.num_free
+        room -= taken
         while self._still_needed(request) > room:
             free = self._allocator.num_free
             if not self._drop_holder(request, alone):
                 if alone:
                     break
                 if not held:
+                    request.room_needed = taken + self._still_needed(request)
+                    request.retry_at = self.steps + 1 + len(request.tokens) // LOOKED_UP
                     self.blocks.close(request)
                 return False
             room += self._allocator.num_free - free

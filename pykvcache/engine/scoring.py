@@ -15,6 +15,7 @@ import numpy as np
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.handle import ScoreJob
+from pykvcache.engine.interrupts import uninterrupted
 from pykvcache.engine.request import Request
 from pykvcache.engine.sampling import Score
 from pykvcache.engine.scheduler import Scheduler
@@ -51,50 +52,55 @@ class Scorer:
             ValueError: one of them could never fit; nothing was started.
         """
         jobs = [ScoreJob(completion, top_k) for completion in completions]
-        for job in jobs:
-            job.request = self._new_request(np.concatenate([prompt, job.completion[:-1]]))
-            job.request.logits_from, job.request.owner = len(prompt) - 1, job
-            self._scheduler.check(job.request)
+        texts = [np.concatenate([prompt, job.completion[:-1]]) for job in jobs]
+        requests = [
+            self._request(text, job, len(prompt) - 1) for text, job in zip(texts, jobs, strict=True)
+        ]
+        for request in requests:
+            self._scheduler.check(request)
         begun = None
-        try:
-            if len(prompt) > 1 and jobs:
-                begun = self._compute(prompt[:-1])
-            with self._lock:
-                for job in jobs:
-                    self._submit(job.request, begun)
+        if len(prompt) > 1 and jobs:
+            begun = self._request(prompt[:-1], ScoreJob(prompt[:-1], 0, keep=True), NO_LOGITS)
+        with uninterrupted() as shield:
+            try:
+                shield.open = True
                 if begun is not None:
-                    self._scheduler.blocks.close(begun)  # the completions hold its blocks now
-            while not all(job.request.done for job in jobs):
-                self._step()
-        finally:
-            with self._lock:
-                for job in jobs:
-                    self._scheduler.finish(job.request)
-                if begun is not None:
-                    self._scheduler.blocks.close(begun)
+                    self._compute(begun)
+                self._submit(requests, begun)
+                while not all(request.done for request in requests):
+                    self._step()
+            finally:
+                shield.open = False
+                self._give_back(requests if begun is None else [begun, *requests])
         return [job.score for job in jobs]
 
-    def _submit(self, request: Request, begun: Request | None) -> None:
-        """Put a completion into the queue, with the blocks of the prompt."""
-        blocks = self._scheduler.blocks
-        if begun is not None and begun.seq is not None:
-            request.seq = int(blocks.allocator.fork([begun.seq])[0])
-            request.computed = len(begun.prompt)
-        self._scheduler.submit(request)
-
-    def _compute(self, text: Int64Array) -> Request:
-        """Compute the keys and values of a text; the request keeps its blocks."""
+    def _request(self, text: Int64Array, job: ScoreJob, logits_from: int) -> Request:
         request = self._new_request(text)
-        request.logits_from = NO_LOGITS
-        request.owner = job = ScoreJob(text, 0, keep=True)
-        job.request = request
-        with self._lock:
-            self._scheduler.submit(request)
-        try:
-            while not job.ready:
-                self._step()
-        except BaseException:
-            with self._lock:
-                self._scheduler.finish(request)
-            raise
+        request.logits_from, request.owner = logits_from, job
         return request
+
+    def _compute(self, begun: Request) -> None:
+        """Compute the keys and values of the prompt; the request keeps its blocks."""
+        with uninterrupted(), self._lock:
+            self._scheduler.submit(begun)
+        while not begun.owner.ready:
+            self._step()
+
+    def _submit(self, requests: Sequence[Request], begun: Request | None) -> None:
+        """Put all completions into the queue, with the blocks of the prompt."""
+        blocks = self._scheduler.blocks
+        with uninterrupted(), self._lock:
+            for request in requests:
+                if begun is not None and begun.seq is not None:
+                    request.seq = int(blocks.allocator.fork([begun.seq])[0])
+                    request.computed = len(begun.prompt)
+                self._scheduler.submit(request)
+            if begun is not None:
+                blocks.close(begun)  # the completions hold its blocks now
+
+    def _give_back(self, requests: Sequence[Request]) -> None:
+        """End what has not ended, and give back what is held after the end."""
+        with uninterrupted(), self._lock:
+            for request in requests:
+                self._scheduler.finish(request)
+                self._scheduler.blocks.close(request)

@@ -45,7 +45,7 @@ class EngineStats:
 
     Attributes:
         pool: where the slots are now; `pool.percent()` sums to 100 %.
-        hit_rate: share of prompt tokens, of ended samples, that were not computed for them.
+        hit_rate: share of prompt tokens that were not computed for the sample.
         preemptions: how often blocks of a request were taken away.
         recomputed_tokens: tokens lost to that.
         preemption_log: the newest 1,000.
@@ -54,8 +54,9 @@ class EngineStats:
         steps, step_time: of forwards.
         mean_rows: rows a step.
         finished, cancelled: samples.
-        prompt_tokens, output_tokens: of ended samples.
-        tokens_per_second: output tokens over the time in which steps ran.
+        prompt_tokens, output_tokens: of ended samples. Those that ended before they had their turn
+            count in `cancelled` only.
+        tokens_per_second: tokens generated over the time in which steps ran.
         queue_time, time_to_first_token, time_between_tokens: of ended samples.
     """
 
@@ -89,7 +90,7 @@ class Meter:
         self._first_step_number = scheduler.steps
         self._steps = self._rows = self._tokens = 0
         self._busy = 0.0
-        self._finished = self._cancelled = 0
+        self._finished = self._cancelled = self._generated = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._step_times: deque[float] = deque(maxlen=KEPT)
         self._queued: deque[float] = deque(maxlen=KEPT)
@@ -109,12 +110,18 @@ class Meter:
         self._busy += seconds
         self._step_times.append(seconds)
 
-    def finished(self, output: Output) -> None:
-        """A sample ended."""
+    def generated(self, tokens: int) -> None:
+        """So many samples got a token."""
+        self._generated += tokens
+
+    def finished(self, output: Output, started: bool) -> None:
+        """A sample ended; `started`: its prompt was computed, or found, at least in part."""
         if output.finish_reason == "cancelled":
             self._cancelled += 1
         else:
             self._finished += 1
+        if not started:
+            return
         count = len(output.token_ids)
         self._prompt_tokens += output.prompt_tokens
         self._cached_tokens += output.cached_tokens
@@ -146,7 +153,7 @@ class Meter:
             self._cancelled,
             self._prompt_tokens,
             self._output_tokens,
-            self._output_tokens / self._busy if self._busy else 0.0,
+            self._generated / self._busy if self._busy else 0.0,
             Times.of(self._queued),
             Times.of(self._first),
             Times.of(self._between),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -135,6 +136,35 @@ def test_a_processor_that_raises_ends_its_own_request_only() -> None:
     assert_empty(engine)
 
 
+def test_processors_need_no_hash_and_equal_ones_are_not_mixed_up() -> None:
+    @dataclasses.dataclass
+    class Force:
+        token: int = dataclasses.field(compare=False)
+        __hash__: Any = None
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores[:, self.token] = 1e4
+            return scores
+
+    class Hashed(Force):
+        def __hash__(self) -> int:
+            return 1
+
+    engine = make_engine()
+    for kind in (Force, Hashed):
+        assert kind(5) == kind(6)
+        settings = [Sampling(max_new_tokens=3, processors=[kind(token)]) for token in (5, 6)]
+        outputs = engine.generate([PROMPT, PROMPT], settings)
+        assert [output.token_ids for output in outputs] == [[5] * 3, [6] * 3]
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-29, 1e-37, 1e-39, 1e-44, 1e-46, 1e-320])
+def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
+    sampling = Sampling(max_new_tokens=8, temperature=temperature, seed=1)
+    outputs = make_engine().generate(make_prompts(), sampling)
+    assert [output.token_ids for output in outputs] == [t[:8] for t in expected("llama")]
+
+
 def test_ends() -> None:
     greedy = expected("llama")[1]
     prompt = make_prompts()[1]
@@ -205,6 +235,17 @@ def test_scores_are_the_models(family: str, settings: dict[str, Any]) -> None:
         for row, top in zip(logs, score.top, strict=True):
             assert list(top) == row.topk(4).indices.tolist()
     assert_empty(engine)
+
+
+def test_scores_of_long_completions_are_taken_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    whole = engine.score(PROMPT, [PROMPT * 3, [5]], top_k=2)
+    monkeypatch.setattr("pykvcache.engine.loop.SLICE_BYTES", 5 * VOCAB * 4)
+    sliced = engine.score(PROMPT, [PROMPT * 3, [5]], top_k=2)
+    for a, b in zip(whole, sliced, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+        assert [list(top) for top in a.top] == [list(top) for top in b.top]
+    assert len(sliced[0].logprobs) == len(sliced[0].top) == 27
 
 
 @pytest.mark.parametrize("length", [1, 2, 4, 5, 13])
@@ -292,4 +333,26 @@ def test_callbacks_hear_tokens_and_cancellation() -> None:
     tokens = [event.token_id for event in heard]
     assert tokens[:-1] == handle.outputs[0].token_ids and tokens[-1] is None
     assert heard[-1].output is handle.outputs[0]
+    assert_empty(engine)
+
+
+def test_many_samples_of_one_prompt_take_turns_in_the_sampler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their first tokens all come from the same logits, which are repeated a slice at a time."""
+    engine = make_engine(num_blocks=600, max_running=8)
+    sampler = engine._loop._sampler
+    original, rows = sampler.choose, []
+
+    def counting(logits: torch.Tensor, *args: Any) -> Any:
+        rows.append(len(logits))
+        return original(logits, *args)
+
+    sampler.choose = counting  # type: ignore[method-assign]
+    monkeypatch.setattr(engine._loop, "set_ends", lambda *args: None)  # keeps this sampler
+    wanted = make_engine(num_blocks=600).generate([PROMPT], Sampling(**SAMPLED, n=50, seed=3))
+    monkeypatch.setattr("pykvcache.engine.loop.SLICE_BYTES", 12 * VOCAB * 4)
+    outputs = engine.generate([PROMPT], Sampling(**SAMPLED, n=50, seed=3))
+    assert rows[:5] == [12, 12, 12, 12, 2] and max(rows[5:]) <= 8
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in wanted]
     assert_empty(engine)
