@@ -108,7 +108,7 @@ class Engine:
         limit = parse_memory(swap_memory)
         if limit is None:
             limit = 4 * 2**30 if self.pool.device.type == "cuda" else 0
-        self._swap = SwapSpace(self.pool, cache.windows, limit)
+        self._swap = SwapSpace(self.pool, self._blocks, limit)
         self._scheduler = Scheduler(
             self._blocks,
             options,

@@ -12,6 +12,7 @@ from families import FAMILIES, make_model
 from workload import (
     NEW_TOKENS,
     PACKED,
+    always_swap,
     assert_empty,
     expected,
     make_engine,
@@ -29,6 +30,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "small pool with prefixes": {"num_blocks": 40},
     "few lanes": {"block_size": 3, "token_budget": 7, "max_running": 3},
     "swapping": {"num_blocks": 45, "swap_memory": "1GiB", "prefix_cache": False},
+    "swapping with prefixes": {"num_blocks": 45, "swap_memory": "1GiB"},
 }
 GATHERING = ("deepseek_v3", "diffllama", "jetmoe")
 
@@ -37,6 +39,7 @@ GATHERING = ("deepseek_v3", "diffllama", "jetmoe")
 def test_every_family_under_every_schedule(family: str) -> None:
     for name, settings in SCHEDULES.items():
         engine = make_engine(family, **settings)
+        always_swap(engine)
         for _ in range(2):  # the second time prefixes are there
             outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
             assert [output.token_ids for output in outputs] == expected(family), name
