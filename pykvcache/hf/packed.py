@@ -11,7 +11,9 @@ Read first: pykvcache/hf/layer.py, pykvcache/metadata.py.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -335,21 +337,53 @@ def _packed_function(eager: bool) -> Any:
     return attention
 
 
+@dataclass
+class _Loan:
+    """A configuration that names the packed attention, the name it had, and who needs that."""
+
+    config: Any
+    before: str | None
+    threads: set[int] = field(default_factory=set)
+
+
+_loans: dict[int, _Loan] = {}  # by id of the configuration
+_loans_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
     """Let the model attend through a `PackedCache` inside a with block; yields whether it is eager.
 
-    Raises:
-        ValueError: its attention cannot be replaced.
+    Several threads may do so at once; the last to leave gives the model its own attention back.
     """
     config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation_internal
-    eager = before in ("eager", "pykvcache_eager")
-    config._attn_implementation_internal = PACKED_EAGER_NAME if eager else PACKED_SDPA_NAME
+    thread = threading.get_ident()
     try:
-        yield eager
+        yield _borrow(config, thread)
     finally:
-        config._attn_implementation_internal = before
+        _give_back(config, thread)
+
+
+def _borrow(config: Any, thread: int) -> bool:
+    with _loans_lock:
+        loan = _loans.get(id(config))
+        if loan is None:
+            loan = _loans[id(config)] = _Loan(config, config._attn_implementation_internal)
+        loan.threads.add(thread)
+        eager = loan.before in ("eager", "pykvcache_eager")
+        config._attn_implementation_internal = PACKED_EAGER_NAME if eager else PACKED_SDPA_NAME
+        return eager
+
+
+def _give_back(config: Any, thread: int) -> None:
+    with _loans_lock:
+        loan = _loans.get(id(config))
+        if loan is None:
+            return
+        loan.threads.discard(thread)
+        if not loan.threads:
+            config._attn_implementation_internal = loan.before
+            del _loans[id(config)]
 
 
 def register() -> None:
