@@ -248,10 +248,10 @@ class Engine:
     def weights_changed(self) -> None:
         """Share nothing that was computed so far; a change of weights that is noticed does it."""
         with self._lock:
-            self._guard.changed()
             self._blocks.forget()
             if self._runner.graphs is not None:
                 self._runner.graphs.clear()
+            self._guard.accept()  # last: after an interrupt the next step begins anew
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
@@ -366,10 +366,13 @@ class Engine:
 
     def _check_weights(self) -> None:
         """Before a step: what was computed with other weights must not be shared any more."""
-        new, self._unchecked = self._unchecked, False
-        waits = self._scheduler.num_waiting > 0
-        if (new and self._guard.changed()) or (waits and not new and self._guard.moved()):
+        if self._model.training and (self._scheduler.num_waiting or self._scheduler.num_running):
+            raise ValueError(
+                f"{type(self._model).__name__} is in training mode; call model.eval() first"
+            )
+        if self._guard.changed(thorough=self._unchecked):
             self.weights_changed()
+        self._unchecked = False
 
     @contextlib.contextmanager
     def _cancelling(self, handles: Sequence[Handle]) -> Iterator[None]:

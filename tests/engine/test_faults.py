@@ -7,6 +7,8 @@ import gc
 import os
 import resource
 import signal
+import sys
+import threading
 import time
 from typing import Any
 
@@ -164,6 +166,12 @@ def test_priority_comes_first() -> None:
     assert low.result()[0].token_ids == expected("llama")[0][:2]
 
 
+def other_rotary(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    return type(model.model.rotary_emb)(config)
+
+
 def test_changed_weights_are_noticed() -> None:
     model = copy.deepcopy(make_model("llama"))
     engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
@@ -173,6 +181,8 @@ def test_changed_weights_are_noticed() -> None:
         "in place": lambda: weight.mul_(1.5),
         "through data": lambda: weight.data.mul_(-1),
         "replaced": lambda: setattr(weight, "data", weight.data + 1),
+        "other frequencies": lambda: model.model.rotary_emb.inv_freq.mul_(0.25),
+        "other rotary module": lambda: setattr(model.model, "rotary_emb", other_rotary(model)),
         "loaded": lambda: model.load_state_dict(make_model("llama").state_dict()),
     }
     for name, change in changes.items():
@@ -204,6 +214,71 @@ def test_weights_that_change_between_submit_and_step_are_noticed() -> None:
     model.load_state_dict(make_model("llama").state_dict())
     late = engine.submit(prompt, max_new_tokens=8).result()[0]
     assert (late.token_ids, late.cached_tokens) == (one_by_one(model, prompt, 8), 0)
+
+
+def test_weights_that_changed_for_a_while_leave_nothing_behind() -> None:
+    """Only one request runs, nobody waits, and the weights are the old ones when one comes."""
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    handle = engine.submit(make_prompts()[4], max_new_tokens=30)
+    engine.step()
+    before = weight.data
+    weight.data = before * -2
+    for _ in range(20):
+        engine.step()
+    weight.data = before
+    text = make_prompts()[4] + handle.result()[0].token_ids
+    output = engine.generate([text], max_new_tokens=4)[0]
+    fresh = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    again = fresh.generate([text], max_new_tokens=4)[0]
+    assert (output.token_ids, output.cached_tokens) == (again.token_ids, 0)
+
+
+@pytest.mark.parametrize("place", ["look", "forget", "accept"])
+def test_an_interrupt_while_weights_are_compared_is_no_way_to_stale_blocks(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompt = make_prompts()[4]
+    engine.generate([prompt], max_new_tokens=2)
+    model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1)
+    owner: Any
+    owner, name = {
+        "look": (engine._guard, "changed"),
+        "forget": (engine._blocks, "forget"),
+        "accept": (engine._guard, "accept"),
+    }[place]
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt], max_new_tokens=8)
+    monkeypatch.undo()
+    output = engine.generate([prompt], max_new_tokens=8)[0]
+    assert (output.token_ids, output.cached_tokens) == (one_by_one(model, prompt, 8), 0)
+
+
+def test_a_model_in_training_mode_runs_no_step() -> None:
+    model = copy.deepcopy(make_model("gpt2"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompt = make_prompts()[4]
+    handle = engine.submit(prompt, max_new_tokens=NEW_TOKENS)
+    for _ in range(3):
+        engine.step()
+    model.train()
+    for call in (engine.step, lambda: engine.generate([prompt]), lambda: engine.score([1], [[2]])):
+        with pytest.raises(ValueError, match=r"is in training mode; call model.eval\(\) first"):
+            call()
+    model.eval()
+    assert handle.result()[0].token_ids == expected("gpt2")[4]
+    assert handle.outputs[0].preemptions == 0
+    assert_empty(engine)
+    model.train()
+    assert engine.step() == []  # nothing to do
 
 
 def test_rotary_embeddings_that_look_at_the_whole_forward_bound_a_request() -> None:
@@ -268,6 +343,41 @@ def test_salts_keep_prefixes_apart() -> None:
     ]
     most = len(prompt) - 1
     assert cached == [0, most, 0, most, 0, most]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "llama"])
+def test_two_engines_share_a_model_in_two_threads(family: str) -> None:
+    model = copy.deepcopy(make_model(family))
+    if family != "mistral":
+        model.set_attn_implementation("eager")
+    before = model.config._attn_implementation
+    prompts, wanted = make_prompts()[:5], expected(family)[:5]
+    failures: list[object] = []
+
+    def work() -> None:
+        try:
+            engine = pykvcache.Engine(model, num_blocks=200, block_size=4, token_budget=16)
+            while time.perf_counter() < end:
+                outputs = engine.generate(prompts, max_new_tokens=NEW_TOKENS)
+                assert [output.token_ids for output in outputs] == wanted
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        end = time.perf_counter() + 0.7
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while time.perf_counter() < end:  # the model stays usable on its own
+            assert one_by_one(model, prompts[0]) == wanted[0]
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert model.config._attn_implementation == before
 
 
 BAD = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from families import make_model
 from torch import Tensor
 from workload import NEW_TOKENS, assert_empty, expected, make_engine, make_prompts
 
+import pykvcache
 from pykvcache import Sampling
 from pykvcache.engine.graphs import DecodeGraphs, buckets
 
@@ -61,6 +64,22 @@ def test_growing_tables_are_captured_again() -> None:
     again = make_engine(block_size=1, num_blocks=400).generate([prompt], max_new_tokens=150)[0]
     assert output.token_ids == again.token_ids
     assert graphs.captures == 3 and record.replays == 149  # 64, 128 and 256 columns
+
+
+def test_graphs_of_other_weights_are_captured_again_though_nobody_waits() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    graphs = with_graphs(engine, Recorder())
+    handle = engine.submit(make_prompts()[0], max_new_tokens=20)
+    for _ in range(5):
+        engine.step()
+    assert graphs.captures == 1
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    weight.data = weight.data.clone()  # a graph would read memory that may be another's by now
+    engine.step()
+    assert graphs.captures == 2
+    handle.result()
+    assert graphs.captures == 2
 
 
 def test_models_that_cannot_be_captured_go_on_without() -> None:
