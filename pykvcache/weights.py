@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 SAMPLED = 16  # elements of each parameter that are compared
 
+Sample = tuple[tuple[int], tuple[int]]
+
 _version = operator.attrgetter("_version")
 
 
@@ -38,7 +40,12 @@ class Weights:
         self._ids = self._present()
         buffers = [b for name, b in model.named_buffers() if not _is_frequency(name)]
         self._tensors = [*model.parameters(), *buffers]
-        self._samples = [(tensor, _sample(tensor)) for tensor in self._tensors]
+        groups: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Sample]]] = {}
+        for tensor in self._tensors:
+            sample = _sample(tensor)
+            if sample is not None:
+                groups.setdefault((tensor.dtype, tensor.device), []).append((tensor, sample))
+        self._groups = list(groups.values())
         self._untracked = [tensor.is_inference() for tensor in self._tensors]
 
     def is_complete(self) -> bool:
@@ -63,13 +70,11 @@ class Weights:
 
     def samples(self) -> list[Tensor]:
         """Some elements of every tensor and all frequencies as bytes, by dtype and device."""
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         with torch.no_grad():
-            for tensor, sample in self._samples:
-                if sample is not None:
-                    group = groups.setdefault((tensor.dtype, tensor.device), [])
-                    group.append(tensor.as_strided((sample[0],), (sample[1],)))
-            found = [torch.cat(group) for group in groups.values()]
+            found = [
+                torch.cat([tensor.as_strided(*sample) for tensor, sample in group])
+                for group in self._groups
+            ]
             frequencies = [buffers.get(name) for buffers, name in self._frequencies]
             found += [f.detach().flatten().clone() for f in frequencies if f is not None]
             return [sample.view(torch.uint8) for sample in found]
@@ -108,8 +113,8 @@ def _is_frequency(name: str) -> bool:
     return name.endswith("inv_freq")
 
 
-def _sample(tensor: Tensor) -> tuple[int, int] | None:
-    """How many elements to compare and their distance in memory; None where that is not plain."""
+def _sample(tensor: Tensor) -> Sample | None:
+    """Size and stride of the view to compare; None where memory is not plain."""
     try:
         if not tensor.numel() or tensor.is_meta:
             return None
@@ -120,7 +125,7 @@ def _sample(tensor: Tensor) -> tuple[int, int] | None:
     except (RuntimeError, NotImplementedError):
         return None
     step = -(-tensor.numel() // SAMPLED)
-    return -(-tensor.numel() // step), step
+    return (-(-tensor.numel() // step),), (step,)
 
 
 def _switches(adapter: Any) -> list[str]:

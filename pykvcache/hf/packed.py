@@ -26,16 +26,22 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from pykvcache.cache import KVPool
 from pykvcache.hf.attention import dense_attention
 from pykvcache.hf.handles import LazyTensor, PagedKeys, PagedValues, make_handle
 from pykvcache.hf.masks import lazy_eager_mask, lazy_sdpa_mask
+from pykvcache.hf.reaches import Reaches, note, noted, noting
 from pykvcache.layer_step import LayerStep
 from pykvcache.metadata import AttentionMetadata
 
 PACKED_SDPA_NAME = "pykvcache_packed"
 PACKED_EAGER_NAME = "pykvcache_packed_eager"
+_WITH_MASKS = (
+    *("sdpa", "eager", "pykvcache", "pykvcache_eager"),
+    *(PACKED_SDPA_NAME, PACKED_EAGER_NAME),  # in use by another thread
+)
 
 
 class PackedMask(LazyTensor):
@@ -328,6 +334,7 @@ def _packed_function(eager: bool) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         if type(key) is PagedKeys and type(value) is PagedValues:
             return _attend(query, key, scaling, softcap or 0.0, s_aux), None
+        note(module, attention_mask)
         if isinstance(attention_mask, PackedMask):
             attention_mask = attention_mask.dense()
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
@@ -335,6 +342,17 @@ def _packed_function(eager: bool) -> Any:
         return dense_attention(eager, module, query, key, value, attention_mask, **kwargs)
 
     return attention
+
+
+@contextlib.contextmanager
+def observed(model: PreTrainedModel) -> Iterator[Reaches | None]:
+    """Run the model as it is and note what its masks show; None: its attention takes no masks."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation_internal not in _WITH_MASKS:
+        yield None
+        return
+    with packed_attention(model), noted() as reaches:
+        yield reaches
 
 
 @dataclass
@@ -388,9 +406,9 @@ def _give_back(config: Any, thread: int) -> None:
 
 def register() -> None:
     """Make both names known to transformers."""
-    for name, eager, mask in (
-        (PACKED_SDPA_NAME, False, lazy_sdpa_mask),
-        (PACKED_EAGER_NAME, True, lazy_eager_mask),
+    for name, eager, mask, stock in (
+        (PACKED_SDPA_NAME, False, lazy_sdpa_mask, sdpa_mask),
+        (PACKED_EAGER_NAME, True, lazy_eager_mask, eager_mask),
     ):
         AttentionInterface.register(name, _packed_function(eager))
-        AttentionMaskInterface.register(name, mask)
+        AttentionMaskInterface.register(name, noting(mask, stock))
