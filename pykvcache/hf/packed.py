@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,10 +74,18 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False
 
     def __init__(self, cache: PackedCache, index: int, group: int, window: int, chunk: int) -> None:
-        self.cache, self.index, self.group = cache, index, group
+        self._cache = weakref.ref(cache)  # which holds its layers; without a cycle a pool goes
+        self.index, self.group = index, group  # as soon as its engine does
         self.window, self.chunk, self.is_sliding = window, chunk, bool(window or chunk)
         self.is_initialized = True
         self.step: LayerStep | None = None
+
+    @property
+    def cache(self) -> PackedCache:
+        """What the layers of a model share."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The pool has its tensors before the first forward."""
@@ -85,7 +94,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys [1, HKV, T, D] and values [1, HKV, T, Dv]; returns handles of all blocks."""
-        pool, metadata = self.cache.pool, self.cache.metadata[self.group]
+        cache = self.cache
+        pool, metadata = cache.pool, cache.metadata[self.group]
         k_cache, v_cache = pool.k_caches[self.index], pool.v_caches[self.index]
         assert k_cache is not None and v_cache is not None
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -97,7 +107,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [T, HKV, D]
             k, v = _stored(k, k_cache), _stored(v, v_cache)
             pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, None, None)
-        heads, total = k_cache.shape[1], self.cache.total_kv
+        heads, total = k_cache.shape[1], cache.total_kv
         keys = make_handle(PagedKeys, self, 0, (1, heads, total, k_cache.shape[3]))
         return keys, make_handle(PagedValues, self, 0, (1, heads, total, v_cache.shape[3]))
 

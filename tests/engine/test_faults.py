@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from workload import (
 
 import pykvcache
 from pykvcache import Sampling
+from pykvcache.engine.graphs import DecodeGraphs
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -131,6 +133,30 @@ def test_ten_thousand_short_requests_take_no_more_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 20_000  # KiB
     assert not engine._blocks._twins
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_pool_goes_with_its_engine(graphs: bool) -> None:
+    engine = make_engine()
+    if graphs:
+        runner = engine._runner
+        runner.graphs = DecodeGraphs(
+            runner._forward_bucket, 1, torch.device("cpu"), 8, lambda run: (run, run())
+        )
+    engine.generate(make_prompts(), max_new_tokens=3)
+    if runner_graphs := engine._runner.graphs:
+        assert runner_graphs.captures
+        runner_graphs.clear()  # this recorder keeps what it recorded
+    pool = weakref.ref(engine.pool)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine, runner_graphs
+        if graphs:
+            del runner
+        assert pool() is None
+    finally:
+        gc.enable()
 
 
 def test_memory_is_a_bound() -> None:

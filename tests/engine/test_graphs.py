@@ -15,7 +15,7 @@ from workload import NEW_TOKENS, assert_empty, expected, make_engine, make_promp
 
 import pykvcache
 from pykvcache import Sampling
-from pykvcache.engine.graphs import DecodeGraphs, buckets
+from pykvcache.engine.graphs import FIRST_PAUSE, DecodeGraphs, buckets
 
 
 class Recorder:
@@ -91,6 +91,30 @@ def test_models_that_cannot_be_captured_go_on_without() -> None:
     outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
     assert [output.token_ids for output in outputs] == expected("llama")
     assert graphs.failure == "operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("covered", [False, True])
+def test_a_capture_that_finds_no_memory_is_tried_again_later(covered: bool) -> None:
+    class Short(Recorder):
+        failures = 0
+
+        def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+            if self.failures == 2:
+                return super().__call__(run)
+            self.failures += 1
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                if covered:  # as the end of a capture does that was left by an exception
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+    engine, record = make_engine(), Short()
+    graphs = with_graphs(engine, record)
+    prompt = make_prompts()[0]
+    output = engine.generate([prompt], max_new_tokens=60)[0]
+    assert output.token_ids == make_engine().generate([prompt], max_new_tokens=60)[0].token_ids
+    assert (record.failures, graphs.failure, graphs.captures) == (2, None, 1)
+    assert record.replays == 59 - 2 - FIRST_PAUSE - 2 * FIRST_PAUSE
 
 
 def test_buckets_waste_little() -> None:
