@@ -23,7 +23,7 @@ from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
 from pykvcache.engine.interrupts import uninterrupted
-from pykvcache.engine.limits import default_memory, eos_tokens, max_length
+from pykvcache.engine.limits import check_switches, default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Heard, Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
@@ -48,7 +48,7 @@ class Engine:
         block_size: tokens a block.
         num_blocks: blocks of the pool.
         memory: the pool's size in bytes or as "4GiB", instead of num_blocks; it is not exceeded.
-            Without both: 90 % of the free memory of a GPU, on a CPU 4 GiB or a quarter of what is
+            Without both: 85 % of the free memory of a GPU, on a CPU 4 GiB or a quarter of what is
             free.
         kv_dtype: "auto" (the model's), or a float dtype or its name.
         backend: "auto" or a name from `ops.backends()`.
@@ -85,7 +85,12 @@ class Engine:
     ) -> None:
         options = Options(token_budget, max_running, head_room)
         options.check()
-        size = parse_memory(memory)
+        check_switches(
+            deterministic=deterministic, prefix_cache=prefix_cache, cuda_graphs=cuda_graphs
+        )
+        size, limit = parse_memory(memory), parse_memory(swap_memory, "swap_memory")
+        if limit is not None and limit < 0:
+            raise ValueError(f"swap_memory must be at least 0, got {limit}")
         if size is None and num_blocks is None:
             size = default_memory(getattr(model, "device", torch.device("cpu")))
         self._runner = ModelRunner(
@@ -105,7 +110,6 @@ class Engine:
         assert self.pool.allocator is not None
         self._allocator = self.pool.allocator
         self._blocks = RequestBlocks(self._allocator, cache.windows, cache.chunks, prefix_cache)
-        limit = parse_memory(swap_memory)
         if limit is None:
             limit = 4 * 2**30 if self.pool.device.type == "cuda" else 0
         self._swap = SwapSpace(self.pool, self._blocks, limit)

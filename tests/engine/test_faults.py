@@ -458,11 +458,36 @@ def test_bad_requests_are_refused_before_anything_starts(message: str) -> None:
         ({"max_running": 10**12}, "max_running must be at most 65536"),
         ({"kv_dtype": "int3"}, "kv_dtype must be"),
         ({"backend": "metal"}, "backend"),
+        ({"swap_memory": -1}, "swap_memory must be at least 0, got -1"),
+        ({"swap_memory": "x"}, "swap_memory must look like '4GiB'"),
+        ({"swap_memory": 1.5}, "swap_memory must be bytes as an int"),
+        ({"prefix_cache": "no"}, "prefix_cache must be True or False, got 'no'"),
+        ({"cuda_graphs": 1}, "cuda_graphs must be True or False, got 1"),
+        ({"deterministic": None}, "deterministic must be True or False, got None"),
     ],
 )
 def test_bad_engines_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as error:
         make_engine(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [int, tuple, list, torch.tensor])
+def test_ends_of_text_may_be_given_in_any_way(kind: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    whole = expected("llama")[4]
+    end = whole[3]
+    model.generation_config.eos_token_id = end if kind is int else kind([end, 96])
+    output = pykvcache.Engine(model, num_blocks=50).generate([make_prompts()[4]])[0]
+    assert (output.finish_reason, output.token_ids) == ("eos", whole[: whole.index(end) + 1])
+
+
+@pytest.mark.parametrize("eos", ["</s>", [1.5], [[1], [2, 3]], [None]])
+def test_ends_of_text_that_are_no_tokens_are_refused(eos: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(ValueError, match="eos_token_id of the generation config must be") as error:
+        pykvcache.Engine(model, num_blocks=50)
     assert "\n" not in str(error.value)
 
 
