@@ -31,8 +31,9 @@ def swapping_engine(family: str = "llama", **settings: Any) -> pykvcache.Engine:
     return make_engine(family, swap_memory="1GiB", **settings)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "llama4", "gpt_oss"])
-@pytest.mark.parametrize("steps", [1, 5, 8])
+@pytest.mark.parametrize(
+    ("family", "steps"), [("llama", 1), ("llama", 5), ("gemma3", 8), ("llama4", 5), ("gpt_oss", 8)]
+)
 def test_what_comes_back_is_found_as_the_text_that_it_is(family: str, steps: int) -> None:
     engine, model = swapping_engine(family), make_model(family)
     whole = one_by_one(model, PROMPT, 40)
