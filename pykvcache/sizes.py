@@ -11,8 +11,8 @@ _UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_memory(memory: int | str | None) -> int | None:
-    """Bytes of "4GiB", "512 MB" or a plain int.
+def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
+    """Bytes of "4GiB", "512 MB" or a plain int; `name` is what errors call it.
 
     Raises:
         ValueError: not an amount. TypeError: neither a string nor an int.
@@ -20,8 +20,8 @@ def parse_memory(memory: int | str | None) -> int | None:
     if memory is None or (isinstance(memory, int) and not isinstance(memory, bool)):
         return memory
     if not isinstance(memory, str):
-        raise TypeError(f"memory must be bytes as an int or a string like '4GiB', got {memory!r}")
+        raise TypeError(f"{name} must be bytes as an int or a string like '4GiB', got {memory!r}")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", memory)
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"memory must look like '4GiB' or '512MB', got {memory!r}")
+        raise ValueError(f"{name} must look like '4GiB' or '512MB', got {memory!r}")
     return int(float(match[1]) * _UNITS[match[2]])

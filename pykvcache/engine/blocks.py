@@ -44,6 +44,7 @@ class RequestBlocks:
         self.allocator, self.prefix_cache = allocator, prefix_cache
         self.windows, self.chunks = list(windows), list(chunks)
         self._reaches = [window or chunk for window, chunk in zip(windows, chunks, strict=True)]
+        self.epoch = 0  # how often the weights have changed
         self.holders: dict[int, Request] = {}  # waiting with blocks of a shared prompt, by order
         self._twins: dict[TwinKey, Twins] = {}
 
@@ -81,20 +82,24 @@ class RequestBlocks:
         self.holders.pop(request.order, None)
         if request.seq is None:
             tokens = request.tokens
-            if self.prefix_cache and request.logits_from != 0:
-                end = len(tokens) - 1  # at least one token is computed
-                if request.logits_from >= 0:
-                    end = min(end, request.logits_from)
-                seqs, hits = self.allocator.allocate_cached([tokens[:end]], request.salt)
-                request.seq, request.computed = int(seqs[0]), int(hits[0])
-                if request.priority:
-                    self.allocator.set_priority(seqs, max(-128, min(request.priority, 127)))
-            else:
-                request.seq, request.computed = int(self.allocator.allocate([0])[0]), 0
+            end = len(tokens) - 1  # at least one token is computed
+            if request.logits_from >= 0:
+                end = min(end, request.logits_from)
+            request.seq, request.computed = self.start(request, tokens[:end])
+            request.epoch = self.epoch
         twins = self._twins_of(request)
         twins.waiting.pop(request.order, None)
         if request.computed < len(request.tokens) == len(request.prompt) and twins.leader is None:
             twins.leader = request
+
+    def start(self, request: Request, tokens: Int64Array) -> tuple[int, int]:
+        """A new sequence for a request, and how many of these tokens are in its blocks already."""
+        if not self.prefix_cache:
+            return int(self.allocator.allocate([0])[0]), 0
+        seqs, hits = self.allocator.allocate_cached([tokens], request.salt)
+        if request.priority:
+            self.allocator.set_priority(seqs, max(-128, min(request.priority, 127)))
+        return int(seqs[0]), int(hits[0])
 
     def prompt_computed(self, request: Request) -> list[Request]:
         """Hand the blocks of a finished prompt to the requests that wait for it; returns those."""
@@ -109,6 +114,7 @@ class RequestBlocks:
             for heir, seq in zip(heirs, forks.tolist(), strict=True):
                 heir.seq, heir.computed, heir.heir_of = seq, len(request.prompt), request
                 heir.cached = heir.computed
+                heir.epoch = request.epoch
                 self.holders[heir.order] = heir
         twins.waiting.clear()
         self._forget_empty(request)
@@ -116,6 +122,7 @@ class RequestBlocks:
 
     def forget(self) -> None:
         """The weights have changed: nothing that was computed or is being computed is shared."""
+        self.epoch += 1
         if self.prefix_cache:
             self.allocator.forget_prefixes()
         for twins in self._twins.values():

@@ -23,7 +23,7 @@ from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
 from pykvcache.engine.interrupts import Shield, uninterrupted
-from pykvcache.engine.limits import default_memory, eos_tokens, max_length
+from pykvcache.engine.limits import check_switches, default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.request import Request
@@ -48,7 +48,7 @@ class Engine:
         block_size: tokens a block.
         num_blocks: blocks of the pool.
         memory: the pool's size in bytes or as "4GiB", instead of num_blocks; it is not exceeded.
-            Without both: 90 % of the free memory of a GPU, on a CPU 4 GiB or a quarter of what is
+            Without both: 85 % of the free memory of a GPU, on a CPU 4 GiB or a quarter of what is
             free.
         kv_dtype: "auto" (the model's), or a float dtype or its name.
         backend: "auto" or a name from `ops.backends()`.
@@ -85,7 +85,12 @@ class Engine:
     ) -> None:
         options = Options(token_budget, max_running, head_room)
         options.check()
-        size = parse_memory(memory)
+        check_switches(
+            deterministic=deterministic, prefix_cache=prefix_cache, cuda_graphs=cuda_graphs
+        )
+        size, limit = parse_memory(memory), parse_memory(swap_memory, "swap_memory")
+        if limit is not None and limit < 0:
+            raise ValueError(f"swap_memory must be at least 0, got {limit}")
         if size is None and num_blocks is None:
             size = default_memory(getattr(model, "device", torch.device("cpu")))
         self._runner = ModelRunner(
@@ -105,10 +110,9 @@ class Engine:
         assert self.pool.allocator is not None
         self._allocator = self.pool.allocator
         self._blocks = RequestBlocks(self._allocator, cache.windows, cache.chunks, prefix_cache)
-        limit = parse_memory(swap_memory)
         if limit is None:
             limit = 4 * 2**30 if self.pool.device.type == "cuda" else 0
-        self._swap = SwapSpace(self.pool, cache.windows, limit)
+        self._swap = SwapSpace(self.pool, self._blocks, limit)
         self._scheduler = Scheduler(
             self._blocks,
             options,
@@ -281,10 +285,10 @@ class Engine:
     def weights_changed(self) -> None:
         """Share nothing that was computed so far; a change of weights that is noticed does it."""
         with self._lock:
-            self._guard.changed()
             self._blocks.forget()
             if self._runner.graphs is not None:
                 self._runner.graphs.clear()
+            self._guard.accept()  # last: after an interrupt the next step begins anew
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
@@ -403,10 +407,13 @@ class Engine:
 
     def _check_weights(self) -> None:
         """Before a step: what was computed with other weights must not be shared any more."""
-        new, self._unchecked = self._unchecked, False
-        waits = self._scheduler.num_waiting > 0
-        if (new and self._guard.changed()) or (waits and not new and self._guard.moved()):
+        if self._model.training and (self._scheduler.num_waiting or self._scheduler.num_running):
+            raise ValueError(
+                f"{type(self._model).__name__} is in training mode; call model.eval() first"
+            )
+        if self._guard.changed(thorough=self._unchecked):
             self.weights_changed()
+        self._unchecked = False
 
     def _cancel(self, handles: Sequence[Handle]) -> None:
         """End all samples that have not ended, then tell those who watch them."""

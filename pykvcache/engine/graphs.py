@@ -10,6 +10,7 @@ Read first: runner.py.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ from pykvcache.metadata import AttentionMetadata
 Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 MIN_COLUMNS = 64
+FIRST_PAUSE = 16  # captures left out after memory was short in one; then twice as many
 WARM_UPS = 2  # lazily created handles and compiled kernels are not captured
 
 
@@ -113,7 +115,8 @@ class DecodeGraphs:
     """Captures decode steps when they first come up, and replays them.
 
     Args:
-        forward: computes logits [rows, V] from a bucket; only launches, no look at results.
+        forward: method that computes logits [rows, V] from a bucket; only launches, no look at
+            results. Held weakly, since its object holds the graphs.
         groups: layer groups.
         device: of the model.
         largest: most rows of a step.
@@ -128,11 +131,13 @@ class DecodeGraphs:
         largest: int,
         record: Recorder,
     ) -> None:
-        self._forward, self._groups, self._device = forward, groups, device
+        self._forward = weakref.WeakMethod(forward)
+        self._groups, self._device = groups, device
         self._record, self._sizes = record, buckets(largest)
         self._buckets: dict[int, Bucket] = {}
         self.captures = 0
         self.failure: str | None = None
+        self._pause, self._patience = 0, FIRST_PAUSE
 
     def run(self, batch: Batch, ids: Int64Array, positions: Int64Array) -> Tensor | None:
         """Logits [len(ids), V] of a decode step; None where the model cannot be captured."""
@@ -142,6 +147,9 @@ class DecodeGraphs:
         size = next(size for size in self._sizes if size >= rows)
         bucket = self._buckets.get(size)
         if bucket is None or bucket.columns < columns:
+            if self._pause:
+                self._pause -= 1
+                return None
             wide = max(MIN_COLUMNS, 1 << (columns - 1).bit_length())
             bucket = Bucket(size, wide, self._groups, self._device)
         bucket.fill(batch, ids, positions)
@@ -157,10 +165,23 @@ class DecodeGraphs:
         self._buckets.clear()
 
     def _capture(self, bucket: Bucket) -> bool:
+        forward = self._forward()
+        assert forward is not None
         try:
-            bucket.replay, bucket.logits = self._record(lambda: self._forward(bucket))
-        except RuntimeError as error:  # code that looks at results on the host, as some experts do
-            self.failure = str(error).partition("\n")[0]
+            bucket.replay, bucket.logits = self._record(lambda: forward(bucket))
+        except RuntimeError as error:
+            if _out_of_memory(error):  # of the moment: run this step without, and try later
+                self._pause = self._patience
+                self._patience *= 2
+            else:  # code that looks at results on the host, as some experts do
+                self.failure = str(error).partition("\n")[0]
             return False
         self.captures += 1
         return True
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was short, perhaps under an error that the end of the capture raised."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None

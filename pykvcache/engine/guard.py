@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from torch import nn
 
-from pykvcache.weights import Fingerprint, mark, weights
+from pykvcache.weights import Fingerprint, Weights, same_samples
 
 
 class WeightsGuard:
-    """Two looks at the weights: a thorough one for new requests, a quick one for every step.
+    """Compares the weights with those that were accepted last.
 
-    The quick one compares addresses and versions of the tensors that the thorough one found, which
-    shows every change but writes through `.data`.
+    A quick look, for every step, sees other tensors, addresses, versions and adapters. A thorough
+    one, for new requests, also compares values, which shows writes through `.data`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._seen = Fingerprint(model)
-        self._tensors = weights(model)
+        self._model, self._weights = model, Weights(model)
+        self._seen = Fingerprint(self._weights)
 
-    def changed(self) -> bool:
-        """Whether anything changed since the last time that this was asked."""
-        now = Fingerprint(self._model)
-        same = now.same(self._seen)
-        self._seen, self._tensors = now, weights(self._model)
-        return not same
-
-    def moved(self) -> bool:
-        """Whether an address or a version is another one than `changed` last saw."""
-        try:
-            return [mark(tensor) for tensor in self._tensors] != self._seen.marks
-        except (RuntimeError, NotImplementedError):
+    def changed(self, thorough: bool) -> bool:
+        """Whether the weights are others; they stay others until they are accepted."""
+        if not self._weights.is_complete():
+            weights = Weights(self._model)
+            if not Fingerprint(weights).same(self._seen):
+                return True
+            self._weights = weights
+            return False
+        if self._weights.marks() != self._seen.marks:
             return True
+        return thorough and not same_samples(self._weights.samples(), self._seen.samples)
+
+    def accept(self) -> None:
+        """From now on these are the weights; what others have computed must be forgotten before."""
+        weights = Weights(self._model)
+        self._seen, self._weights = Fingerprint(weights), weights

@@ -16,9 +16,34 @@ def default_memory(device: torch.device) -> int:
     return min(4 * 2**30, free // 4)
 
 
+def check_switches(**switches: object) -> None:
+    """Raise TypeError for an argument that is neither True nor False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def eos_tokens(model: PreTrainedModel) -> list[int]:
+    """The end-of-text tokens of the generation config.
+
+    Raises:
+        ValueError: they are no token ids.
+    """
     eos = model.generation_config.eos_token_id
-    return [] if eos is None else [int(t) for t in (eos if isinstance(eos, list) else [eos])]
+    if eos is None:
+        return []
+    try:
+        tokens = torch.as_tensor(eos)
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TypeError(f"its dtype is {tokens.dtype}")
+    except (TypeError, ValueError, RuntimeError):
+        if isinstance(eos, (list, tuple)) and not eos:
+            return []
+        raise ValueError(
+            "eos_token_id of the generation config must be a token id or a list of them, "
+            f"got {eos!r:.60}"
+        ) from None
+    return [int(token) for token in tokens.flatten().tolist()]
 
 
 def max_length(model: PreTrainedModel) -> tuple[int, str] | None:

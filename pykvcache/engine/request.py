@@ -37,6 +37,7 @@ class Request:
         tokens: prompt and output so far, while it is not in a lane.
         computed: tokens whose keys and values are in blocks.
         seq: handle of those blocks; None: it has none.
+        epoch: of the weights that began to fill them, see blocks.py.
         swapped: its blocks in host memory, see swap.py.
         lane: where it runs; -1: it waits.
         plain: its next token is the most likely one, and nobody needs to hear of it.
@@ -54,6 +55,7 @@ class Request:
     tokens: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
     computed: int = 0
     seq: int | None = None
+    epoch: int = 0
     swapped: Any = None
     lane: int = -1
     cached: int = 0

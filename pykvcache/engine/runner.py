@@ -21,7 +21,8 @@ from pykvcache.batch import Batch, Int64Array
 from pykvcache.engine.graphs import Bucket, CudaRecorder, DecodeGraphs
 from pykvcache.engine.request import ranges
 from pykvcache.engine.step import Step
-from pykvcache.hf.packed import PackedCache, packed_attention, register
+from pykvcache.hf.packed import PackedCache, observed, packed_attention, register
+from pykvcache.hf.reaches import Reaches
 from pykvcache.metadata import AttentionMetadata
 
 PROBE_LENGTHS = ((5, 3), (2, 1), (1, 1))  # of two prompts; the first pair that fits the pool
@@ -146,11 +147,11 @@ class ModelRunner:
         """
         ids = np.arange(1, max(map(max, PROBE_LENGTHS)) + 1, dtype=np.int64) % self.vocabulary
         stock = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        out = self.model(
-            input_ids=torch.from_numpy(ids)[None].to(self.device),
-            past_key_values=stock,
-            use_cache=True,
-        )
+        tokens = torch.from_numpy(ids)[None].to(self.device)
+        with observed(self.model) as reaches:
+            out = self.model(input_ids=tokens, past_key_values=stock, use_cache=True)
+        if reaches is not None:
+            self._check_reaches(reaches)
         paged = [stock.layers[index] for index in self.cache.paged]
         shapes = [(layer.keys, layer.values) for layer in paged]
         if any(k is None or k.dim() != 4 or v.dim() != 4 for k, v in shapes):
@@ -163,6 +164,21 @@ class ModelRunner:
                 self._compare(ids, np.array(lengths, np.int64), out.logits[0])
                 return
 
+    def _check_reaches(self, reaches: Reaches) -> None:
+        """Layers must keep what the masks of the model show; a short text could not tell."""
+        for index in self.cache.paged:
+            layer, shown = self.cache.layers[index], reaches.get(index)
+            kept = layer.window or layer.chunk
+            if shown == kept or (shown is None and not kept):
+                continue
+            mask = "its mask is not known"
+            if shown is not None:
+                mask = f"its mask shows {shown} tokens" if shown else "its mask shows all tokens"
+            window = f"a window of {kept} tokens" if kept else "all tokens"
+            raise ValueError(
+                f"{self._name} cannot be packed: layer {index} caches {window}, but {mask}"
+            )
+
     def _compare(self, ids: Int64Array, lengths: Int64Array, expected: Tensor) -> None:
         """Pack texts that begin with `ids`; their last logits must be those in expected [T, V]."""
         allocator = self.cache.pool.allocator
@@ -173,6 +189,12 @@ class ModelRunner:
             copies = batch.step(lengths)
             step = Step(seqs, 0 * lengths, lengths, np.ones_like(lengths), batch, copies)
             packed = self.run(step, np.concatenate([ids[:length] for length in lengths]))
+        except (AttributeError, TypeError, KeyError, IndexError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{self._name} cannot be packed: its forward fails on a packed cache "
+                f"({type(error).__name__}: {reason})"
+            ) from error
         finally:
             allocator.free(seqs)
         wanted = expected[torch.from_numpy(lengths - 1).to(expected.device)]

@@ -6,7 +6,6 @@ Read first: pykvcache/cache.py, blocks.py. Read next: engine.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.cache import KVPool
+from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.request import Request
 
 PROBE_BYTES = 16 * 2**20
@@ -25,13 +25,13 @@ class Swapped:
     """Contents of a sequence's present blocks.
 
     Attributes:
-        computed: tokens of the sequence.
+        tokens: [computed] token ids of the sequence.
         positions: per group int64, which blocks of the table were present.
         data: per group and storage, [blocks, elements] in host memory.
         nbytes: of `data`.
     """
 
-    computed: int
+    tokens: Int64Array
     positions: list[Int64Array]
     data: list[list[Tensor]]
     nbytes: int
@@ -42,12 +42,13 @@ class SwapSpace:
 
     Args:
         pool: where blocks come from and go to.
-        windows: of each layer group, 0 = all positions.
+        blocks: who opens and closes the sequences of requests.
         limit: most bytes to hold.
     """
 
-    def __init__(self, pool: KVPool, windows: Sequence[int], limit: int) -> None:
-        self.pool, self.windows, self.limit = pool, list(windows), limit
+    def __init__(self, pool: KVPool, blocks: RequestBlocks, limit: int) -> None:
+        self.pool, self.limit = pool, limit
+        self._blocks, self._allocator = blocks, blocks.allocator
         self.used = self.peak = 0
         self.token_rate = 0.0  # prompt tokens a second, measured by the engine
         self._copy_rate: float | None = None
@@ -69,9 +70,11 @@ class SwapSpace:
 
     def take(self, request: Request) -> bool:
         """Move the blocks of a request here if there is room and that is cheaper; frees them."""
-        allocator = self.pool.allocator
-        assert allocator is not None and request.seq is not None
-        tables = [allocator.block_table([request.seq], g)[0] for g in range(len(self.windows))]
+        allocator, seq = self._allocator, request.seq
+        assert seq is not None
+        if request.epoch != self._blocks.epoch:  # other weights filled them
+            return False
+        tables = [allocator.block_table([seq], group)[0] for group in range(self._blocks.groups)]
         positions = [np.flatnonzero(table >= 0) for table in tables]
         nbytes = sum(
             len(present) * storage[0].nbytes
@@ -87,33 +90,56 @@ class SwapSpace:
             blocks = torch.from_numpy(tables[group][present].astype(np.int64))
             storages = self.pool.group_storages(group)
             data.append([storage[blocks.to(storage.device)].cpu() for storage in storages])
-        request.swapped = Swapped(request.computed, positions, data, nbytes)
-        allocator.free([request.seq])
+        tokens = request.tokens[: request.computed]
+        request.swapped = Swapped(tokens, positions, data, nbytes)
+        allocator.free([seq])
         request.seq = None
         self.used += nbytes
         self.peak = max(self.peak, self.used)
         return True
 
     def restore(self, request: Request) -> None:
-        """Give a request blocks again, with what they held.
+        """Give a request its tokens again: what is still cached is shared, the rest moved back.
 
         Raises:
-            OutOfBlocks: the pool is too full; nothing has changed.
+            OutOfBlocks: the pool is too full, nothing has changed; or other weights have filled the
+                blocks, which are forgotten.
         """
-        allocator, swapped = self.pool.allocator, request.swapped
-        assert allocator is not None and isinstance(swapped, Swapped)
-        seqs = allocator.allocate([swapped.computed])
-        for group, window in enumerate(self.windows):
-            present = swapped.positions[group]
-            table = allocator.block_table(seqs, group)[0]
-            blocks = torch.from_numpy(table[present].astype(np.int64))
+        swapped = request.swapped
+        assert isinstance(swapped, Swapped)
+        if request.epoch != self._blocks.epoch:
+            self.drop(request)
+            return
+        seq, hits = self._blocks.start(request, swapped.tokens)
+        try:
+            self._fill(seq, hits, swapped)
+        except BaseException:
+            self._allocator.truncate([seq], [0])  # what it recorded may not be there
+            self._allocator.free([seq])
+            raise
+        request.seq, request.computed = seq, len(swapped.tokens)
+        self.drop(request)
+
+    def _fill(self, seq: int, hits: int, swapped: Swapped) -> None:
+        """Let a sequence that begins with `hits` cached tokens have all that were swapped out.
+
+        Its tables become what they were: blocks that had left a window are not taken again.
+        """
+        allocator, size = self._allocator, self._allocator.block_size
+        missing = len(swapped.tokens) - hits
+        if not missing:
+            return
+        allocator.append([seq], missing)  # a block that it shares is exchanged, and written below
+        for group, present in enumerate(swapped.positions):
+            begin = int(present[0]) * size if len(present) else len(swapped.tokens)
+            allocator.release_before([seq], begin, group)
+            first = int(np.searchsorted(present, hits // size))  # not shared
+            blocks = allocator.block_table([seq], group)[0][present[first:]]
+            index = torch.from_numpy(blocks.astype(np.int64))
             storages = self.pool.group_storages(group)
             for storage, data in zip(storages, swapped.data[group], strict=True):
-                storage[blocks.to(storage.device)] = data.to(storage.device)
-            if window:
-                allocator.release_before(seqs, swapped.computed - window + 1, group)
-        request.seq, request.computed = int(seqs[0]), swapped.computed
-        self.drop(request)
+                storage[index.to(storage.device)] = data[first:].to(storage.device)
+        self._blocks.record(np.array([seq]), swapped.tokens[hits:], np.array([missing]))
 
     def drop(self, request: Request) -> None:
         """Forget what is held of a request."""

@@ -11,7 +11,10 @@ Read first: pykvcache/hf/layer.py, pykvcache/metadata.py.
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,16 +27,22 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from pykvcache.cache import KVPool
 from pykvcache.hf.attention import dense_attention
 from pykvcache.hf.handles import LazyTensor, PagedKeys, PagedValues, make_handle
 from pykvcache.hf.masks import lazy_eager_mask, lazy_sdpa_mask
+from pykvcache.hf.reaches import Reaches, note, noted, noting
 from pykvcache.layer_step import LayerStep
 from pykvcache.metadata import AttentionMetadata
 
 PACKED_SDPA_NAME = "pykvcache_packed"
 PACKED_EAGER_NAME = "pykvcache_packed_eager"
+_WITH_MASKS = (
+    *("sdpa", "eager", "pykvcache", "pykvcache_eager"),
+    *(PACKED_SDPA_NAME, PACKED_EAGER_NAME),  # in use by another thread
+)
 
 
 class PackedMask(LazyTensor):
@@ -65,10 +74,18 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = False
 
     def __init__(self, cache: PackedCache, index: int, group: int, window: int, chunk: int) -> None:
-        self.cache, self.index, self.group = cache, index, group
+        self._cache = weakref.ref(cache)  # which holds its layers; without a cycle a pool goes
+        self.index, self.group = index, group  # as soon as its engine does
         self.window, self.chunk, self.is_sliding = window, chunk, bool(window or chunk)
         self.is_initialized = True
         self.step: LayerStep | None = None
+
+    @property
+    def cache(self) -> PackedCache:
+        """What the layers of a model share."""
+        cache = self._cache()
+        assert cache is not None
+        return cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The pool has its tensors before the first forward."""
@@ -77,7 +94,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write keys [1, HKV, T, D] and values [1, HKV, T, Dv]; returns handles of all blocks."""
-        pool, metadata = self.cache.pool, self.cache.metadata[self.group]
+        cache = self.cache
+        pool, metadata = cache.pool, cache.metadata[self.group]
         k_cache, v_cache = pool.k_caches[self.index], pool.v_caches[self.index]
         assert k_cache is not None and v_cache is not None
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -89,7 +107,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [T, HKV, D]
             k, v = _stored(k, k_cache), _stored(v, v_cache)
             pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, None, None)
-        heads, total = k_cache.shape[1], self.cache.total_kv
+        heads, total = k_cache.shape[1], cache.total_kv
         keys = make_handle(PagedKeys, self, 0, (1, heads, total, k_cache.shape[3]))
         return keys, make_handle(PagedValues, self, 0, (1, heads, total, v_cache.shape[3]))
 
@@ -326,6 +344,7 @@ def _packed_function(eager: bool) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         if type(key) is PagedKeys and type(value) is PagedValues:
             return _attend(query, key, scaling, softcap or 0.0, s_aux), None
+        note(module, attention_mask)
         if isinstance(attention_mask, PackedMask):
             attention_mask = attention_mask.dense()
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
@@ -336,27 +355,70 @@ def _packed_function(eager: bool) -> Any:
 
 
 @contextlib.contextmanager
+def observed(model: PreTrainedModel) -> Iterator[Reaches | None]:
+    """Run the model as it is and note what its masks show; None: its attention takes no masks."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation_internal not in _WITH_MASKS:
+        yield None
+        return
+    with packed_attention(model), noted() as reaches:
+        yield reaches
+
+
+@dataclass
+class _Loan:
+    """A configuration that names the packed attention, the name it had, and who needs that."""
+
+    config: Any
+    before: str | None
+    threads: set[int] = field(default_factory=set)
+
+
+_loans: dict[int, _Loan] = {}  # by id of the configuration
+_loans_lock = threading.Lock()
+
+
+@contextlib.contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
     """Let the model attend through a `PackedCache` inside a with block; yields whether it is eager.
 
-    Raises:
-        ValueError: its attention cannot be replaced.
+    Several threads may do so at once; the last to leave gives the model its own attention back.
     """
     config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation_internal
-    eager = before in ("eager", "pykvcache_eager")
-    config._attn_implementation_internal = PACKED_EAGER_NAME if eager else PACKED_SDPA_NAME
+    thread = threading.get_ident()
     try:
-        yield eager
+        yield _borrow(config, thread)
     finally:
-        config._attn_implementation_internal = before
+        _give_back(config, thread)
+
+
+def _borrow(config: Any, thread: int) -> bool:
+    with _loans_lock:
+        loan = _loans.get(id(config))
+        if loan is None:
+            loan = _loans[id(config)] = _Loan(config, config._attn_implementation_internal)
+        loan.threads.add(thread)
+        eager = loan.before in ("eager", "pykvcache_eager")
+        config._attn_implementation_internal = PACKED_EAGER_NAME if eager else PACKED_SDPA_NAME
+        return eager
+
+
+def _give_back(config: Any, thread: int) -> None:
+    with _loans_lock:
+        loan = _loans.get(id(config))
+        if loan is None:
+            return
+        loan.threads.discard(thread)
+        if not loan.threads:
+            config._attn_implementation_internal = loan.before
+            del _loans[id(config)]
 
 
 def register() -> None:
     """Make both names known to transformers."""
-    for name, eager, mask in (
-        (PACKED_SDPA_NAME, False, lazy_sdpa_mask),
-        (PACKED_EAGER_NAME, True, lazy_eager_mask),
+    for name, eager, mask, stock in (
+        (PACKED_SDPA_NAME, False, lazy_sdpa_mask, sdpa_mask),
+        (PACKED_EAGER_NAME, True, lazy_eager_mask, eager_mask),
     ):
         AttentionInterface.register(name, _packed_function(eager))
-        AttentionMaskInterface.register(name, mask)
+        AttentionMaskInterface.register(name, noting(mask, stock))

@@ -7,7 +7,10 @@ import gc
 import os
 import resource
 import signal
+import sys
+import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -26,6 +29,7 @@ from workload import (
 
 import pykvcache
 from pykvcache import Sampling
+from pykvcache.engine.graphs import DecodeGraphs
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -131,6 +135,30 @@ def test_ten_thousand_short_requests_take_no_more_memory() -> None:
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_pool_goes_with_its_engine(graphs: bool) -> None:
+    engine = make_engine()
+    if graphs:
+        runner = engine._runner
+        runner.graphs = DecodeGraphs(
+            runner._forward_bucket, 1, torch.device("cpu"), 8, lambda run: (run, run())
+        )
+    engine.generate(make_prompts(), max_new_tokens=3)
+    if runner_graphs := engine._runner.graphs:
+        assert runner_graphs.captures
+        runner_graphs.clear()  # this recorder keeps what it recorded
+    pool = weakref.ref(engine.pool)
+    gc.collect()
+    gc.disable()
+    try:
+        del engine, runner_graphs
+        if graphs:
+            del runner
+        assert pool() is None
+    finally:
+        gc.enable()
+
+
 def test_memory_is_a_bound() -> None:
     for family in ("llama", "gemma3", "llama4"):
         engine = make_engine(family, num_blocks=None, memory="64KiB")
@@ -164,6 +192,12 @@ def test_priority_comes_first() -> None:
     assert low.result()[0].token_ids == expected("llama")[0][:2]
 
 
+def other_rotary(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    return type(model.model.rotary_emb)(config)
+
+
 def test_changed_weights_are_noticed() -> None:
     model = copy.deepcopy(make_model("llama"))
     engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
@@ -173,6 +207,8 @@ def test_changed_weights_are_noticed() -> None:
         "in place": lambda: weight.mul_(1.5),
         "through data": lambda: weight.data.mul_(-1),
         "replaced": lambda: setattr(weight, "data", weight.data + 1),
+        "other frequencies": lambda: model.model.rotary_emb.inv_freq.mul_(0.25),
+        "other rotary module": lambda: setattr(model.model, "rotary_emb", other_rotary(model)),
         "loaded": lambda: model.load_state_dict(make_model("llama").state_dict()),
     }
     for name, change in changes.items():
@@ -204,6 +240,71 @@ def test_weights_that_change_between_submit_and_step_are_noticed() -> None:
     model.load_state_dict(make_model("llama").state_dict())
     late = engine.submit(prompt, max_new_tokens=8).result()[0]
     assert (late.token_ids, late.cached_tokens) == (one_by_one(model, prompt, 8), 0)
+
+
+def test_weights_that_changed_for_a_while_leave_nothing_behind() -> None:
+    """Only one request runs, nobody waits, and the weights are the old ones when one comes."""
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    handle = engine.submit(make_prompts()[4], max_new_tokens=30)
+    engine.step()
+    before = weight.data
+    weight.data = before * -2
+    for _ in range(20):
+        engine.step()
+    weight.data = before
+    text = make_prompts()[4] + handle.result()[0].token_ids
+    output = engine.generate([text], max_new_tokens=4)[0]
+    fresh = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    again = fresh.generate([text], max_new_tokens=4)[0]
+    assert (output.token_ids, output.cached_tokens) == (again.token_ids, 0)
+
+
+@pytest.mark.parametrize("place", ["look", "forget", "accept"])
+def test_an_interrupt_while_weights_are_compared_is_no_way_to_stale_blocks(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompt = make_prompts()[4]
+    engine.generate([prompt], max_new_tokens=2)
+    model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1)
+    owner: Any
+    owner, name = {
+        "look": (engine._guard, "changed"),
+        "forget": (engine._blocks, "forget"),
+        "accept": (engine._guard, "accept"),
+    }[place]
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt], max_new_tokens=8)
+    monkeypatch.undo()
+    output = engine.generate([prompt], max_new_tokens=8)[0]
+    assert (output.token_ids, output.cached_tokens) == (one_by_one(model, prompt, 8), 0)
+
+
+def test_a_model_in_training_mode_runs_no_step() -> None:
+    model = copy.deepcopy(make_model("gpt2"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompt = make_prompts()[4]
+    handle = engine.submit(prompt, max_new_tokens=NEW_TOKENS)
+    for _ in range(3):
+        engine.step()
+    model.train()
+    for call in (engine.step, lambda: engine.generate([prompt]), lambda: engine.score([1], [[2]])):
+        with pytest.raises(ValueError, match=r"is in training mode; call model.eval\(\) first"):
+            call()
+    model.eval()
+    assert handle.result()[0].token_ids == expected("gpt2")[4]
+    assert handle.outputs[0].preemptions == 0
+    assert_empty(engine)
+    model.train()
+    assert engine.step() == []  # nothing to do
 
 
 def test_rotary_embeddings_that_look_at_the_whole_forward_bound_a_request() -> None:
@@ -270,6 +371,41 @@ def test_salts_keep_prefixes_apart() -> None:
     assert cached == [0, most, 0, most, 0, most]
 
 
+@pytest.mark.parametrize("family", ["gemma2", "mistral", "llama"])
+def test_two_engines_share_a_model_in_two_threads(family: str) -> None:
+    model = copy.deepcopy(make_model(family))
+    if family != "mistral":
+        model.set_attn_implementation("eager")
+    before = model.config._attn_implementation
+    prompts, wanted = make_prompts()[:5], expected(family)[:5]
+    failures: list[object] = []
+
+    def work() -> None:
+        try:
+            engine = pykvcache.Engine(model, num_blocks=200, block_size=4, token_budget=16)
+            while time.perf_counter() < end:
+                outputs = engine.generate(prompts, max_new_tokens=NEW_TOKENS)
+                assert [output.token_ids for output in outputs] == wanted
+        except BaseException as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        end = time.perf_counter() + 0.7
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while time.perf_counter() < end:  # the model stays usable on its own
+            assert one_by_one(model, prompts[0]) == wanted[0]
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
+    assert model.config._attn_implementation == before
+
+
 BAD = {
     "prompts must be a list": lambda e: e.generate("text"),
     r"prompts\[0\] must be token ids, got a string": lambda e: e.generate(["text"]),
@@ -322,11 +458,36 @@ def test_bad_requests_are_refused_before_anything_starts(message: str) -> None:
         ({"max_running": 10**12}, "max_running must be at most 65536"),
         ({"kv_dtype": "int3"}, "kv_dtype must be"),
         ({"backend": "metal"}, "backend"),
+        ({"swap_memory": -1}, "swap_memory must be at least 0, got -1"),
+        ({"swap_memory": "x"}, "swap_memory must look like '4GiB'"),
+        ({"swap_memory": 1.5}, "swap_memory must be bytes as an int"),
+        ({"prefix_cache": "no"}, "prefix_cache must be True or False, got 'no'"),
+        ({"cuda_graphs": 1}, "cuda_graphs must be True or False, got 1"),
+        ({"deterministic": None}, "deterministic must be True or False, got None"),
     ],
 )
 def test_bad_engines_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as error:
         make_engine(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [int, tuple, list, torch.tensor])
+def test_ends_of_text_may_be_given_in_any_way(kind: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    whole = expected("llama")[4]
+    end = whole[3]
+    model.generation_config.eos_token_id = end if kind is int else kind([end, 96])
+    output = pykvcache.Engine(model, num_blocks=50).generate([make_prompts()[4]])[0]
+    assert (output.finish_reason, output.token_ids) == ("eos", whole[: whole.index(end) + 1])
+
+
+@pytest.mark.parametrize("eos", ["</s>", [1.5], [[1], [2, 3]], [None]])
+def test_ends_of_text_that_are_no_tokens_are_refused(eos: Any) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    model.generation_config.eos_token_id = eos
+    with pytest.raises(ValueError, match="eos_token_id of the generation config must be") as error:
+        pykvcache.Engine(model, num_blocks=50)
     assert "\n" not in str(error.value)
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+import transformers
+from families import DECODER, FAMILIES, VOCAB, make_model, randomize
 from workload import (
     NEW_TOKENS,
     PACKED,
+    always_swap,
     assert_empty,
     expected,
     make_engine,
@@ -29,6 +31,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "small pool with prefixes": {"num_blocks": 40},
     "few lanes": {"block_size": 3, "token_budget": 7, "max_running": 3},
     "swapping": {"num_blocks": 45, "swap_memory": "1GiB", "prefix_cache": False},
+    "swapping with prefixes": {"num_blocks": 45, "swap_memory": "1GiB"},
 }
 GATHERING = ("deepseek_v3", "diffllama", "jetmoe")
 
@@ -37,6 +40,7 @@ GATHERING = ("deepseek_v3", "diffllama", "jetmoe")
 def test_every_family_under_every_schedule(family: str) -> None:
     for name, settings in SCHEDULES.items():
         engine = make_engine(family, **settings)
+        always_swap(engine)
         for _ in range(2):  # the second time prefixes are there
             outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
             assert [output.token_ids for output in outputs] == expected(family), name
@@ -58,6 +62,61 @@ def test_models_that_cannot_be_packed_get_one_clear_error(family: str) -> None:
     with pytest.raises(ValueError, match="cannot be packed: ") as error:
         pykvcache.Engine(model, num_blocks=10)
     assert type(model).__name__ in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+MOSHI = {
+    **{"vocab_size": VOCAB, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    "max_position_embeddings": 256,
+}
+
+
+def test_a_window_of_the_cache_alone_is_refused_however_long_it_is() -> None:
+    for window in (16, 200):
+        model = transformers.MoshiForCausalLM(transformers.MoshiConfig(**MOSHI))
+        model.config.sliding_window = window
+        with pytest.raises(ValueError, match="MoshiForCausalLM cannot be packed") as error:
+            pykvcache.Engine(randomize(model), num_blocks=10)
+        assert str(error.value).endswith(
+            f"layer 0 caches a window of {window} tokens, but its mask shows all tokens"
+        )
+
+
+def test_masks_of_a_layers_own_making_are_refused_where_it_has_a_window() -> None:
+    model = copy.deepcopy(make_model("mistral"))
+    for layer in model.model.layers:  # hands its attention another tensor than it was given
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"attention_mask": other_mask(kwargs)}),
+            with_kwargs=True,
+        )
+    with pytest.raises(ValueError, match=r"a window of 6 tokens, but its mask is not known"):
+        pykvcache.Engine(model, num_blocks=10)
+
+
+def other_mask(kwargs: dict[str, Any]) -> torch.Tensor:
+    return kwargs["attention_mask"] & True
+
+
+@pytest.mark.parametrize("layers", [[], [9], [1]])
+def test_mllama_gets_one_clear_error(layers: list[int]) -> None:
+    """It looks into its cache for keys of images, also where no layer would have them."""
+    config = transformers.MllamaTextConfig(**DECODER, cross_attention_layers=layers)
+    model = randomize(transformers.MllamaForCausalLM(config))
+    with pytest.raises(ValueError, match="MllamaForCausalLM cannot be packed: ") as error:
+        pykvcache.Engine(model, num_blocks=10)
+    assert "\n" not in str(error.value)
+
+
+def test_code_that_fails_on_a_packed_cache_gives_one_clear_error() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    attention = model.model.layers[1].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args, kwargs: kwargs["past_key_values"].layers[0].keys.shape and None,
+        with_kwargs=True,
+    )
+    with pytest.raises(ValueError, match=r"fails on a packed cache \(AttributeError: ") as error:
+        pykvcache.Engine(model, num_blocks=10)
     assert "\n" not in str(error.value)
 
 

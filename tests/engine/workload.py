@@ -52,6 +52,11 @@ def make_engine(family: str = "llama", **settings: Any) -> pykvcache.Engine:
     return pykvcache.Engine(make_model(family), **{**defaults, **settings})
 
 
+def always_swap(engine: pykvcache.Engine) -> None:
+    """Whoever is preempted is swapped out, if the engine has room for that at all."""
+    engine._swap.copy_seconds = lambda nbytes: 0.0  # type: ignore[method-assign]
+
+
 def assert_empty(engine: pykvcache.Engine) -> None:
     """Nothing runs or waits, every block is back, and the allocator agrees with itself."""
     stats = engine.stats()
