@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pykvcache.bench.replay import contiguous
 from pykvcache.bench.replay.loop import Observer, Replay
@@ -13,6 +14,9 @@ from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
+
+if TYPE_CHECKING:
+    from pykvcache.bench.replay.scheduled import ScheduledReplay
 
 CONTIGUOUS: dict[str, Callable[[int, int], contiguous.Contiguous]] = {
     "max-length": contiguous.max_length,
@@ -64,6 +68,26 @@ def make_space(case: Case, slots: int, max_len: int, head_room: float) -> Space:
     return CONTIGUOUS[case.policy](slots, max_len)
 
 
+def make_replay(
+    case: Case,
+    workload: Workload,
+    slots: int,
+    max_len: int,
+    rules: Rules,
+    advance: Callable[[int], object] = lambda count: None,
+    observe: Observer | None = None,
+) -> Replay | ScheduledReplay:
+    """What replays a case; not for the padded batch."""
+    result = Result(case.policy, case.block_size, slots)
+    if case.block_size is not None and rules.scheduler == "engine":
+        from pykvcache.bench.replay.scheduled import ScheduledReplay  # loads transformers
+
+        size = case.block_size
+        return ScheduledReplay(workload, slots, size, result, rules, advance, observe)
+    space = make_space(case, slots, max_len, rules.head_room)
+    return Replay(workload, space, result, rules, advance, observe)
+
+
 def run_case(
     case: Case,
     workload: Workload,
@@ -74,12 +98,7 @@ def run_case(
     observe: Observer | None = None,
 ) -> Result:
     """Replay a workload, none of whose requests is longer than `max_len`, under one policy."""
-    result = Result(case.policy, case.block_size, slots)
-    if case.block_size is not None and rules.scheduler == "engine":
-        from pykvcache.bench.replay.scheduled import ScheduledReplay  # loads transformers
-
-        return ScheduledReplay(workload, slots, case.block_size, result, rules, advance).run()
     if case.policy == PADDED:
+        result = Result(case.policy, None, slots)
         return PaddedReplay(workload, slots, result, rules, advance).run()
-    space = make_space(case, slots, max_len, rules.head_room)
-    return Replay(workload, space, result, rules, advance, observe).run()
+    return make_replay(case, workload, slots, max_len, rules, advance, observe).run()

@@ -15,8 +15,9 @@ import numpy as np
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.batch import Int64Array
-from pykvcache.bench.replay.loop import REPORT_EVERY
+from pykvcache.bench.replay.loop import REPORT_EVERY, Observer
 from pykvcache.bench.replay.queue import Job, Queue
+from pykvcache.bench.replay.rows import Rows
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
@@ -40,6 +41,7 @@ class ScheduledReplay:
         result: Result,
         rules: Rules,
         advance: Callable[[int], object] = lambda count: None,
+        observe: Observer | None = None,
     ) -> None:
         self.allocator = BlockAllocator(
             slots // block_size, block_size, prefix_cache=rules.prefix_cache
@@ -53,7 +55,8 @@ class ScheduledReplay:
         self.result, self.cost = result, rules.cost
         self.clock = 0.0
         self._prefixes = rules.prefix_cache
-        self._advance = advance
+        self._advance, self._observe = advance, observe
+        self._due = math.inf if observe is None else 0.0
         self._submitted = self._reported = 0
 
     def run(self) -> Result:
@@ -116,6 +119,13 @@ class ScheduledReplay:
         window.add(parts, live, usage, len(active))
         result.peak_batch = max(result.peak_batch, len(active))
         self.clock += parts
+        self._show(self.clock - parts)
+
+    def _show(self, start: float) -> None:
+        if self._observe is not None and self.clock >= self._due:
+            lanes, active = self.lanes, self.lanes.active
+            rows = Rows.of(lanes.computed[active], lanes.limit[active] - 1, lanes.seqs[active])
+            self._due = self._observe(start, self.clock, rows)
 
     def _settle(self, step: Step) -> None:
         """What the engine does after a forward: record, give each row its token, end rows."""
