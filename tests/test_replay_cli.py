@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pykvcache import cli
 from pykvcache.bench.replay import blockmap, paper, plots
@@ -17,7 +19,7 @@ from pykvcache.bench.replay.cases import BLOCK_SIZES, CONTIGUOUS, POLICIES, Case
 from pykvcache.bench.replay.configs import known_configs, load_config
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.plan import Budget, Plan
-from pykvcache.bench.replay.report import regime
+from pykvcache.bench.replay.report import compared, regime, replay_tables
 from pykvcache.bench.replay.totals import KEYS, SHARES
 from pykvcache.bench.replay.workload import Workload
 
@@ -198,12 +200,52 @@ def test_arrivals_of_packaged_traces(run) -> None:
         assert json.loads(out)[0]["peak_batch"] < 120
 
 
-def test_enough_memory_is_no_waste(run) -> None:
+def test_enough_memory_is_no_waste(run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
     _, out, _ = run(
         *("--trace", "azure-conv", "--requests", "20", "--arrivals", "trace"),
-        *("--policy", "paged", "--block-size", "16", "--memory", "80GiB"),
+        *("--policy", "paged", "--block-size", "16", "--memory", "80GiB", "--json", str(rows)),
     )
     assert "no request ever waited" in out
+    (row,) = json.loads(rows.read_text())
+    assert tuple(row) == (*KEYS, "shares_of") and row["shares_of"] == "allocated"
+
+
+def test_the_regime_compares_the_same_time() -> None:
+    """Rows of 10 tokens in slots of 20; paged, nobody waits."""
+    plan = Plan.of(
+        Workload("alpaca-like", limit=200), Budget(65_536), paper.Rules(), ["max", "paged"], [16]
+    )
+    loose, packed = plan.run()
+    assert loose.waiting.seconds and not packed.waiting.seconds
+    rows_seconds = [result.waiting.rows + result.calm.rows for result in (loose, packed)]
+    running = [result.seconds.total for result in (loose, packed)]
+    _, batches = compared(loose, packed)
+    assert batches == pytest.approx([a / b for a, b in zip(rows_seconds, running, strict=True)])
+    sentence = regime([loose, packed])
+    assert "of the allocated memory live" in sentence and "nobody waits for paged 16" in sentence
+    assert f"{batches[0]:.1f} -> {batches[1]:.1f}" in sentence
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 25])
+def test_no_figure_is_cut_in_a_narrow_terminal(width: int) -> None:
+    workload = Workload("azure-conv", limit=60)
+    plan = Plan.of(workload, Budget(30_000), paper.Rules(), ["max", "oracle-first-fit", "paged"])
+    results = list(plan.run())
+    regimes = [paper.Regime(f"sigma {i}", results[-4:]) for i in range(6)]
+    console = Console(width=width, file=io.StringIO())
+    made = replay_tables(results, width)
+    for table in [*made, *paper.paper_tables(regimes, width)]:
+        console.print(table)
+    text = console.file.getvalue()
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
+    words = text.split()
+    for result in results:
+        for figure in (*result.shares().values(), result.mean_batch):
+            assert f"{figure:.1f}" in words
+        assert f"{result.throughput:,.0f}" in words and result.policy in words
+    assert {"live", "reserved", "external", "preempt", "tokens/s", "published"} <= set(words)
+    assert len(made) == {120: 1, 80: 2}.get(width, len(made))
 
 
 @pytest.mark.parametrize(

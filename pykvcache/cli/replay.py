@@ -21,11 +21,11 @@ from pykvcache.bench.replay.paper import (
     MODEL,
     PUBLISHED,
     SIGMAS,
-    paper_table,
+    paper_tables,
     replay_regimes,
 )
 from pykvcache.bench.replay.plan import Budget, Plan
-from pykvcache.bench.replay.report import notes, regime, replay_table
+from pykvcache.bench.replay.report import notes, regime, replay_tables
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.synthetic import DEFAULT_COUNT, SYNTHETIC
 from pykvcache.bench.replay.totals import Result
@@ -154,7 +154,8 @@ def show(console: Console, results: list[Result]) -> None:
     """The table, and what there is to say about it."""
     if not results:
         return
-    console.print(replay_table(results))
+    for table in replay_tables(results, console.width):
+        console.print(table)
     for note in notes(results):
         console.print(f"note: {note}")
     sentence = regime(results)
@@ -171,7 +172,8 @@ def compare_with_paper(console: Console, rules: Rules, requests: int, seed: int)
     except KeyboardInterrupt:
         return False
     console.print()
-    console.print(paper_table(regimes))
+    for table in paper_tables(regimes, console.width):
+        console.print(table)
     return True
 
 
