@@ -63,6 +63,10 @@ def replay(
     victim: Annotated[str, typer.Option(help="Whom to preempt: newest or cheapest.")] = "newest",
     preemption: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
     order: Annotated[str, typer.Option(help="fcfs; or shortest prompt first.")] = "fcfs",
+    buddy_rest: Annotated[
+        str | None,
+        typer.Option(help="A rest of the memory below max-len: used or lost; lost with --max-len."),
+    ] = None,
     scheduler: Annotated[
         str, typer.Option(help="prefill-first; or engine, for paged: the engine's own.")
     ] = "prefill-first",
@@ -108,6 +112,7 @@ def replay(
             victim,
             preemption,
             order,
+            buddy_rest or ("used" if max_len is None else "lost"),
             "engine" if prefix_cache else scheduler,
             token_budget,
             max_running,

@@ -18,7 +18,7 @@ from pykvcache.bench.replay.workload import Workload
 if TYPE_CHECKING:
     from pykvcache.bench.replay.scheduled import ScheduledReplay
 
-CONTIGUOUS: dict[str, Callable[[int, int], contiguous.Contiguous]] = {
+CONTIGUOUS: dict[str, Callable[[int, int, bool], contiguous.Contiguous]] = {
     "max-length": contiguous.max_length,
     "power-of-two": contiguous.power_of_two,
     "oracle-first-fit": contiguous.oracle_first_fit,
@@ -61,11 +61,11 @@ def choose_cases(policies: Sequence[str], block_sizes: Sequence[int]) -> list[Ca
     return cases
 
 
-def make_space(case: Case, slots: int, max_len: int, head_room: float) -> Space:
+def make_space(case: Case, slots: int, max_len: int, rules: Rules) -> Space:
     """The memory of a case; not for the padded batch, which has a loop of its own."""
     if case.block_size is not None:
-        return Paged(slots, case.block_size, head_room)
-    return CONTIGUOUS[case.policy](slots, max_len)
+        return Paged(slots, case.block_size, rules.head_room)
+    return CONTIGUOUS[case.policy](slots, max_len, rules.buddy_rest == "used")
 
 
 def make_replay(
@@ -84,7 +84,7 @@ def make_replay(
 
         size = case.block_size
         return ScheduledReplay(workload, slots, size, result, rules, advance, observe)
-    space = make_space(case, slots, max_len, rules.head_room)
+    space = make_space(case, slots, max_len, rules)
     return Replay(workload, space, result, rules, advance, observe)
 
 
