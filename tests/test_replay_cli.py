@@ -211,6 +211,19 @@ def test_enough_memory_is_no_waste(run, tmp_path: Path) -> None:
     assert tuple(row) == (*KEYS, "shares_of") and row["shares_of"] == "allocated"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "is_lost"),
+    [
+        ([], False),
+        (["--max-len", "2000"], True),
+        (["--max-len", "2000", "--buddy-rest", "used"], False),
+    ],
+)
+def test_a_rest_that_buddies_lose_is_told(run, arguments: list[str], is_lost: bool) -> None:
+    code, out, _ = run(*SMALL, "--tokens", "9000", "--policy", "pow2,oracle", *arguments)
+    assert code == 0 and ("rest of 808 slots" in out) == is_lost
+
+
 def test_the_regime_compares_the_same_time() -> None:
     """Rows of 10 tokens in slots of 20; paged, nobody waits."""
     plan = Plan.of(
@@ -267,6 +280,7 @@ def test_no_figure_is_cut_in_a_narrow_terminal(width: int) -> None:
         (["--head-room", "1"], ["head_room", "1"]),
         (["--victim", "oldest"], ["victim", "newest", "'oldest'"]),
         (["--preemption", "kill"], ["preemption", "swap", "'kill'"]),
+        (["--buddy-rest", "half"], ["buddy_rest", "used", "'half'"]),
         (["--order", "lifo"], ["order", "shortest", "'lifo'"]),
         (["--scheduler", "best"], ["scheduler", "engine", "'best'"]),
         (["--requests", "0"], ["requests", "0"]),

@@ -24,6 +24,7 @@ CONTIGUOUS: dict[str, Callable[[int, int, bool], contiguous.Contiguous]] = {
     "oracle-first-fit": contiguous.oracle_first_fit,
     "oracle-buddy": contiguous.oracle_buddy,
 }
+BUDDIES = ("power-of-two", "oracle-buddy")
 PADDED, PAGED = "padded", "paged"
 POLICIES = (*CONTIGUOUS, PADDED, PAGED)
 ALIASES = {"max": "max-length", "pow2": "power-of-two", "oracle": "oracle-buddy"}

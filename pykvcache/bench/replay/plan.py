@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pykvcache.bench.replay.cases import BLOCK_SIZES, Case, choose_cases, run_case
+from pykvcache.bench.replay.cases import BLOCK_SIZES, BUDDIES, Case, choose_cases, run_case
 from pykvcache.bench.replay.configs import ModelConfig, load_config
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
@@ -136,7 +136,18 @@ class Plan:
             f"{describe_cost(cost)}; {ORDER_WORDS[rules.order]} first, prefill first, "
             f"{rules.victim} preempted ({rules.preemption}), "
             f"head-room {100 * rules.head_room:.3g} %",
+            *self._describe_rest(),
             *self._describe_engine(),
+        ]
+
+    def _describe_rest(self) -> list[str]:
+        rest = self.budget.slots % (1 << (self.max_len - 1).bit_length())
+        if self.rules.buddy_rest == "used" or not 0 < rest < self.max_len:
+            return []
+        if not any(case.policy in BUDDIES for case in self.cases):
+            return []
+        return [
+            f"buddies: a rest of {rest:,} slots, less than max-len, is not used (buddy-rest lost)"
         ]
 
     def _describe_engine(self) -> list[str]:
