@@ -272,6 +272,15 @@ def test_no_figure_is_cut_in_a_narrow_terminal(width: int) -> None:
         (["--memory", "lots"], ["memory", "'lots'"]),
         (["--memory", "1KiB"], ["1024 bytes", "131072 bytes"]),
         (["--memory", "1GiB", "--tokens", "5"], ["not both"]),
+        (["--tokens", "9" * 25], ["tokens", "134217728"]),
+        (["--memory", "1000000GiB"], ["memory", "134217728"]),
+        (["--memory", "9" * 400 + "GiB"], ["memory"]),
+        (["--memory", ""], ["memory", "''"]),
+        (["--model-config", ""], ["model config", "''"]),
+        (["--tokens", "100000", "--model-config", "nope"], ["tokens", "model config", "not both"]),
+        (["--paper", "--trace", "sharegpt"], ["--paper", "--trace"]),
+        (["--paper", "--tokens", "100"], ["--paper", "--tokens"]),
+        (["--block-size", "16,16"], ["block_size", "16,16"]),
         (["--max-len", "1"], ["max_len", "1"]),
         (["--max-len", "100000"], ["max_len", "65536", "100000"]),
         (["--block-size", "0"], ["block_size", "0"]),
@@ -287,8 +296,9 @@ def test_no_figure_is_cut_in_a_narrow_terminal(width: int) -> None:
         (["--arrivals", "poisson"], ["arrivals", "saturated", "'poisson'"]),
         (["--trace", "sharegpt", "--arrivals", "trace"], ["sharegpt", "arrive"]),
         (["--prefix-cache"], ["azure-conv", "prefixes"]),
-        (["--step-ms", "-1"], ["base", "-0.001"]),
-        (["--step-ms", "0"], ["base", "0"]),
+        (["--step-ms", "-1"], ["step_ms", "-1"]),
+        (["--step-ms", "0"], ["step_ms", "0"]),
+        (["--kv-ns", "nan"], ["kv_ns", "nan"]),
         (["--trace", "alpaca-like", "--sigma", "-1"], ["sigma", "-1"]),
         (["--plot", "a.txt"], ["--plot", ".png", "'a.txt'"]),
         (["--json", "/"], ["--json", "folder"]),
@@ -314,13 +324,25 @@ def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str
         ("a.jsonl", '{"input_length": 5}\n', ["a.jsonl, line 1", "output_length"]),
         ("a.csv", "arrival,input_length,output_length\nsoon,1,1\n", ["line 2", "'soon'"]),
         ("a.csv.gz", "this is no gzip", ["a.csv.gz"]),
+        ("a.csv", "input_length,output_length\n1,2\n\udcff,4\n", ["a.csv, line 3", "UTF-8"]),
+        ("a.txt", "input_length,output_length\n1,2\n", [".csv", ".jsonl", "a.txt"]),
+        ("a.jsonl", '{"input_length": 1.9, "output_length": 5}\n', ["line 1", "1.9"]),
+        ("a.jsonl", '{"input_length": -0.5, "output_length": 5}\n', ["line 1", "-0.5"]),
+        ("a.jsonl", '{"input_length": 3, "output_length": true}\n', ["line 1", "output", "True"]),
+        ("a.jsonl", '{"input_length": NaN, "output_length": 5}\n', ["line 1", "nan"]),
+        (
+            "a.jsonl",
+            '{"input_length": 1, "output_length": 5, "hash_ids": [1.5]}\n',
+            ["line 1", "hash_ids"],
+        ),
+        ("a.jsonl", "[" * 200_000 + "\n", ["line 1", "JSON object"]),
     ],
 )
 def test_bad_traces_are_one_line(
     run, tmp_path: Path, name: str, text: str, words: list[str]
 ) -> None:
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, "utf-8", "surrogateescape")
     code, out, err = run("--trace", str(path))
     assert (code, out) == (2, "")
     assert err.startswith("pykvcache: ") and err.count("\n") == 1
@@ -328,12 +350,54 @@ def test_bad_traces_are_one_line(
         assert word in err
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bom.csv", "\ufeffinput_length,output_length\n10,5\n"),
+        ("UP.CSV", "input_length,output_length\n10,5\n"),
+        ("bom.jsonl", '\ufeff{"input_length": 10, "output_length": 5}\n'),
+        ("empty.jsonl", '{"input_length": 10, "output_length": 5}\n\n'),
+        ("float.jsonl", '{"input_length": 10.0, "output_length": 5}\n'),
+    ],
+)
+def test_traces_as_other_programs_write_them(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, "utf-8")
+    assert [(r.prompt, r.output) for r in Workload(str(path))] == [(10, 5)]
+
+
+def test_files_are_found_bad_before_the_work_and_stay_as_they_are(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plan_module, "run_case", None)
+    for option, file in (
+        ("--json", "/proc/x.json"),
+        ("--json", ""),
+        ("--json", str(tmp_path / ("n" * 300))),
+        ("--plot", "/proc/x.png"),
+    ):
+        code, out, err = run(*SMALL, option, file)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and option in err
+    old = tmp_path / "old.json"
+    old.write_text("old")
+    run(*SMALL, "--json", str(old), "--plot", str(tmp_path / "new.png"), "--tokens", "0")
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line_and_the_table_is_shown(run) -> None:
+    code, out, err = run(*SMALL, "--policy", "max", "--json", "/dev/full")
+    assert code == 2 and "max-length" in out
+    assert err.startswith("pykvcache: ") and err.count("\n") == 1 and "--json" in err
+
+
 def test_arrivals_that_go_back_are_an_error(run, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("arrival,input_length,output_length\n5,9,9\n4,9,9\n")
-    code, _, err = run("--trace", str(path), "--arrivals", "trace")
-    assert code == 2 and err.count("\n") == 1
-    assert "request 2 arrives before" in err
+    code, out, err = run("--trace", str(path), "--arrivals", "trace")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "a.csv, line 3: arrives 1 s before" in err
+    assert run("--trace", str(path), "--policy", "paged", "--block-size", "16")[0] == 0
 
 
 def test_ctrl_c_keeps_what_is_done(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def choose_cases(policies: Sequence[str], block_sizes: Sequence[int]) -> list[Ca
     for size in block_sizes:
         if size < 1:
             raise ValueError(f"block_size must be at least 1, got {size}")
+    if len(set(block_sizes)) < len(block_sizes):
+        raise ValueError(f"block_size must not be repeated, got {','.join(map(str, block_sizes))}")
     cases = [Case(name) for name in POLICIES if name in names and name != PAGED]
     if PAGED in names:
         cases += [Case(PAGED, size) for size in block_sizes or BLOCK_SIZES]
