@@ -129,6 +129,14 @@ def test_waste_per_sequence_is_the_closed_form(trace: str, block_size: int) -> N
     assert result.waste_per_sequence == pytest.approx((block_size - 1) / 2, rel=0.05)
 
 
+def test_waste_of_rows_shorter_than_a_block_is_the_rest_of_it() -> None:
+    workload = Workload("alpaca-like", max_len=250, limit=2500)
+    result = run_case(Case("paged", 256), workload, 65536, 250, Rules())
+    held = result.window.live / result.window.rows
+    assert result.waste_per_sequence == pytest.approx(256 - held)
+    assert result.waste_per_sequence > 1.3 * 127.5
+
+
 def paper(case: Case, sigma: float = 1.0, trace: str = "sharegpt-like") -> Result:
     """OPT-13B in 12 GiB: Kwon et al., SOSP 2023, figure 2."""
     workload = Workload(trace, max_len=2048, limit=6000, sigma=sigma)

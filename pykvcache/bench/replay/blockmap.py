@@ -90,7 +90,7 @@ def draw_map(plan: Plan, case: Case, seconds: float, slots: int) -> BlockMap:
 
 def paint(memory: Space | BlockAllocator, rows: Rows, addresses: Int64Array) -> Cells:
     """uint8 [A]: what the slots at `addresses` hold, as indices into SHARES."""
-    if rows.count == 0:
+    if not rows.length.any():
         return np.full(len(addresses), EXTERNAL, np.uint8)
     if isinstance(memory, Contiguous):
         row, offset, asked = _find_contiguous(memory, rows, addresses)
@@ -125,11 +125,12 @@ def _find_paged(
     """The same over blocks; the place is the token's, in the longest row that has the block."""
     size, order = allocator.block_size, rows.length.argsort(kind="stable")
     table = allocator.block_table(rows.handle[order])
-    owner = np.full(allocator.num_blocks + 1, -1)
-    place = np.zeros(len(owner), np.int64)
     holders, columns = (table >= 0).nonzero()
     blocks = table[holders, columns]
-    owner[blocks], place[blocks] = order[holders], columns
-    block = np.minimum(addresses // size, allocator.num_blocks)  # the last stands for none
-    offset = place[block] * size + addresses % size
-    return owner[block], offset, np.full(len(addresses), np.iinfo(np.int64).max)
+    by_block = blocks.argsort(kind="stable")
+    wanted = addresses // size
+    near = blocks[by_block].searchsorted(wanted, side="right") - 1
+    entry = by_block[near]
+    owner = np.where((near >= 0) & (blocks[entry] == wanted), order[holders[entry]], -1)
+    offset = columns[entry] * size + addresses % size
+    return owner, offset, np.full(len(addresses), np.iinfo(np.int64).max)

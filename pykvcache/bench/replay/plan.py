@@ -35,17 +35,15 @@ class Budget:
         Raises:
             ValueError: both were given, either cannot be read, or there is no room for a token.
         """
+        if model_config == "":
+            raise ValueError("model config must be a name or a file, got ''")
+        config = load_config(MODEL if model_config is None else model_config)
         if tokens is not None:
             if memory is not None:
                 raise ValueError("give the budget as memory or as tokens, not both")
             if not 1 <= tokens <= MOST_SLOTS:
                 raise ValueError(f"tokens must be 1 to {MOST_SLOTS}, got {tokens}")
-            if model_config is not None:
-                raise ValueError("give the budget as tokens or with a model config, not both")
             return cls(tokens)
-        if model_config == "":
-            raise ValueError("model config must be a name or a file, got ''")
-        config = load_config(MODEL if model_config is None else model_config)
         size = parse_memory(MEMORY if memory is None else memory)
         assert size is not None
         slots = size // config.token_bytes
