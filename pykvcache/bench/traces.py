@@ -16,7 +16,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -229,11 +229,11 @@ def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
 
 
 def _count(value: Any, what: str, where: str) -> int:
-    count = -1
-    is_whole = not isinstance(value, bool) and not (isinstance(value, float) and value % 1)
-    if is_whole:
-        with suppress(TypeError, ValueError, OverflowError):
-            count = int(value)
+    try:
+        is_whole = type(value) is str or (value % 1 == 0 and type(value) is not bool)
+        count = int(value) if is_whole else -1
+    except (TypeError, ValueError, OverflowError):
+        count = -1
     if count < 0:
         raise ValueError(f"{where}: {what} tokens must be a count, got {value!r}")
     return count
