@@ -21,7 +21,7 @@ def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
         return memory
     if not isinstance(memory, str):
         raise TypeError(f"{name} must be bytes as an int or a string like '4GiB', got {memory!r}")
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", memory)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?i?B?)\s*", memory)
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{name} must look like '4GiB' or '512MB', got {memory!r}")
     return int(float(match[1]) * _UNITS[match[2]])

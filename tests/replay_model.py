@@ -38,12 +38,22 @@ class Row:
 class Memory:
     """Contiguous regions, found by looking at every slot."""
 
-    def __init__(self, slots: int, policy: str, max_len: int) -> None:
+    def __init__(self, slots: int, policy: str, max_len: int, use_rest: bool) -> None:
         self.used = [False] * slots
         self.policy, self.max_len = policy, max_len
         self.top = power_of_two(max_len)
         while self.top > slots:
             self.top //= 2
+        self.cuts = []  # (start, size) of the buddies that make up the memory
+        start, size = 0, self.top
+        while start + size <= slots:
+            self.cuts.append((start, size))
+            start += size
+        while size > 1 and (use_rest or slots - slots // self.top * self.top >= max_len):
+            size //= 2
+            if start + size <= slots:
+                self.cuts.append((start, size))
+                start += size
 
     def asked(self, row: Row) -> int:
         if self.policy == "max-length":
@@ -66,8 +76,8 @@ class Memory:
                 run = 0 if used else run + 1
         else:
             granted, free = power_of_two(asked), []
-            for start in range(0, len(self.used) - self.top + 1, self.top):
-                free += [hole for hole in self.holes(start, self.top) if hole[1] >= granted]
+            for start, size in self.cuts:
+                free += [hole for hole in self.holes(start, size) if hole[1] >= granted]
             free.sort(key=lambda hole: (hole[1], hole[0]))
         if not free:
             return False
@@ -101,6 +111,7 @@ class Simulation:
     victim: str = "newest"
     swap_cost: float | None = None
     shortest_first: bool = False
+    use_rest: bool = False
 
     seconds: float = 0.0
     waited: float = 0.0
@@ -114,7 +125,7 @@ class Simulation:
     def run(self) -> Simulation:
         queue = [Row(*request) for request in self.requests]
         running: list[Row] = []
-        memory = Memory(self.slots, self.policy, self.max_len)
+        memory = Memory(self.slots, self.policy, self.max_len, self.use_rest)
         self.free = self.slots // self.block_size if self.block_size else 0
         kept = int(self.head_room * self.free)
         while queue or running:

@@ -15,7 +15,7 @@ from replay_model import SHARES, Simulation
 from pykvcache.bench.replay.cases import CONTIGUOUS, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.regions import Buddies, FirstFit, FixedSlots
-from pykvcache.bench.replay.rules import ORDERS, PREEMPTIONS, VICTIMS, Rules
+from pykvcache.bench.replay.rules import BUDDY_RESTS, ORDERS, PREEMPTIONS, VICTIMS, Rules
 from pykvcache.bench.replay.totals import KEYS, Result
 from pykvcache.bench.replay.workload import Survey, Workload
 from pykvcache.bench.traces import Request
@@ -53,6 +53,7 @@ def check_against_model(
         rules.victim,
         cost.per_swapped_token if rules.preemption == "swap" else None,
         rules.order == "shortest",
+        rules.buddy_rest == "used",
     ).run()
     result = run_case(case, requests, slots, max_len, rules)
     assert result.requests == len(requests)
@@ -99,6 +100,8 @@ def test_agrees_under_preemption_and_arrivals(
     st.sampled_from(VICTIMS),
     st.sampled_from(PREEMPTIONS),
     st.sampled_from(ORDERS),
+    st.sampled_from(BUDDY_RESTS),
+    st.sampled_from([320, 309]),
 )
 def test_agrees_on_anything(
     lengths,
@@ -109,11 +112,13 @@ def test_agrees_on_anything(
     victim: str,
     preemption: str,
     order: str,
+    buddy_rest: str,
+    slots: int,
 ) -> None:
     requests = [Request(p, o, i * gap * 0.01) for i, (p, o) in enumerate(lengths)]
     cost = StepCost(4e-3, 1e-5, 1e-4, 2e-5)
-    rules = Rules(cost, saturated, head_room, victim, preemption, order)
-    check_against_model(requests, case, 320, 80, rules)
+    rules = Rules(cost, saturated, head_room, victim, preemption, order, buddy_rest)
+    check_against_model(requests, case, slots, 80, rules)
 
 
 @pytest.mark.parametrize("trace", TRACES)
@@ -122,6 +127,14 @@ def test_waste_per_sequence_is_the_closed_form(trace: str, block_size: int) -> N
     workload = Workload(trace, max_len=16384, limit=2500)
     result = run_case(Case("paged", block_size), workload, 65536, 16384, Rules())
     assert result.waste_per_sequence == pytest.approx((block_size - 1) / 2, rel=0.05)
+
+
+def test_waste_of_rows_shorter_than_a_block_is_the_rest_of_it() -> None:
+    workload = Workload("alpaca-like", max_len=250, limit=2500)
+    result = run_case(Case("paged", 256), workload, 65536, 250, Rules())
+    held = result.window.live / result.window.rows
+    assert result.waste_per_sequence == pytest.approx(256 - held)
+    assert result.waste_per_sequence > 1.3 * 127.5
 
 
 def paper(case: Case, sigma: float = 1.0, trace: str = "sharegpt-like") -> Result:
@@ -199,7 +212,7 @@ def test_what_cannot_be_held_is_refused_and_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: FixedSlots(96, 20), lambda: FirstFit(96), lambda: Buddies(96, 20)]
+    "make", [lambda: FixedSlots(96, 20), lambda: FirstFit(96), lambda: Buddies(96, 20, False)]
 )
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
@@ -220,6 +233,35 @@ def test_regions_never_overlap_and_all_come_back(make, data: st.DataObject) -> N
         regions.give(address, size)
     largest = regions.largest()
     assert sum(1 for _ in iter(lambda: regions.take(largest), None)) == 96 // largest
+
+
+@pytest.mark.parametrize("buddy_rest", BUDDY_RESTS)
+@pytest.mark.parametrize("policy", ["power-of-two", "oracle-buddy"])
+def test_buddies_in_a_budget_that_is_no_power_of_two(policy: str, buddy_rest: str) -> None:
+    """Top regions of 512: 988 slots have one, and a rest of 476 in which 400 would have a place."""
+    rules, external = Rules(buddy_rest=buddy_rest), {}
+    for slots, max_len in ((988, 400), (988, 480), (2500, 500)):
+        requests = short("azure-conv", 100, 8, max_len)
+        result = check_against_model(requests, Case(policy), slots, max_len, rules)
+        external[slots, max_len] = result.shares()["external"]
+    assert (external[988, 480] > 48) == (buddy_rest == "lost")
+    assert external[988, 400] < 48
+
+
+@given(st.integers(1, 300), st.integers(1, 90))
+@settings(max_examples=60, deadline=None)
+def test_buddies_use_the_whole_memory(slots: int, longest: int) -> None:
+    """Single slots fill it, and when they are given back, its first regions are there again."""
+    regions, fresh = Buddies(slots, longest, True), Buddies(slots, longest, True)
+    taken = [regions.take(1) for _ in range(slots)]
+    assert sorted(taken) == list(range(slots)) and regions.take(1) is None
+    for address in taken:
+        regions.give(address, 1)
+    size = fresh.largest()
+    while size:
+        address = fresh.take(size)
+        assert regions.take(size) == address
+        size = size // 2 if address is None else size
 
 
 def test_workload_cuts_what_is_too_long(tmp_path: Path) -> None:

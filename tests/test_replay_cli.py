@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pykvcache import cli
-from pykvcache.bench.replay import blockmap, paper
+from pykvcache.bench.replay import blockmap, paper, plots
 from pykvcache.bench.replay import plan as plan_module
 from pykvcache.bench.replay.cases import BLOCK_SIZES, CONTIGUOUS, POLICIES, Case
 from pykvcache.bench.replay.configs import known_configs, load_config
+from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.plan import Budget, Plan
-from pykvcache.bench.replay.report import regime
+from pykvcache.bench.replay.report import compared, regime, replay_tables
 from pykvcache.bench.replay.totals import KEYS, SHARES
 from pykvcache.bench.replay.workload import Workload
 
@@ -116,10 +119,57 @@ def test_padded_alone_has_no_map(run, tmp_path: Path) -> None:
 def test_maps_show_the_shares(case: Case) -> None:
     workload = Workload("sharegpt-like", max_len=2048, limit=1500)
     plan = Plan.of(workload, Budget(15_728), paper.Rules(), [case.policy], [16])
-    drawn = blockmap.draw_map(plan, case, 60.0)
+    drawn = blockmap.draw_map(plan, case, 60.0, 15_728)
     shares = next(plan.run()).shares()
     for kind, name in enumerate(SHARES):
         assert 100 * np.mean(drawn.cells == kind) == pytest.approx(shares[name], abs=8), name
+
+
+def test_map_of_the_engine_shows_its_scheduler() -> None:
+    """Two rows at most: the common loop would fill the memory."""
+    rules = paper.Rules(scheduler="engine", max_running=2)
+    workload = Workload("sharegpt-like", max_len=2048, limit=60)
+    plan = Plan.of(workload, Budget(15_728), rules, ["paged"], [16])
+    result = next(plan.run())
+    drawn = blockmap.draw_map(plan, plan.cases[0], result.seconds.total, 15_728)
+    for kind, name in enumerate(SHARES):
+        share = result.shares()[name]
+        assert 100 * np.mean(drawn.cells == kind) == pytest.approx(share, abs=1.5), name
+
+
+def test_columns_of_a_map_are_moments(tmp_path: Path) -> None:
+    """One request at a time, 5 s each: a prompt of 10 tokens and 4 more, one a second."""
+    path = tmp_path / "a.csv"
+    path.write_text("input_length,output_length\n" + "10,5\n" * 1000)
+    rules = paper.Rules(StepCost(1.0, 0.0, 0.0))
+    plan = Plan.of(Workload(str(path), max_len=16), Budget(16), rules, ["max"])
+    drawn = blockmap.draw_map(plan, plan.cases[0], 2640.0, 16)  # 11 s a column
+    moments = (np.arange(blockmap.COLUMNS) + 0.5) * 11
+    slots = np.arange(blockmap.LINES) * 16 // blockmap.LINES
+    length = 10 + np.floor(moments % 5).astype(int)
+    expected = np.select(
+        [slots[:, None] < length, slots[:, None] < 14], [blockmap.LIVE, blockmap.RESERVED],
+        blockmap.INTERNAL,
+    )  # fmt: skip
+    assert np.array_equal(drawn.cells, expected)
+
+
+def test_maps_share_time_and_slots_and_leave_out_what_is_never_used(tmp_path: Path) -> None:
+    workload = Workload("sharegpt-like", limit=60)
+    plan = Plan.of(workload, Budget(10**7), paper.Rules(), ["max", "oracle", "paged"], [16])
+    results = list(plan.run())
+    seconds = plots.seconds_of(plan, results)
+    assert seconds == max(result.seconds.total for result in results)
+    maps = blockmap.draw_maps(plan, plan.cases, seconds)
+    assert len({(drawn.seconds, drawn.slots) for drawn in maps}) == 1
+    assert max(drawn.used for drawn in maps) > blockmap.LINES // 2
+
+
+def test_long_names_leave_room_for_the_rest_of_the_title(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 200 + ".csv")
+    path.write_text("input_length,output_length\n10,5\n")
+    title = plots.title_of(Plan.of(Workload(str(path)), Budget(100), paper.Rules()))
+    assert len(title) < 140 and title.endswith(".csv, 1 requests, 100 token slots, max-len 15")
 
 
 @pytest.mark.parametrize("tokens", ["1", "2", "7"])
@@ -150,12 +200,65 @@ def test_arrivals_of_packaged_traces(run) -> None:
         assert json.loads(out)[0]["peak_batch"] < 120
 
 
-def test_enough_memory_is_no_waste(run) -> None:
+def test_enough_memory_is_no_waste(run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
     _, out, _ = run(
         *("--trace", "azure-conv", "--requests", "20", "--arrivals", "trace"),
-        *("--policy", "paged", "--block-size", "16", "--memory", "80GiB"),
+        *("--policy", "paged", "--block-size", "16", "--memory", "80GiB", "--json", str(rows)),
     )
     assert "no request ever waited" in out
+    (row,) = json.loads(rows.read_text())
+    assert tuple(row) == (*KEYS, "shares_of") and row["shares_of"] == "allocated"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_lost"),
+    [
+        ([], False),
+        (["--max-len", "2000"], True),
+        (["--max-len", "2000", "--buddy-rest", "used"], False),
+    ],
+)
+def test_a_rest_that_buddies_lose_is_told(run, arguments: list[str], is_lost: bool) -> None:
+    code, out, _ = run(*SMALL, "--tokens", "9000", "--policy", "pow2,oracle", *arguments)
+    assert code == 0 and ("rest of 808 slots" in out) == is_lost
+
+
+def test_the_regime_compares_the_same_time() -> None:
+    """Rows of 10 tokens in slots of 20; paged, nobody waits."""
+    plan = Plan.of(
+        Workload("alpaca-like", limit=200), Budget(65_536), paper.Rules(), ["max", "paged"], [16]
+    )
+    loose, packed = plan.run()
+    assert loose.waiting.seconds and not packed.waiting.seconds
+    rows_seconds = [result.waiting.rows + result.calm.rows for result in (loose, packed)]
+    running = [result.seconds.total for result in (loose, packed)]
+    _, batches = compared(loose, packed)
+    assert batches == pytest.approx([a / b for a, b in zip(rows_seconds, running, strict=True)])
+    sentence = regime([loose, packed])
+    assert "of the allocated memory live" in sentence and "nobody waits for paged 16" in sentence
+    assert f"{batches[0]:.1f} -> {batches[1]:.1f}" in sentence
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 25])
+def test_no_figure_is_cut_in_a_narrow_terminal(width: int) -> None:
+    workload = Workload("azure-conv", limit=60)
+    plan = Plan.of(workload, Budget(30_000), paper.Rules(), ["max", "oracle-first-fit", "paged"])
+    results = list(plan.run())
+    regimes = [paper.Regime(f"sigma {i}", results[-4:]) for i in range(6)]
+    console = Console(width=width, file=io.StringIO())
+    made = replay_tables(results, width)
+    for table in [*made, *paper.paper_tables(regimes, width)]:
+        console.print(table)
+    text = console.file.getvalue()
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
+    words = text.split()
+    for result in results:
+        for figure in (*result.shares().values(), result.mean_batch):
+            assert f"{figure:.1f}" in words
+        assert f"{result.throughput:,.0f}" in words and result.policy in words
+    assert {"live", "reserved", "external", "preempt", "tokens/s", "published"} <= set(words)
+    assert len(made) == {120: 1, 80: 2}.get(width, len(made))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +272,15 @@ def test_enough_memory_is_no_waste(run) -> None:
         (["--memory", "lots"], ["memory", "'lots'"]),
         (["--memory", "1KiB"], ["1024 bytes", "131072 bytes"]),
         (["--memory", "1GiB", "--tokens", "5"], ["not both"]),
+        (["--tokens", "9" * 25], ["tokens", "134217728"]),
+        (["--memory", "1000000GiB"], ["memory", "134217728"]),
+        (["--memory", "9" * 400 + "GiB"], ["memory"]),
+        (["--memory", ""], ["memory", "''"]),
+        (["--model-config", ""], ["model config", "''"]),
+        (["--tokens", "100000", "--model-config", "nope"], ["model config", "'nope'"]),
+        (["--paper", "--trace", "sharegpt"], ["--paper", "--trace"]),
+        (["--paper", "--tokens", "100"], ["--paper", "--tokens"]),
+        (["--block-size", "16,16"], ["block_size", "16,16"]),
         (["--max-len", "1"], ["max_len", "1"]),
         (["--max-len", "100000"], ["max_len", "65536", "100000"]),
         (["--block-size", "0"], ["block_size", "0"]),
@@ -177,14 +289,16 @@ def test_enough_memory_is_no_waste(run) -> None:
         (["--head-room", "1"], ["head_room", "1"]),
         (["--victim", "oldest"], ["victim", "newest", "'oldest'"]),
         (["--preemption", "kill"], ["preemption", "swap", "'kill'"]),
+        (["--buddy-rest", "half"], ["buddy_rest", "used", "'half'"]),
         (["--order", "lifo"], ["order", "shortest", "'lifo'"]),
         (["--scheduler", "best"], ["scheduler", "engine", "'best'"]),
         (["--requests", "0"], ["requests", "0"]),
         (["--arrivals", "poisson"], ["arrivals", "saturated", "'poisson'"]),
         (["--trace", "sharegpt", "--arrivals", "trace"], ["sharegpt", "arrive"]),
         (["--prefix-cache"], ["azure-conv", "prefixes"]),
-        (["--step-ms", "-1"], ["base", "-0.001"]),
-        (["--step-ms", "0"], ["base", "0"]),
+        (["--step-ms", "-1"], ["step_ms", "-1"]),
+        (["--step-ms", "0"], ["step_ms", "0"]),
+        (["--kv-ns", "nan"], ["kv_ns", "nan"]),
         (["--trace", "alpaca-like", "--sigma", "-1"], ["sigma", "-1"]),
         (["--plot", "a.txt"], ["--plot", ".png", "'a.txt'"]),
         (["--json", "/"], ["--json", "folder"]),
@@ -210,13 +324,25 @@ def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str
         ("a.jsonl", '{"input_length": 5}\n', ["a.jsonl, line 1", "output_length"]),
         ("a.csv", "arrival,input_length,output_length\nsoon,1,1\n", ["line 2", "'soon'"]),
         ("a.csv.gz", "this is no gzip", ["a.csv.gz"]),
+        ("a.csv", "input_length,output_length\n1,2\n\udcff,4\n", ["a.csv, line 3", "UTF-8"]),
+        ("a.txt", "input_length,output_length\n1,2\n", [".csv", ".jsonl", "a.txt"]),
+        ("a.jsonl", '{"input_length": 1.9, "output_length": 5}\n', ["line 1", "1.9"]),
+        ("a.jsonl", '{"input_length": -0.5, "output_length": 5}\n', ["line 1", "-0.5"]),
+        ("a.jsonl", '{"input_length": 3, "output_length": true}\n', ["line 1", "output", "True"]),
+        ("a.jsonl", '{"input_length": NaN, "output_length": 5}\n', ["line 1", "nan"]),
+        (
+            "a.jsonl",
+            '{"input_length": 1, "output_length": 5, "hash_ids": [1.5]}\n',
+            ["line 1", "hash_ids"],
+        ),
+        ("a.jsonl", "[" * 200_000 + "\n", ["line 1", "JSON object"]),
     ],
 )
 def test_bad_traces_are_one_line(
     run, tmp_path: Path, name: str, text: str, words: list[str]
 ) -> None:
     path = tmp_path / name
-    path.write_text(text)
+    path.write_text(text, "utf-8", "surrogateescape")
     code, out, err = run("--trace", str(path))
     assert (code, out) == (2, "")
     assert err.startswith("pykvcache: ") and err.count("\n") == 1
@@ -224,12 +350,54 @@ def test_bad_traces_are_one_line(
         assert word in err
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("bom.csv", "\ufeffinput_length,output_length\n10,5\n"),
+        ("UP.CSV", "input_length,output_length\n10,5\n"),
+        ("bom.jsonl", '\ufeff{"input_length": 10, "output_length": 5}\n'),
+        ("empty.jsonl", '{"input_length": 10, "output_length": 5}\n\n'),
+        ("float.jsonl", '{"input_length": 10.0, "output_length": 5}\n'),
+    ],
+)
+def test_traces_as_other_programs_write_them(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, "utf-8")
+    assert [(r.prompt, r.output) for r in Workload(str(path))] == [(10, 5)]
+
+
+def test_files_are_found_bad_before_the_work_and_stay_as_they_are(
+    run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(plan_module, "run_case", None)
+    for option, file in (
+        ("--json", "/proc/x.json"),
+        ("--json", ""),
+        ("--json", str(tmp_path / ("n" * 300))),
+        ("--plot", "/proc/x.png"),
+    ):
+        code, out, err = run(*SMALL, option, file)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and option in err
+    old = tmp_path / "old.json"
+    old.write_text("old")
+    run(*SMALL, "--json", str(old), "--plot", str(tmp_path / "new.png"), "--tokens", "0")
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_line_and_the_table_is_shown(run) -> None:
+    code, out, err = run(*SMALL, "--policy", "max", "--json", "/dev/full")
+    assert code == 2 and "max-length" in out
+    assert err.startswith("pykvcache: ") and err.count("\n") == 1 and "--json" in err
+
+
 def test_arrivals_that_go_back_are_an_error(run, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("arrival,input_length,output_length\n5,9,9\n4,9,9\n")
-    code, _, err = run("--trace", str(path), "--arrivals", "trace")
-    assert code == 2 and err.count("\n") == 1
-    assert "request 2 arrives before" in err
+    code, out, err = run("--trace", str(path), "--arrivals", "trace")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "a.csv, line 3: arrives 1 s before" in err
+    assert run("--trace", str(path), "--policy", "paged", "--block-size", "16")[0] == 0
 
 
 def test_ctrl_c_keeps_what_is_done(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from pykvcache.bench.replay.cases import Case, run_case
 from pykvcache.bench.replay.rules import Rules
+from pykvcache.bench.replay.scheduled import ScheduledReplay
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Survey, Workload
 from pykvcache.bench.traces import PREFIX_BLOCK, Request
+from pykvcache.engine.scheduler import Scheduler
 
 
 def requests_of(trace: str, count: int) -> list[Request]:
@@ -68,6 +70,31 @@ def test_preempts_when_there_is_no_head_room_and_still_ends() -> None:
 def test_limits_of_the_engine_hold() -> None:
     requests = [Request(10, 60) for _ in range(40)]
     assert replay(requests, max_running=7).peak_batch == 7
+
+
+@pytest.mark.parametrize("order", ["fcfs", "shortest"])
+@pytest.mark.parametrize("saturated", [True, False])
+@pytest.mark.parametrize(("slots", "head_room"), [(4000, 0.05), (900, 0.0)])
+def test_steps_taken_together_are_those_taken_one_by_one(
+    slots: int, head_room: float, saturated: bool, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_of("sharegpt-like", 150)
+    rules = {"saturated": saturated, "head_room": head_room, "order": order, "token_budget": 90}
+    plans = []
+    plan = Scheduler.plan
+    monkeypatch.setattr(Scheduler, "plan", lambda self: plans.append(0) or plan(self))
+    together = replay(requests, slots, **rules)
+    count = len(plans)
+    monkeypatch.setattr(ScheduledReplay, "_repeat", lambda self, step: None)
+    single = replay(requests, slots, **rules)
+    assert count < 0.9 * (len(plans) - count)
+    assert together.shares() == pytest.approx(single.shares(), abs=1e-5)
+    assert together.mean_batch == pytest.approx(single.mean_batch)
+    assert together.seconds.total == pytest.approx(single.seconds.total)
+    assert together.preemptions == single.preemptions
+    assert (together.preemptions > 0) == (head_room == 0)
+    for name in ("recomputed_tokens", "peak_batch", "output_tokens", "requests"):
+        assert getattr(together, name) == getattr(single, name)
 
 
 def prefix_trace(path: Path) -> Workload:

@@ -75,8 +75,10 @@ ARRIVALS: dict[str, Callable[[Any], float]] = {
 (Mooncake), a date and time (Azure)."""
 
 
-def read_trace(trace: str | Path) -> Iterator[Request]:
+def read_trace(trace: str | Path, ordered: bool = False) -> Iterator[Request]:
     """Stream the requests of a packaged trace (a name in TRACES) or of a file.
+
+    ordered: a request that arrives before the one in front of it is an error.
 
     Raises:
         ValueError: the name is unknown, a column is missing, or a row is no pair of counts; the
@@ -84,21 +86,51 @@ def read_trace(trace: str | Path) -> Iterator[Request]:
     """
     path = _find(trace)
     try:
-        yield from _read_file(path)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        yield from _read_file(path, ordered)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name}, line {_undecodable(path)}: not UTF-8") from None
+    except (OSError, EOFError, csv.Error, zlib.error) as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from None
 
 
-def _read_file(path: Path) -> Iterator[Request]:
+def _read_file(path: Path, ordered: bool) -> Iterator[Request]:
+    reader = READERS.get(_kind(path))
+    if reader is None:
+        raise ValueError(f"a trace must end in {', '.join(READERS)}, or .gz after it: {path.name}")
+    latest = -math.inf
     with _open_text(path) as lines:
-        rows = _csv_rows(path, lines) if ".csv" in path.suffixes else _json_rows(path, lines)
-        for where, prompt, output, row in rows:
+        for where, prompt, output, row in reader(path, lines):
+            arrival = _arrival(row, where)
+            if ordered and arrival is not None:
+                if arrival < latest:
+                    raise ValueError(
+                        f"{where}: arrives {latest - arrival:.6g} s before the one above"
+                    )
+                latest = arrival
             yield Request(
                 _count(prompt, "prompt", where),
                 _count(output, "output", where),
-                _arrival(row, where),
+                arrival,
                 _prefix(row, where),
             )
+
+
+def _kind(path: Path) -> str:
+    """The suffix that says how a file reads, ".csv" of a.CSV.gz."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _undecodable(path: Path) -> int:
+    """The number of the first line that is no UTF-8."""
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return int(number)
+    return 0
 
 
 def read_prefix_blocks(trace: str | Path) -> Iterator[list[int]]:
@@ -116,7 +148,7 @@ def read_prefix_blocks(trace: str | Path) -> Iterator[list[int]]:
                 ids = json.loads(line)["hash_ids"]
                 if not all(type(block) is int for block in ids):
                     raise TypeError(f"got {ids}")
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{path.name}, line {line_number}: must be a JSON object with hash_ids, a list "
                     f"of integers ({type(error).__name__}: {error})"
@@ -134,8 +166,8 @@ def _find(trace: str | Path) -> Path:
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="") as file:
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         yield file
 
 
@@ -155,15 +187,20 @@ def _csv_rows(path: Path, lines: TextIO) -> Iterator[Row]:
 def _json_rows(path: Path, lines: TextIO) -> Iterator[Row]:
     for line_number, line in enumerate(lines, start=1):
         where = f"{path.name}, line {line_number}"
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             prompt, output = row["input_length"], row["output_length"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{where}: must be a JSON object with input_length and output_length "
                 f"({type(error).__name__}: {error})"
             ) from None
         yield where, prompt, output, row
+
+
+READERS = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
 
 
 def _arrival(row: Mapping[str, Any], where: str) -> float | None:
@@ -184,6 +221,8 @@ def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
     if isinstance(ids, str):  # a CSV cell
         ids = ids.split()
     try:
+        if any(isinstance(value, (float, bool)) for value in ids):
+            raise TypeError
         return tuple(int(value) for value in ids)
     except (TypeError, ValueError):
         raise ValueError(f"{where}: hash_ids must be integers, got {ids!r}") from None
@@ -191,7 +230,8 @@ def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
 
 def _count(value: Any, what: str, where: str) -> int:
     try:
-        count = int(value)
+        is_whole = type(value) is str or (value % 1 == 0 and type(value) is not bool)
+        count = int(value) if is_whole else -1
     except (TypeError, ValueError, OverflowError):
         count = -1
     if count < 0:

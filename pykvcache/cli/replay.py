@@ -21,11 +21,11 @@ from pykvcache.bench.replay.paper import (
     MODEL,
     PUBLISHED,
     SIGMAS,
-    paper_table,
+    paper_tables,
     replay_regimes,
 )
 from pykvcache.bench.replay.plan import Budget, Plan
-from pykvcache.bench.replay.report import notes, regime, replay_table
+from pykvcache.bench.replay.report import notes, regime, replay_tables
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.synthetic import DEFAULT_COUNT, SYNTHETIC
 from pykvcache.bench.replay.totals import Result
@@ -38,6 +38,7 @@ ARRIVALS = ("saturated", "trace")
 
 
 def replay(
+    context: typer.Context,
     trace: Annotated[
         str, typer.Option(metavar="NAME|FILE", help=f"{TRACE_NAMES}, or a CSV or JSONL file.")
     ] = "azure-conv",
@@ -55,7 +56,7 @@ def replay(
     ] = None,
     policy: Annotated[list[str] | None, typer.Option(help=f"{', '.join(POLICIES)}; all.")] = None,
     block_size: Annotated[
-        list[str] | None, typer.Option(help="Of the paged policy, with commas; 1 to 256.")
+        list[str] | None, typer.Option(help="Of the paged policy, with commas; 1, 2, 4 to 256.")
     ] = None,
     head_room: Annotated[
         float, typer.Option(help="Share of blocks kept free at admission.")
@@ -63,6 +64,10 @@ def replay(
     victim: Annotated[str, typer.Option(help="Whom to preempt: newest or cheapest.")] = "newest",
     preemption: Annotated[str, typer.Option(help="recompute or swap.")] = "recompute",
     order: Annotated[str, typer.Option(help="fcfs; or shortest prompt first.")] = "fcfs",
+    buddy_rest: Annotated[
+        str | None,
+        typer.Option(help="A rest of the memory below max-len: used or lost; lost with --max-len."),
+    ] = None,
     scheduler: Annotated[
         str, typer.Option(help="prefill-first; or engine, for paged: the engine's own.")
     ] = "prefill-first",
@@ -97,9 +102,12 @@ def replay(
         max_len, policy = MAX_LEN, [case.policy for case in PUBLISHED]
         block_size, requests = ["16"], requests or DEFAULT_COUNT
     try:
+        if paper:
+            check_paper(context)
         if arrivals not in ARRIVALS:
             raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, got {arrivals!r}")
         check_files(plot, json)
+        check_cost(step_ms=step_ms, kv_ns=kv_ns, prefill_us=prefill_us, swap_us=swap_us)
         cost = StepCost(step_ms / 1e3, kv_ns / 1e9, prefill_us / 1e6, swap_us / 1e6)
         rules = Rules(
             cost,
@@ -108,6 +116,7 @@ def replay(
             victim,
             preemption,
             order,
+            buddy_rest or ("used" if max_len is None else "lost"),
             "engine" if prefix_cache else scheduler,
             token_budget,
             max_running,
@@ -125,13 +134,7 @@ def replay(
     show(console, results)
     if paper and finished and requests:
         finished = compare_with_paper(console, plan.rules, requests, seed)
-    if json is not None:
-        save_rows(json, results)
-    if plot is not None and results:
-        from pykvcache.bench.replay.plots import plot_replay
-
-        plot_replay(plan, results, plot)
-        console.print(f"plot: {plot}")
+    save(console, plan, results, json, plot)
     if not finished:
         raise typer.Abort
 
@@ -154,7 +157,8 @@ def show(console: Console, results: list[Result]) -> None:
     """The table, and what there is to say about it."""
     if not results:
         return
-    console.print(replay_table(results))
+    for table in replay_tables(results, console.width):
+        console.print(table)
     for note in notes(results):
         console.print(f"note: {note}")
     sentence = regime(results)
@@ -171,8 +175,31 @@ def compare_with_paper(console: Console, rules: Rules, requests: int, seed: int)
     except KeyboardInterrupt:
         return False
     console.print()
-    console.print(paper_table(regimes))
+    for table in paper_tables(regimes, console.width):
+        console.print(table)
     return True
+
+
+def save(
+    console: Console, plan: Plan, results: list[Result], json: str | None, plot: Path | None
+) -> None:
+    """Write what was asked for; a file that turns out bad does not stop the other one."""
+    errors = []
+    if json is not None:
+        try:
+            save_rows(json, results)
+        except OSError as error:
+            errors.append(f"--json: {error}")
+    if plot is not None and results:
+        from pykvcache.bench.replay.plots import plot_replay
+
+        try:
+            plot_replay(plan, results, plot)
+            console.print(f"plot: {plot}", soft_wrap=True)
+        except OSError as error:
+            errors.append(f"--plot: {error}")
+    if errors:
+        raise typer.BadParameter("; ".join(errors))
 
 
 def save_rows(path: str, results: list[Result]) -> None:
@@ -194,10 +221,42 @@ def check_files(plot: Path | None, json: str | None) -> None:
         if file is None or str(file) == "-":
             continue
         path = Path(file).absolute()
-        if not path.parent.is_dir():
-            raise ValueError(f"{option}: there is no folder {path.parent}")
-        if path.is_dir():
-            raise ValueError(f"{option}: {path} is a folder")
+        try:
+            if not path.parent.is_dir():
+                raise ValueError(f"{option}: there is no folder {path.parent}")
+            if path.is_dir() or not str(file):
+                raise ValueError(f"{option}: {str(file)!r} is a folder")
+            try_to_open(path)
+        except OSError as error:
+            raise ValueError(f"{option}: {path} cannot be written: {error.strerror}") from None
+
+
+def try_to_open(path: Path) -> None:
+    """Raise OSError unless `path` can be written; leaves it as it was."""
+    is_there = path.exists()
+    if is_there and not path.is_file():  # a pipe would end with its first writer
+        return
+    path.open("a").close()
+    if not is_there:
+        path.unlink()
+
+
+def check_cost(**options: float) -> None:
+    """Raise ValueError for a cost that is no amount, in the units in which it was given."""
+    for name, value in options.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be 0 or more, got {value:g}")
+    if options["step_ms"] == 0:
+        raise ValueError("step_ms must be more than 0, or a step could take no time")
+
+
+def check_paper(context: typer.Context) -> None:
+    """Raise ValueError for an option that --paper would overrule."""
+    for name in ("trace", "memory", "model_config", "tokens", "max_len", "policy", "block_size"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise ValueError(f"--paper says what is replayed: leave out --{option}")
 
 
 def split(values: list[str] | None) -> list[str]:

@@ -163,6 +163,12 @@ class Lanes:
         self.tokens[lanes, self.known[lanes]] = tokens
         self.known[lanes] += 1
 
+    def skip(self, lanes: Int64Array, count: int) -> None:
+        """As `append`, `count` times, for tokens that nobody will look at."""
+        self._widen(int(self.known[lanes].max(initial=0)) + count)
+        self.known[lanes] += count
+        self.computed[lanes] += count
+
     def _widen(self, width: int) -> None:
         if width > self.tokens.shape[1]:
             width = max(2 * width, 256)

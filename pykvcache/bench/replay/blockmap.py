@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,13 +10,15 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pykvcache.bench.replay.cases import Case, make_space
+from pykvcache.allocator import BlockAllocator
+from pykvcache.bench.replay.cases import Case, make_replay
 from pykvcache.bench.replay.contiguous import Contiguous
 from pykvcache.bench.replay.loop import Replay
 from pykvcache.bench.replay.paged import Paged
 from pykvcache.bench.replay.plan import Plan
 from pykvcache.bench.replay.rows import Int64Array, Rows
-from pykvcache.bench.replay.totals import SHARES, Result
+from pykvcache.bench.replay.space import Space
+from pykvcache.bench.replay.totals import SHARES
 
 LIVE, RESERVED, INTERNAL, ROUNDING, EXTERNAL = range(len(SHARES))
 LINES, COLUMNS = 360, 240
@@ -27,50 +30,74 @@ Cells: TypeAlias = NDArray[np.uint8]
 class BlockMap:
     """cells uint8 [LINES, COLUMNS]: what a slot holds (index into SHARES), by address and time.
 
-    Line i shows the slot at i / LINES of the memory, column j the moment j / COLUMNS * seconds.
+    Line i is the slot at i / LINES of the first `slots`, column j the moment (j + 1/2) / COLUMNS of
+    `seconds`.
     """
 
     case: Case
     seconds: float
+    slots: int
     cells: Cells
+
+    @property
+    def used(self) -> int:
+        """The first line above which nobody ever had a slot."""
+        lines = (self.cells != EXTERNAL).any(axis=1).nonzero()[0]
+        return int(lines[-1]) + 1 if len(lines) else 0
 
 
 class _Enough(Exception):
     """Ends a replay whose picture is complete."""
 
 
-def draw_map(plan: Plan, case: Case, seconds: float) -> BlockMap:
-    """Replay a case from its start for so many seconds of its own time."""
+def draw_maps(plan: Plan, cases: Sequence[Case], seconds: float) -> list[BlockMap]:
+    """Maps of one time and the same slots: the lowest ones, if the others are never used."""
     slots = plan.budget.slots
-    space = make_space(case, slots, plan.max_len, plan.rules.head_room)
-    assert isinstance(space, (Paged, Contiguous))
-    addresses = (np.arange(LINES) * slots) // LINES
+    while True:
+        maps = [draw_map(plan, case, seconds, slots) for case in cases]
+        used = max(drawn.used for drawn in maps)
+        if used > LINES // 2 or slots <= LINES:
+            return maps
+        slots = max(LINES, -(-slots * 11 * max(1, used) // (10 * LINES)))
+
+
+def draw_map(plan: Plan, case: Case, seconds: float, slots: int) -> BlockMap:
+    """Replay a case as Plan.run does, for so many seconds of its own time.
+
+    slots: how many slots to show, from address 0 on.
+    """
     cells: Cells = np.full((LINES, COLUMNS), EXTERNAL, np.uint8)
-    drawn = 0
+    addresses = (np.arange(LINES) * slots) // LINES
+    moments = (np.arange(COLUMNS) + 0.5) / COLUMNS * seconds
 
-    def observe(clock: float, rows: Rows) -> None:
-        """The state from here on, up to the next call; earlier columns are drawn already."""
-        nonlocal drawn
-        column = min(COLUMNS, int(clock / seconds * COLUMNS))
-        cells[:, drawn:column] = cells[:, [max(drawn - 1, 0)]]
-        drawn = max(drawn, column)
-        if drawn >= COLUMNS:
+    def observe(start: float, end: float, rows: Rows) -> float:
+        """Paint the moments from `start` to `end`; what lies between two calls stays external."""
+        first, last = moments.searchsorted((start, end))
+        if first < last:
+            cells[:, first:last] = paint(memory, rows, addresses)[:, None]
+        if last == COLUMNS:
             raise _Enough
-        cells[:, drawn] = paint(space, rows, addresses)
-        drawn += 1
+        return float(moments[last])
 
-    result = Result(case.policy, case.block_size, slots)
+    replay = make_replay(
+        case, plan.workload, plan.budget.slots, plan.max_len, plan.rules, observe=observe
+    )
+    memory = replay.space if isinstance(replay, Replay) else replay.allocator
     with suppress(_Enough):
-        Replay(plan.workload, space, result, plan.rules, observe=observe).run()
-    return BlockMap(case, seconds, cells)
+        replay.run()
+    return BlockMap(case, seconds, slots, cells)
 
 
-def paint(space: Paged | Contiguous, rows: Rows, addresses: Int64Array) -> Cells:
+def paint(memory: Space | BlockAllocator, rows: Rows, addresses: Int64Array) -> Cells:
     """uint8 [A]: what the slots at `addresses` hold, as indices into SHARES."""
-    if rows.count == 0:
+    if not rows.length.any():
         return np.full(len(addresses), EXTERNAL, np.uint8)
-    find = _find_paged if isinstance(space, Paged) else _find_contiguous
-    row, offset, asked = find(space, rows, addresses)  # type: ignore[arg-type]
+    if isinstance(memory, Contiguous):
+        row, offset, asked = _find_contiguous(memory, rows, addresses)
+    else:
+        allocator = memory.allocator if isinstance(memory, Paged) else memory
+        assert isinstance(allocator, BlockAllocator)
+        row, offset, asked = _find_paged(allocator, rows, addresses)
     kinds = np.select(
         [row < 0, offset < rows.length[row], offset < rows.final[row], offset < asked],
         [EXTERNAL, LIVE, RESERVED, INTERNAL],
@@ -93,15 +120,17 @@ def _find_contiguous(
 
 
 def _find_paged(
-    space: Paged, rows: Rows, addresses: Int64Array
+    allocator: BlockAllocator, rows: Rows, addresses: Int64Array
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """The same over blocks; the place is that of the token."""
-    size, table = space.block_size, space.allocator.block_table(rows.handle)
-    owner = np.full(space.allocator.num_blocks + 1, -1)
-    place = np.zeros(len(owner), np.int64)
+    """The same over blocks; the place is the token's, in the longest row that has the block."""
+    size, order = allocator.block_size, rows.length.argsort(kind="stable")
+    table = allocator.block_table(rows.handle[order])
     holders, columns = (table >= 0).nonzero()
     blocks = table[holders, columns]
-    owner[blocks], place[blocks] = holders, columns
-    block = np.minimum(addresses // size, space.allocator.num_blocks)  # the last stands for none
-    offset = place[block] * size + addresses % size
-    return owner[block], offset, np.full(len(addresses), np.iinfo(np.int64).max)
+    by_block = blocks.argsort(kind="stable")
+    wanted = addresses // size
+    near = blocks[by_block].searchsorted(wanted, side="right") - 1
+    entry = by_block[near]
+    owner = np.where((near >= 0) & (blocks[entry] == wanted), order[holders[entry]], -1)
+    offset = columns[entry] * size + addresses % size
+    return owner, offset, np.full(len(addresses), np.iinfo(np.int64).max)

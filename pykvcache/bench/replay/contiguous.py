@@ -64,25 +64,25 @@ class Contiguous:
         self._rounding += sign * (granted - size)
 
 
-def max_length(slots: int, max_len: int) -> Contiguous:
+def max_length(slots: int, max_len: int, whole: bool) -> Contiguous:
     """Every request gets `max_len` slots."""
     return Contiguous(slots, FixedSlots(slots, max_len), lambda job: max_len)
 
 
-def power_of_two(slots: int, max_len: int) -> Contiguous:
+def power_of_two(slots: int, max_len: int, whole: bool) -> Contiguous:
     """The prompt, and the output rounded up to a power of two; never more than `max_len`."""
     return Contiguous(
         slots,
-        Buddies(slots, max_len),
+        Buddies(slots, max_len, whole),
         lambda job: min(job.prompt + (1 << (job.output - 1).bit_length()), max_len),
     )
 
 
-def oracle_first_fit(slots: int, max_len: int) -> Contiguous:
+def oracle_first_fit(slots: int, max_len: int, whole: bool) -> Contiguous:
     """Exactly what the request will need, at the first address where it fits."""
     return Contiguous(slots, FirstFit(slots), lambda job: job.final)
 
 
-def oracle_buddy(slots: int, max_len: int) -> Contiguous:
+def oracle_buddy(slots: int, max_len: int, whole: bool) -> Contiguous:
     """Exactly what the request will need, from a buddy allocator."""
-    return Contiguous(slots, Buddies(slots, max_len), lambda job: job.final)
+    return Contiguous(slots, Buddies(slots, max_len, whole), lambda job: job.final)

@@ -24,7 +24,10 @@ from pykvcache.bench.replay.space import Space
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import Request
 
-Observer: TypeAlias = Callable[[float, Rows], object]
+Observer: TypeAlias = Callable[[float, float, Rows], float]
+"""Hears of a step or a run of steps: (start, end, rows as the last step leaves them), in seconds
+since the first arrival. Returns when it next wants to know: it is not called before, and steps are
+not taken together beyond the first that ends then or later."""
 MOST_STEPS_AT_ONCE = 4096
 REPORT_EVERY = 256
 
@@ -38,7 +41,7 @@ class Replay:
         result: gets the sums.
         rules: what a step costs, when requests arrive.
         advance: called with numbers of requests that were finished or refused.
-        observe: called before each step or run of steps with (seconds since the start, rows).
+        observe: see Observer.
     """
 
     def __init__(
@@ -59,14 +62,13 @@ class Replay:
         self._swapped = 0  # tokens moved since the last step
         self._advance = advance
         self._observe = observe
+        self._due = math.inf if observe is None else 0.0
         self._reported = 0
 
     def run(self) -> Result:
         """Serve every request."""
         while True:
             admitted = self._admit()
-            if self._observe is not None and self.rows.count:
-                self._observe(self.clock, self.rows)
             if admitted:
                 self._prefill(admitted)
             elif self.rows.count:
@@ -107,6 +109,7 @@ class Replay:
         window = self.result.waiting if waits else self.result.calm
         window.add(duration, live, usage, rows.count)
         self.clock += duration
+        self._show(self.clock - duration)
         self._finish()
 
     def _decode(self) -> None:
@@ -116,7 +119,7 @@ class Replay:
             waits = self.queue.head(self.clock) is not None
             limit = min(int((rows.final - rows.length).min()), most)
             live_before = int(rows.length.sum())
-            if (change := self.queue.next_change()) < math.inf:
+            if (change := min(self.queue.next_change(), self._due)) < math.inf:
                 limit = self._steps_until(change, live_before, limit)
             steps, usage = self.space.decode(rows, limit)
             if steps:
@@ -130,8 +133,10 @@ class Replay:
         window.add(durations, live, usage, rows.count)
         seconds.base += cost.base * steps
         seconds.kv += cost.per_kv_token * float(live.sum())
+        start = self.clock
         self.clock += float(durations.sum())
         rows.length += steps
+        self._show(start)
         if steps == limit:
             self._finish()
 
@@ -143,6 +148,10 @@ class Replay:
         durations[0] += self.cost.per_swapped_token * self._swapped
         ends = self.clock + durations.cumsum()
         return min(limit, int(ends.searchsorted(time)) + 1)
+
+    def _show(self, start: float) -> None:
+        if self._observe is not None and self.clock >= self._due:
+            self._due = self._observe(start, self.clock, self.rows)
 
     def _finish(self) -> None:
         rows = self.rows

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from pykvcache.bench.replay.cases import Case, run_case
+from pykvcache.bench.replay.columns import tables
 from pykvcache.bench.replay.plan import Budget
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.totals import Result
@@ -51,26 +52,18 @@ def replay_regimes(
     return regimes
 
 
-def paper_table(regimes: Sequence[Regime]) -> Table:
+def paper_tables(regimes: Sequence[Regime], width: int) -> list[Table]:
     """Useful share of the cache in percent, and the waste of what is allocated."""
-    table = Table(
-        title="useful (live) share of the cache, %", title_justify="left", box=None, pad_edge=False
-    )
-    table.add_column("")
-    for column in ("published", *(regime.label for regime in regimes)):
-        table.add_column(column, justify="right")
-    for line, (case, published) in enumerate(PUBLISHED.items()):
-        shares = [regime.results[line].shares()["live"] for regime in regimes]
-        table.add_row(case.label, str(published), *(f"{share:.1f}" for share in shares))
-    table.add_section()
-    paged = [regime.results[-1] for regime in regimes]
-    table.add_row(
+    labels = [
+        *(case.label for case in PUBLISHED),
         "waste of allocated blocks, paged 16",
-        "< 4",
-        *(f"{r.waste_of_allocated:.1f}" for r in paged),
-    )
-    table.add_row(
-        "slots wasted a sequence, paged 16", "", *(f"{r.waste_per_sequence:.2f}" for r in paged)
-    )
-    table.add_row("mean batch, paged 16", "", *(f"{r.mean_batch:.1f}" for r in paged))
-    return table
+        "slots wasted a sequence, paged 16",
+        "mean batch, paged 16",
+    ]
+    columns = [("published", [*map(str, PUBLISHED.values()), "< 4", "", ""])]
+    for regime in regimes:
+        shares = [f"{result.shares()['live']:.1f}" for result in regime.results]
+        paged = regime.results[-1]
+        waste = f"{paged.waste_of_allocated:.1f}", f"{paged.waste_per_sequence:.2f}"
+        columns.append((regime.label, [*shares, *waste, f"{paged.mean_batch:.1f}"]))
+    return tables(labels, [("", columns)], width, "useful (live) share of the cache, %")

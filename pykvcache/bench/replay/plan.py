@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pykvcache.bench.replay.cases import BLOCK_SIZES, Case, choose_cases, run_case
+from pykvcache.bench.replay.cases import BLOCK_SIZES, BUDDIES, Case, choose_cases, run_case
 from pykvcache.bench.replay.configs import ModelConfig, load_config
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
@@ -16,6 +16,7 @@ from pykvcache.bench.replay.workload import Survey, Workload
 from pykvcache.sizes import parse_memory
 
 ORDER_WORDS = {"fcfs": "first come", "shortest": "shortest prompt"}
+MOST_SLOTS = 2**27  # an allocator with a block for each takes some gigabytes
 MEMORY, MODEL = "8GiB", "llama-3.1-8b"
 
 
@@ -34,20 +35,27 @@ class Budget:
         Raises:
             ValueError: both were given, either cannot be read, or there is no room for a token.
         """
+        if model_config == "":
+            raise ValueError("model config must be a name or a file, got ''")
+        config = load_config(MODEL if model_config is None else model_config)
         if tokens is not None:
             if memory is not None:
                 raise ValueError("give the budget as memory or as tokens, not both")
-            if tokens < 1:
-                raise ValueError(f"tokens must be at least 1, got {tokens}")
+            if not 1 <= tokens <= MOST_SLOTS:
+                raise ValueError(f"tokens must be 1 to {MOST_SLOTS}, got {tokens}")
             return cls(tokens)
-        config = load_config(model_config or MODEL)
-        size = parse_memory(memory or MEMORY)
+        size = parse_memory(MEMORY if memory is None else memory)
         assert size is not None
         slots = size // config.token_bytes
         if slots < 1:
             raise ValueError(
                 f"memory of {size} bytes has no room for a token of {config.name}, which takes "
                 f"{config.token_bytes} bytes"
+            )
+        if slots > MOST_SLOTS:
+            raise ValueError(
+                f"memory of {size} bytes has {slots} tokens of {config.name}, more than the "
+                f"{MOST_SLOTS} that can be replayed"
             )
         return cls(slots, size, config)
 
@@ -101,6 +109,7 @@ class Plan:
                 raise ValueError(
                     f"block_size {case.block_size} is more than the {budget.slots} token slots"
                 )
+        workload = replace(workload, ordered=not rules.saturated)
         survey = Survey.of(workload)
         if max_len is None:
             max_len = min(survey.longest, max(2, budget.slots))
@@ -136,7 +145,19 @@ class Plan:
             f"{describe_cost(cost)}; {ORDER_WORDS[rules.order]} first, prefill first, "
             f"{rules.victim} preempted ({rules.preemption}), "
             f"head-room {100 * rules.head_room:.3g} %",
+            *self._describe_rest(),
             *self._describe_engine(),
+        ]
+
+    def _describe_rest(self) -> list[str]:
+        slots = self.budget.slots
+        rest = slots % (1 << min((self.max_len - 1).bit_length(), slots.bit_length() - 1))
+        if self.rules.buddy_rest == "used" or not 0 < rest < self.max_len:
+            return []
+        if not any(case.policy in BUDDIES for case in self.cases):
+            return []
+        return [
+            f"buddies: a rest of {rest:,} slots, less than max-len, is not used (buddy-rest lost)"
         ]
 
     def _describe_engine(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pykvcache.bench.replay.blockmap import BlockMap, draw_map
+from pykvcache.bench.replay.blockmap import BlockMap, draw_maps
 from pykvcache.bench.replay.cases import PADDED, PAGED, Case
 from pykvcache.bench.replay.plan import Plan
 from pykvcache.bench.replay.totals import SHARES, Result
@@ -29,6 +29,7 @@ MEANINGS = {
 }
 RESIDENCIES, REFILLS = 25, 3  # the time that a map shows
 MOST_MAPS = 3
+LONGEST_NAME = 60  # characters of a trace in the title
 
 
 def plot_replay(plan: Plan, results: Sequence[Result], path: str | Path) -> None:
@@ -45,13 +46,18 @@ def plot_replay(plan: Plan, results: Sequence[Result], path: str | Path) -> None
     figure = Figure(figsize=(12, sum(heights)), dpi=100, layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     draw_bars(parts[0].add_subplot(), results, title_of(plan))
+    if mapped:
+        seconds = seconds_of(plan, [r for r in results if Case(r.policy, r.block_size) in mapped])
+        draw_panels(parts[1], plan, draw_maps(plan, mapped, seconds))
+    figure.savefig(path)
+
+
+def seconds_of(plan: Plan, results: Sequence[Result]) -> float:
+    """The time that maps of these results show: some turns of the memory, at most all."""
     cost = plan.rules.cost
     seconds = RESIDENCIES * plan.survey.output * cost.base
     seconds += REFILLS * plan.budget.slots * cost.per_prefill_token
-    for column, case in enumerate(mapped):
-        axes = parts[1].add_subplot(1, len(mapped), column + 1)
-        draw_cells(axes, draw_map(plan, case, seconds), plan.budget.slots, column == 0)
-    figure.savefig(path)
+    return min(seconds, max(result.seconds.total for result in results) or seconds)
 
 
 def choose_maps(cases: Sequence[Case]) -> list[Case]:
@@ -67,6 +73,8 @@ def choose_maps(cases: Sequence[Case]) -> list[Case]:
 
 def title_of(plan: Plan) -> str:
     trace = Path(plan.workload.trace).name
+    if len(trace) > LONGEST_NAME:
+        trace = f"{trace[: LONGEST_NAME // 2]}...{trace[-LONGEST_NAME // 2 :]}"
     return (
         f"{trace}, {plan.survey.count:,} requests, {plan.budget.slots:,} token slots, "
         f"max-len {plan.max_len:,}"
@@ -111,16 +119,27 @@ def draw_bars(axes: Any, results: Sequence[Result], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_cells(axes: Any, drawn: BlockMap, slots: int, is_first: bool) -> None:
+def draw_panels(part: Any, plan: Plan, maps: Sequence[BlockMap]) -> None:
+    """Maps side by side, with the same two axes."""
+    slots = plan.budget.slots
+    panels = part.subplots(1, len(maps), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, drawn in zip(panels, maps, strict=True):
+        is_engine = drawn.case.policy == PAGED and plan.rules.scheduler == "engine"
+        draw_cells(axes, drawn)
+        axes.set_title(drawn.case.label + (", engine" if is_engine else ""), fontsize=10)
+    panels[0].set_ylabel("token slot (thousands)")
+    if maps[0].slots < slots:
+        shown = f"the lowest {maps[0].slots:,} of {slots:,} token slots"
+        part.suptitle(f"{shown}; in this time all others are free", fontsize=10)
+
+
+def draw_cells(axes: Any, drawn: BlockMap) -> None:
     """Addresses upwards, time to the right, in the colours of the bars."""
     from matplotlib.colors import ListedColormap
 
     axes.imshow(
         drawn.cells, cmap=ListedColormap([COLOURS[name] for name in SHARES]),
         vmin=-0.5, vmax=len(SHARES) - 0.5, origin="lower", aspect="auto",
-        interpolation="nearest", extent=(0, drawn.seconds, 0, slots / 1000),
+        interpolation="nearest", extent=(0, drawn.seconds, 0, drawn.slots / 1000),
     )  # fmt: skip
-    axes.set_title(drawn.case.label, fontsize=10)
     axes.set_xlabel("time since the start (s)")
-    if is_first:
-        axes.set_ylabel("token slot (thousands)")

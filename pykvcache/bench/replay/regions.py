@@ -80,20 +80,27 @@ class FirstFit:
 class Buddies:
     """Knuth's buddy system (The Art of Computer Programming, vol. 1, 2.5, algorithms R and S).
 
-    The memory is cut into top regions of `top` slots; what is left at its end is never used, as
-    with FixedSlots. A region has a power of two of slots and lies at a multiple of its size; the
-    lowest free one of the smallest sufficient size is taken.
+    The memory is cut into top regions, and what is left at its end into ever smaller powers of two.
+    A region has a power of two of slots and lies at a multiple of its size; the lowest free one of
+    the smallest sufficient size is taken.
 
     Args:
         size: slots of the memory.
         longest: the most slots that anyone asks for. Top regions are the power of two that holds
             it, or the largest that the memory has.
+        whole: if false, a rest of less than `longest` slots is not used, as with FixedSlots.
     """
 
-    def __init__(self, size: int, longest: int) -> None:
+    def __init__(self, size: int, longest: int, whole: bool) -> None:
         self._top = min((longest - 1).bit_length(), size.bit_length() - 1)
         self._free: list[list[int]] = [[] for _ in range(self._top + 1)]
         self._free[self._top] = [i << self._top for i in range(size >> self._top)]
+        start = size >> self._top << self._top
+        if whole or size - start >= longest:
+            for order in reversed(range(self._top)):
+                if size - start >= 1 << order:
+                    self._free[order].append(start)
+                    start += 1 << order
 
     def granted(self, size: int) -> int:
         return 1 << (size - 1).bit_length()

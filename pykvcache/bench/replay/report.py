@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pykvcache.bench.replay.cases import PAGED
+from pykvcache.bench.replay.columns import tables
 from pykvcache.bench.replay.totals import SHARES, Result
 
 HARDLY, CLEARLY = 1.2, 2.0
@@ -19,28 +20,22 @@ PARTS = {
 }
 
 
-def replay_table(results: Sequence[Result]) -> Table:
-    """A line a policy; shares in percent of the budget."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("% of the budget", no_wrap=True)
-    columns = ("batch", "peak", "preempt", "recomp.", "hits %", "tokens/s", "x")
-    for column in (*SHARES, *columns):
-        table.add_column(column, justify="right")
-    first = results[0].throughput if results else 0.0
-    for result in results:
-        shares = result.shares()
-        table.add_row(
-            result.label,
-            *(f"{shares[name]:.1f}" for name in SHARES),
-            f"{result.mean_batch:.1f}",
-            str(result.peak_batch),
-            f"{result.preemptions:,}",
-            f"{result.recomputed_tokens:,}",
-            f"{result.prefix_hit:.1f}",
-            f"{result.throughput:,.0f}",
-            f"{result.throughput / first:.2f}" if first else "",
-        )
-    return table
+def replay_tables(results: Sequence[Result], width: int) -> list[Table]:
+    """A line a policy, shares in percent of the budget; two tables or more in a narrow terminal."""
+    shares = [result.shares() for result in results]
+    first = results[0].throughput
+    columns = [
+        ("batch", [f"{r.mean_batch:.1f}" for r in results]),
+        ("peak", [str(r.peak_batch) for r in results]),
+        ("preempt", [f"{r.preemptions:,}" for r in results]),
+        ("recomp.", [f"{r.recomputed_tokens:,}" for r in results]),
+        ("hits %", [f"{r.prefix_hit:.1f}" for r in results]),
+        ("tokens/s", [f"{r.throughput:,.0f}" for r in results]),
+        ("x", [f"{r.throughput / first:.2f}" if first else "" for r in results]),
+    ]
+    parts = [(name, [f"{share[name]:.1f}" for share in shares]) for name in SHARES]
+    labels = [result.label for result in results]
+    return tables(labels, [("% of the budget", parts), ("", columns)], width)
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -54,8 +49,11 @@ def notes(results: Sequence[Result]) -> list[str]:
             )
     idle = [r for r in results if not r.waiting.seconds]
     if idle:
-        names = "no request ever waited" if len(idle) == len(results) else "where none waited"
-        found.append(f"{names}: shares are of the memory in use, for there was enough of it")
+        some = "waited for " + ", ".join(result.label for result in idle)
+        what = "ever waited" if len(idle) == len(results) else some
+        found.append(
+            f"no request {what}: its shares are of the memory in use, there was enough of it"
+        )
     return found
 
 
@@ -70,19 +68,43 @@ def regime(results: Sequence[Result]) -> str | None:
         return None
     packed = next((r for r in paged if r.block_size == 16), max(paged, key=live))
     loose = others[0] if others[0].policy == "max-length" else min(others, key=live)
+    shares, batches = compared(loose, packed)
     gain = packed.throughput / loose.throughput if loose.throughput else 1.0
     verb = (
         "lowers" if gain < 0.995 else "hardly raises" if gain < HARDLY else
         "raises" if gain < CLEARLY else "greatly raises"
     )  # fmt: skip
-    subject = f"Better packing {verb}" if live(packed) > live(loose) else f"Paging {verb}"
+    subject = f"Better packing {verb}" if shares[1] > shares[0] else f"Paging {verb}"
     name, share = largest_part(packed if gain < HARDLY else loose)
     whose = packed if gain < HARDLY else loose
     return (
         f"{subject} throughput here: {loose.policy} -> {PAGED} {packed.block_size} is "
-        f"{live(loose):.0f} % -> {live(packed):.0f} % live, a mean batch of "
-        f"{loose.mean_batch:.1f} -> {packed.mean_batch:.1f}, {gain:.2f}x the tokens a second. "
-        f"{share:.0f} % of the time of {whose.policy} goes to {PARTS[name]}."
+        f"{shares[0]:.0f} % -> {shares[1]:.0f} % {of_what(loose, packed)}, a mean batch of "
+        f"{batches[0]:.1f} -> {batches[1]:.1f}, {gain:.2f}x the tokens a second. "
+        f"{share:.0f} % of the time of {whose.label} goes to {PARTS[name]}."
+    )
+
+
+def compared(*results: Result) -> tuple[list[float], list[float]]:
+    """Live shares in percent and mean batches, averages over the same kind of time.
+
+    That is the time in which requests wait if there is such a time in every result, and else all
+    the time in which rows run: then the shares are of what is allocated.
+    """
+    if all(result.waiting.seconds for result in results):
+        return [live(result) for result in results], [result.mean_batch for result in results]
+    windows = [result.waiting + result.calm for result in results]
+    shares = [100 * w.live / w.allocated if w.allocated else 0.0 for w in windows]
+    return shares, [w.rows / w.seconds if w.seconds else 0.0 for w in windows]
+
+
+def of_what(*results: Result) -> str:
+    """What the shares of compared() are of."""
+    if all(result.waiting.seconds for result in results):
+        return "live"
+    idle = [result.label for result in results if not result.waiting.seconds]
+    return (
+        f"of the allocated memory live (over all the time, as nobody waits for {' or '.join(idle)})"
     )
 
 

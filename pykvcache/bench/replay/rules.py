@@ -9,6 +9,7 @@ from pykvcache.bench.replay.cost import StepCost
 VICTIMS = ("newest", "cheapest")
 PREEMPTIONS = ("recompute", "swap")
 ORDERS = ("fcfs", "shortest")
+BUDDY_RESTS = ("used", "lost")
 SCHEDULERS = ("prefill-first", "engine")
 
 
@@ -23,6 +24,8 @@ class Rules:
         victim: whom to preempt: "newest", or "cheapest", the row with the fewest cached tokens.
         preemption: "recompute" what a preempted row had cached, or "swap" it out and in.
         order: "fcfs", first come first served, or "shortest", see Queue.
+        buddy_rest: what buddies do with a rest of the memory in which a request of max-len has no
+            place: "used" for shorter ones, or "lost", as it is for slots of max-len.
         scheduler: "prefill-first" is loop.py for every policy; "engine" runs the paged ones with
             the engine's scheduler, which chooses victims itself.
         token_budget, max_running, prefix_cache: of the engine's scheduler.
@@ -34,6 +37,7 @@ class Rules:
     victim: str = "newest"
     preemption: str = "recompute"
     order: str = "fcfs"
+    buddy_rest: str = "lost"
     scheduler: str = "prefill-first"
     token_budget: int = 2048
     max_running: int = 256
@@ -46,6 +50,7 @@ class Rules:
             ("victim", VICTIMS),
             ("preemption", PREEMPTIONS),
             ("order", ORDERS),
+            ("buddy_rest", BUDDY_RESTS),
             ("scheduler", SCHEDULERS),
         ):
             value = getattr(self, name)

@@ -15,8 +15,9 @@ import numpy as np
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.batch import Int64Array
-from pykvcache.bench.replay.loop import REPORT_EVERY
+from pykvcache.bench.replay.loop import MOST_STEPS_AT_ONCE, REPORT_EVERY, Observer
 from pykvcache.bench.replay.queue import Job, Queue
+from pykvcache.bench.replay.rows import Rows
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
@@ -40,6 +41,7 @@ class ScheduledReplay:
         result: Result,
         rules: Rules,
         advance: Callable[[int], object] = lambda count: None,
+        observe: Observer | None = None,
     ) -> None:
         self.allocator = BlockAllocator(
             slots // block_size, block_size, prefix_cache=rules.prefix_cache
@@ -53,7 +55,8 @@ class ScheduledReplay:
         self.result, self.cost = result, rules.cost
         self.clock = 0.0
         self._prefixes = rules.prefix_cache
-        self._advance = advance
+        self._advance, self._observe = advance, observe
+        self._due = math.inf if observe is None else 0.0
         self._submitted = self._reported = 0
 
     def run(self) -> Result:
@@ -61,10 +64,13 @@ class ScheduledReplay:
         result, scheduler = self.result, self.scheduler
         while True:
             self._submit()
+            preempted = scheduler.num_preemptions
             step = scheduler.plan()
             if step is not None:
                 self._count(step)
                 self._settle(step)
+                if scheduler.num_preemptions == preempted and not self._prefixes:
+                    self._repeat(step)
             elif self.queue.next_arrival < math.inf:
                 result.seconds.idle += self.queue.next_arrival - self.clock
                 self.clock = self.queue.next_arrival
@@ -116,6 +122,13 @@ class ScheduledReplay:
         window.add(parts, live, usage, len(active))
         result.peak_batch = max(result.peak_batch, len(active))
         self.clock += parts
+        self._show(self.clock - parts)
+
+    def _show(self, start: float) -> None:
+        if self._observe is not None and self.clock >= self._due:
+            lanes, active = self.lanes, self.lanes.active
+            rows = Rows.of(lanes.computed[active], lanes.limit[active] - 1, lanes.seqs[active])
+            self._due = self._observe(start, self.clock, rows)
 
     def _settle(self, step: Step) -> None:
         """What the engine does after a forward: record, give each row its token, end rows."""
@@ -125,6 +138,53 @@ class ScheduledReplay:
             self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
         rows = step.lanes[step.wanted > 0]
         lanes.append(rows, -2 * lanes.key[rows])  # of nobody else: keys are orders here
+        self._end(rows)
+
+    def _repeat(self, step: Step) -> None:
+        """Take the next steps together if all are like this one: one token for every row.
+
+        A request that found no room in `step` finds none before a row ends, since the free blocks
+        become fewer. Whoever arrives ends the run, and so does a step without enough blocks.
+        """
+        active, change = self.lanes.active, self._due
+        if self.scheduler.num_waiting < LOOKAHEAD:
+            change = min(change, self.queue.next_change())
+        decoded = step.counts.max() == 1 == step.wanted.min()
+        if not decoded or not len(active) == len(step.lanes) > 0 or change <= self.clock:
+            return
+        start = self.clock
+        if steps := self._run(active, change):
+            self.allocator.append(self.lanes.seqs[active], steps)
+            self.lanes.skip(active, steps)
+            self._show(start)
+            self._end(active)
+
+    def _run(self, active: Int64Array, change: float) -> int:
+        """Count decodes of all rows, to the first that ends at `change` or later; how many."""
+        lanes, result, cost, size = self.lanes, self.result, self.cost, self.allocator.block_size
+        steps = min(int((lanes.limit[active] - lanes.known[active]).min()), MOST_STEPS_AT_ONCE)
+        cached = lanes.computed[active] + np.arange(1, steps + 1)[:, None]  # [steps, B]
+        room = cached + -cached % size
+        live, allocated = cached.sum(axis=1), room.sum(axis=1)
+        durations = cost.base + cost.per_kv_token * live
+        ends = self.clock + durations.cumsum()
+        held = int(allocated.searchsorted(self.allocator.num_blocks * size, side="right"))
+        steps = min(held, int(ends.searchsorted(change)) + 1)
+        if steps:
+            reserved = (np.minimum(lanes.limit[active] - 1, room) - cached).sum(axis=1)
+            internal = allocated - live - reserved
+            waits = self.scheduler.num_waiting or self.queue.head(self.clock) is not None
+            usage = Usage(allocated[:steps], internal[:steps], 0)
+            window = result.waiting if waits else result.calm
+            window.add(durations[:steps], live[:steps], usage, len(active))
+            result.seconds.base += cost.base * steps
+            result.seconds.kv += cost.per_kv_token * float(live[:steps].sum())
+            self.clock = float(ends[steps - 1])
+        return steps
+
+    def _end(self, rows: Int64Array) -> None:
+        """Take out those of `rows` that have all their tokens."""
+        lanes = self.lanes
         for row in rows[lanes.known[rows] >= lanes.limit[rows]].tolist():
             request = lanes.requests[row]
             assert request is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,9 @@ class Window:
         self.internal += integral(usage.internal)
         self.rounding += integral(usage.rounding)
         self.rows += integral(rows)
+
+    def __add__(self, other: Window) -> Window:
+        return Window(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass
@@ -145,6 +148,7 @@ class Result:
         return 100 * self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The row, with exactly KEYS."""
+        """The row, with exactly KEYS; `shares_of` is added where shares are not of the budget."""
         found = self.shares() | {key: getattr(self, key) for key in KEYS if key not in SHARES}
-        return {key: found[key] for key in KEYS}
+        row = {key: found[key] for key in KEYS}
+        return row if self.waiting.seconds else row | {"shares_of": "allocated"}

@@ -25,6 +25,7 @@ class Workload:
         max_len: longest prompt + output, in tokens; None for the longest of the trace.
         limit: number of requests at most; None for all (synthetic: DEFAULT_COUNT).
         seed, sigma: of synthetic requests.
+        ordered: whether it is an error that a request of a trace arrives before the one in front.
     """
 
     trace: str
@@ -32,6 +33,7 @@ class Workload:
     limit: int | None = None
     seed: int = 0
     sigma: float = 1.0
+    ordered: bool = False
 
     def __iter__(self) -> Iterator[Request]:
         for request in self._read():
@@ -47,11 +49,11 @@ class Workload:
             lengths = replace(SYNTHETIC[self.trace], sigma=self.sigma)
             return lengths.draw(DEFAULT_COUNT if self.limit is None else self.limit, self.seed)
         if self.trace in ALIASES:
-            return islice(read_trace(ALIASES[self.trace]), self.limit)
+            return islice(read_trace(ALIASES[self.trace], self.ordered), self.limit)
         if self.trace not in TRACES and not Path(self.trace).is_file():
             names = ", ".join([*TRACES, *SYNTHETIC])
             raise ValueError(f"trace must be a file or one of {names}, got {self.trace!r}")
-        return islice(read_trace(self.trace), self.limit)
+        return islice(read_trace(self.trace, self.ordered), self.limit)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -218,9 +219,9 @@ def replay_demands(
     plan = Plan.of(request.workload, budget, Rules(cost), [PAGED], list(request.block_sizes))
     lengths: list[int] = []
 
-    def observe(clock: float, rows: Rows) -> None:
-        if len(lengths) < KEPT_LENGTHS:
-            lengths.extend(rows.length.tolist())
+    def observe(start: float, end: float, rows: Rows) -> float:
+        lengths.extend(rows.length.tolist())
+        return end if len(lengths) < KEPT_LENGTHS else math.inf
 
     for case in plan.cases:
         assert case.block_size is not None
