@@ -1,6 +1,7 @@
 """Triton kernels compile for chips that are not here, fit their shared memory and do not spill.
 
-This is the part for every day; .ci/run compiles every kernel for every chip. Run with `-s` to see
+This is the part for every day; `python tests/triton_resources.py` compiles every kernel for every
+chip, .ci/run the rest of two of them. Run with `-s` to see
 what each kernel needs.
 """
 
