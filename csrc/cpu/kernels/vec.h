@@ -9,7 +9,7 @@
 //   zero broadcast load store load_n store_n (n < kWidth lanes; the rest reads as zero)
 //   fma max min reduce_add reduce_max any_greater select_greater round scale_by_power
 //   reduce_rows               lane i of the result is the sum of the lanes of rows[i]
-// with loads and stores for float, BFloat16 and Float16 memory. Read next: dot.h.
+// with loads and stores for float, BFloat16 and Float16 memory. Read next: line.h.
 #pragma once
 
 #include <cstddef>
