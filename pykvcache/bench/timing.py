@@ -61,7 +61,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time short calls in turn, until a round ends later than `seconds` (and MIN_ROUNDS are done).
 
-    Contenders are warmed up; a sample is the mean of as many calls as fill MIN_SAMPLE_SECONDS.
+    Contenders are warmed up; a sample is the mean of as many calls as fill MIN_SAMPLE_SECONDS. A
+    sample of several calls follows a call that is not timed: it fetches again what the others have
+    driven out of the caches (code, Python objects) and wakes the threads.
 
     Args:
         contenders: by name.
@@ -75,9 +77,12 @@ def interleave(
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() - started < seconds:
         for name in _turn_order(contenders, rounds):
-            count, number = calls[name], numbers[name]
-            samples[name].append(elapsed(contenders[name], number, count) / count)
-            numbers[name] = number + count
+            run, count = contenders[name], calls[name]
+            if count > 1:
+                run(numbers[name])
+                numbers[name] += 1
+            samples[name].append(elapsed(run, numbers[name], count) / count)
+            numbers[name] += count
         rounds += 1
     return {name: Timing.of(samples[name]) for name in contenders}
 
