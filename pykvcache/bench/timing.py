@@ -62,8 +62,8 @@ def interleave(
     """Time short calls in turn, until a round ends later than `seconds` (and MIN_ROUNDS are done).
 
     Contenders are warmed up; a sample is the mean of as many calls as fill MIN_SAMPLE_SECONDS. A
-    sample of several calls follows a call that is not timed: it fetches again what the others have
-    driven out of the caches (code, Python objects) and wakes the threads.
+    sample of several calls follows as many that are not timed: the first ones pay for what the
+    contender before has left behind, such as other code in the caches and a core that slept.
 
     Args:
         contenders: by name.
@@ -79,8 +79,8 @@ def interleave(
         for name in _turn_order(contenders, rounds):
             run, count = contenders[name], calls[name]
             if count > 1:
-                run(numbers[name])
-                numbers[name] += 1
+                elapsed(run, numbers[name], count)
+                numbers[name] += count
             samples[name].append(elapsed(run, numbers[name], count) / count)
             numbers[name] += count
         rounds += 1
