@@ -27,6 +27,7 @@ from pykvcache.bench.tune.objective import Demand
 from pykvcache.bench.tune.plan import BLOCK_SIZES, Interrupted, Request, Tuning, restore_launches
 from pykvcache.bench.tune.plan import tune as run_tuning
 from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
+from pykvcache.bench.tune.search import LITTLE_WASTE
 from pykvcache.bench.tune.shapes import load_shape
 from pykvcache.cli.bench.kernels import choose_device
 from pykvcache.cli.bench.options import check_output, check_picture, integers
@@ -49,8 +50,12 @@ def tune(
     seconds: Annotated[float, typer.Option(help="For the race between candidates.")] = 60.0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's number.")] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Percent of tokens/s that count as equal; then waste decides.")
+        float, typer.Option(help="Percent of tokens/s that count as equal.")
     ] = 3.0,
+    little_waste: Annotated[
+        float,
+        typer.Option(help="Of equal ones the largest that wastes at most this percent is taken."),
+    ] = LITTLE_WASTE,
     step_ms: Annotated[
         float | None, typer.Option(help="Cost of a step beside attention; reading the weights.")
     ] = None,
@@ -97,6 +102,8 @@ def tune(
         path = check_files(out, json, plot)
         if not 0 <= tolerance < 50:
             raise ValueError(f"tolerance must be 0 to 50 percent, got {tolerance}")
+        if not 0 <= little_waste <= 100:
+            raise ValueError(f"little_waste must be 0 to 100 percent, got {little_waste}")
         if not 0 < seconds < math.inf:
             raise ValueError(f"seconds must be more than 0, got {seconds}")
         if step_ms is not None and not 0 <= step_ms < math.inf:
@@ -108,6 +115,7 @@ def tune(
             sorted(set(integers("--block-sizes", block_sizes))),
             seconds,
             tolerance / 100,
+            little_waste,
             None if step_ms is None else step_ms / 1e3,
             device,
             exhaustive,

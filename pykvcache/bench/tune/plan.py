@@ -24,7 +24,7 @@ from pykvcache.bench.timing import interleave
 from pykvcache.bench.tune import screen
 from pykvcache.bench.tune.measure import Bench, elapsed, launches_for, section_name, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
-from pykvcache.bench.tune.search import Candidate, Outcome, Race
+from pykvcache.bench.tune.search import LITTLE_WASTE, Candidate, Outcome, Race
 from pykvcache.bench.tune.shapes import Shape
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -46,6 +46,7 @@ class Request:
     block_sizes: Sequence[int] = BLOCK_SIZES
     seconds: float = 60.0
     tolerance: float = 0.03
+    little_waste: float = LITTLE_WASTE
     step_seconds: float | None = None
     device: str = "cpu"
     exhaustive: bool = False
@@ -139,7 +140,7 @@ def _tune(request: Request, demands: dict[int, Demand], advance: Advance) -> Tun
         objective = Objective(base, request.shape.layers, demands, prefill)
         race = Race(
             candidates, bench.decode, objective.value, objective.waste, request.tolerance,
-            request.exhaustive, bounded=on_gpu,
+            request.little_waste, request.exhaustive, bounded=on_gpu,
         )  # fmt: skip
         outcome = race.run(
             request.seconds - (time.perf_counter() - began if on_gpu else 0),

@@ -63,9 +63,12 @@ def reasons(found: Tuning) -> list[str]:
     others = [str(other) for other in outcome.tied if other != size]
     tolerance = f"{100 * request.tolerance:.3g} %"
     if others:
+        why = "it wastes least"
+        if demand.waste <= request.little_waste:
+            why = f"the largest that wastes at most {request.little_waste:.3g} %"
         first = (
             f"block size {size}: as fast as {', '.join(others)} within {tolerance}, and of these "
-            f"it wastes least ({demand.waste:.2f} % of the allocated slots)"
+            f"{why} ({demand.waste:.2f} % of the allocated slots)"
         )
     else:
         first = f"block size {size}: fastest by more than {tolerance}"

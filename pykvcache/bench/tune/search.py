@@ -4,19 +4,25 @@ Times of a round are compared within the round, so that whatever slows the machi
 slows all alike. A launch drops out when it is slower than the best one of its block size by more
 than its uncertainty; a block size drops out when its objective is worse than the best by more than
 the tolerance and the uncertainty. The race ends when nothing is left to decide, or with the time.
+
+Of block sizes that are equally fast the largest with little waste is recommended: the objective has
+what the waste costs already, and larger blocks mean fewer entries, allocations and copies, which it
+has not. Which sizes waste little does not depend on times, so that a flat curve and a noisy machine
+end in the same block size.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MIN_ROUNDS = 15
 BOUNDED_ROUNDS = 3
 DEFAULT_LAUNCH_MARGIN = 0.01
 SIGMAS = 4.0
+LITTLE_WASTE = 1.0  # percent
 
 
 @dataclass(frozen=True, order=True)
@@ -109,8 +115,10 @@ class Race:
         candidates: for each block size at least the default launch.
         sample: times one candidate once, in seconds a unit of work.
         value: objective of (block size, seconds); higher is better.
-        waste: of a block size; of equally fast ones the least wins.
+        waste: of a block size, in percent of the allocated slots.
         tolerance: block sizes whose objective is within this share of the best are tied.
+        little_waste: of the tied the largest that wastes at most this is recommended, or if none
+            does the one that wastes least.
         exhaustive: nobody drops out.
         bounded: the time counts for more than MIN_ROUNDS; only BOUNDED_ROUNDS are sure.
     """
@@ -122,6 +130,7 @@ class Race:
         value: Callable[[int, float], float],
         waste: Callable[[int], float],
         tolerance: float = 0.03,
+        little_waste: float = LITTLE_WASTE,
         exhaustive: bool = False,
         bounded: bool = False,
     ) -> None:
@@ -130,6 +139,7 @@ class Race:
         self.rounds = 0
         self._sample, self._value, self._waste = sample, value, waste
         self._tolerance, self._exhaustive = tolerance, exhaustive
+        self._little_waste = little_waste
         self._least = BOUNDED_ROUNDS if bounded else MIN_ROUNDS
 
     def run(
@@ -202,13 +212,14 @@ class Race:
         times = self._times(leaders)
         values = {size: self._value(size, times[size]) for size in leaders}
         best = max(values, key=lambda size: values[size])
+        line = values[best] * (1 - self._tolerance)
+        tied = {size for size in leaders if values[size] >= line}
         for size in leaders:
             low, high = self._bounds(leaders[size], leaders[best], times[best])
-            line = values[best] * (1 - self._tolerance)
             if high < line:
                 kept = [c for c in kept if c.block_size != size]
             elif size != best and low < line:
-                open_questions += 1
+                open_questions += self._choose(tied) != self._choose(tied ^ {size})
         if not self._exhaustive:
             self.alive = kept
         return open_questions == 0
@@ -246,5 +257,10 @@ class Race:
         values = {size: self._value(size, times[size]) for size in alive}
         line = max(values.values()) * (1 - self._tolerance)
         tied = tuple(size for size in alive if values[size] >= line)
-        chosen = min(tied, key=lambda size: (self._waste(size), size))
+        chosen = self._choose(tied)
         return Outcome(self.samples, best, times, chosen, tied, settled, self.rounds, interrupted)
+
+    def _choose(self, tied: Collection[int]) -> int:
+        """The recommended one of equally fast block sizes."""
+        little = [size for size in tied if self._waste(size) <= self._little_waste]
+        return max(little, default=min(tied, key=lambda size: (self._waste(size), size)))
