@@ -77,10 +77,11 @@ def test_broken_configs_are_one_line(tmp_path: Path, fields: dict, message: str)
 
 
 def test_lengths_are_spread_evenly() -> None:
-    assert fit_lengths([10, 20, 30, 40], 1000) == [10, 20, 30, 40]
-    chosen = fit_lengths(list(range(1, 101)), 200)
+    assert fit_lengths([10, 20, 30, 40], 1000, 1000, 1) == [10, 20, 30, 40]
+    chosen = fit_lengths(list(range(1, 101)), 200, 200, 1)
     assert sum(chosen) <= 200 and sum(chosen) / len(chosen) == pytest.approx(50, rel=0.1)
-    assert fit_lengths([5000], 200) == [200]
+    assert fit_lengths([5000], 200, 200, 1) == [200]
+    assert len(fit_lengths([10] * 50, 1000, 20, 256)) == 20
 
 
 @pytest.fixture

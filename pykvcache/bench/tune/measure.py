@@ -20,6 +20,7 @@ from pykvcache import launch_table, ops
 from pykvcache.bench.timing import WrongResult
 from pykvcache.bench.tune.search import DEFAULT, Candidate, Launch
 from pykvcache.bench.tune.shapes import Shape
+from pykvcache.storage import allocate
 
 STORAGE_BYTES = 256 * 2**20
 CALL_BYTES = 40 * 2**20
@@ -64,6 +65,7 @@ class Bench:
         lengths: cached tokens of the rows of a decode call.
         prompt: length of the prompt of a prefill call.
         backend: "cpu", "triton" or "cuda"; the last takes no launches.
+        block_size: the largest; rows are as many as fit in whole blocks of it.
     """
 
     def __init__(
@@ -73,16 +75,24 @@ class Bench:
         prompt: int,
         device: str = "cpu",
         backend: str = "cpu",
+        block_size: int = 1,
     ) -> None:
         self.shape = shape
         self.device = torch.device(device)
         self.backend = backend
-        self.lengths = fit_lengths(lengths, CALL_BYTES // shape.token_bytes)
+        self.lengths = fit_lengths(
+            lengths,
+            CALL_BYTES // shape.token_bytes,
+            STORAGE_BYTES // (shape.token_bytes * block_size),
+            block_size,
+        )
         self.prompt = min(prompt, PREFILL_TOKENS)
         generator = torch.Generator().manual_seed(0)
         elements = STORAGE_BYTES // shape.torch_dtype.itemsize
         base = torch.randn(2**20, generator=generator).to(shape.torch_dtype)
-        self.storage = base.repeat(-(-elements // base.numel()))[:elements].to(self.device)
+        self.storage = allocate(1, elements, shape.torch_dtype, self.device)[0]
+        for part in self.storage.split(base.numel()):
+            part.copy_(base[: part.numel()])
         self._generator = generator
         self._calls: dict[tuple[str, int], Call] = {}
         self._numbers: dict[tuple[str, int], int] = {}
@@ -215,14 +225,15 @@ def elapsed(run: Callable[[int], Any], count: int, device: torch.device) -> floa
     return (clock() - begin) / count
 
 
-def fit_lengths(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Some of the lengths, evenly spaced in size, that hold `tokens` at most together."""
+def fit_lengths(lengths: Sequence[int], tokens: int, blocks: int, block_size: int) -> list[int]:
+    """Some of the lengths, evenly spaced in size, of `tokens` and `blocks` at most together."""
     ordered = sorted(lengths)
     count = max(1, min(len(ordered), int(tokens / (sum(ordered) / len(ordered)))))
     while True:
         middles = [(2 * i + 1) * len(ordered) // (2 * count) for i in range(count)]
         chosen = [ordered[i] for i in middles]
-        if sum(chosen) <= tokens or count == 1:
+        held = sum(-(-length // block_size) for length in chosen)
+        if (sum(chosen) <= tokens and held <= blocks) or count == 1:
             return [min(length, tokens) for length in chosen]
         count -= 1
 

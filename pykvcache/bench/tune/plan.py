@@ -126,8 +126,8 @@ def _tune(request: Request, demands: dict[int, Demand], advance: Advance) -> Tun
     lengths, prompt = replay_demands(request, demands, advance)
     device = torch.device(request.device)
     backend = ops.table(request.backend, device.type).backend
-    bench = Bench(request.shape, lengths, prompt, request.device, backend)
     sizes = sorted(request.block_sizes)
+    bench = Bench(request.shape, lengths, prompt, request.device, backend, max(sizes))
     began = time.perf_counter()
     on_gpu = device.type != "cpu"
     try:
