@@ -1,6 +1,6 @@
 """Fake operators: shapes and dtypes of results without computing them, for `torch.compile`.
 
-Read first: pykvcache/ops.py.
+Read first: pykvcache/operators.py.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ whole project:
     offset k_cache     [num_blocks, HKV, block_size, D]        block_table  int32 [B, max_blocks],
     -1 = hole or unused
 
-Read next: pykvcache/ops.py.
+Read next: pykvcache/operators.py.
 """
 
 from __future__ import annotations

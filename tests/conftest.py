@@ -19,10 +19,10 @@ if not torch.cuda.is_available():
 from cuda_host import build
 from gpu_backends import GPU_BACKENDS
 
-from pykvcache import ops
+from pykvcache import operators, ops
 
 if not torch.cuda.is_available():
-    ops.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
+    operators.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _move_to_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     What they write is copied back, so a test that names a backend runs on any of them.
     """
     if torch.cuda.is_available():
-        for name in ops.SCHEMAS:
+        for name in operators.SCHEMAS:
             monkeypatch.setattr(ops, name, moving(getattr(ops, name), "cuda"))
 
 

@@ -14,7 +14,7 @@ LAYERS = (
         *("reference", "checks", "errors", "fakes", "launch_table", "pool_stats", "sizes"),
         *("storage", "weights", "_C", "_C_cuda", "kernels"),
     },
-    {"allocator", "batch", "layer_step", "metadata", "ops"},
+    {"allocator", "batch", "layer_step", "metadata", "operators", "ops"},
     {"cache", "plot"},
     {"attention"},
     {"hf"},

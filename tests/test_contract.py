@@ -11,7 +11,7 @@ import torch
 from gpu_backends import skip_if_values_are_not_read
 from op_cases import Case, build
 
-from pykvcache import ops
+from pykvcache import operators, ops
 
 READY = [name for name, status in ops.backends().items() if status == "ready"]
 EVERYTHING = Case(
@@ -114,17 +114,17 @@ def test_plan_is_accepted() -> None:
 
 
 def test_signature_drift_is_an_import_error() -> None:
-    good = ops._schema_types(torch.ops.pykvcache_reference.merge_states.default._schema)
-    ops._check_signatures([f"merge_states{good}"], "reference")
+    good = operators.schema_types(torch.ops.pykvcache_reference.merge_states.default._schema)
+    operators.check_signatures([f"merge_states{good}"], "reference")
     with pytest.raises(ImportError, match="merge_states takes"):
-        ops._check_signatures(["merge_states(Tensor,int)->(Tensor,Tensor)"], "reference")
+        operators.check_signatures(["merge_states(Tensor,int)->(Tensor,Tensor)"], "reference")
 
 
 @pytest.mark.skipif("cpu" not in READY, reason="needs the compiled extension")
 def test_every_schema_is_compiled() -> None:
     from pykvcache import _C
 
-    assert sorted(s.partition("(")[0] for s in _C.signatures()) == sorted(ops.SCHEMAS)
+    assert sorted(s.partition("(")[0] for s in _C.signatures()) == sorted(operators.SCHEMAS)
 
 
 def test_backend_names() -> None:

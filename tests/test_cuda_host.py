@@ -19,9 +19,9 @@ from cuda_host import build
 from op_cases import BF16, F16, F32, Case
 from op_cases import build as build_case
 
-from pykvcache import ops
+from pykvcache import operators, ops
 
-if ops.LOADERS["cuda"] is not build.load:
+if operators.LOADERS["cuda"] is not build.load:
     pytest.skip("there is a GPU: nothing is emulated", allow_module_level=True)
 if ops.backends()["cuda"] != "ready":
     pytest.skip(ops.backends()["cuda"], allow_module_level=True)

@@ -18,9 +18,9 @@ from op_cases import BF16, CASES, F16, F32, Case
 from op_cases import build as build_case
 from op_oracle import assert_as_good_as_dense
 
-from pykvcache import ops
+from pykvcache import operators, ops
 
-EMULATED = ops.LOADERS["cuda"] is build.load
+EMULATED = operators.LOADERS["cuda"] is build.load
 if ops.backends()["cuda"] != "ready":
     pytest.skip(ops.backends()["cuda"], allow_module_level=True)
 if not EMULATED and torch.cuda.get_device_capability()[0] != 9:

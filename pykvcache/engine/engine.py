@@ -13,20 +13,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from pykvcache.batch import Int64Array
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
+from pykvcache.engine.inputs import Inputs, Prompt, parse_settings
 from pykvcache.engine.interrupts import Shield, uninterrupted
 from pykvcache.engine.limits import check_switches, default_memory, eos_tokens, max_length
 from pykvcache.engine.loop import Loop
 from pykvcache.engine.progress import progress_bar
-from pykvcache.engine.request import Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampling import Event, Output, Sampling, Score
 from pykvcache.engine.scheduler import Scheduler
@@ -35,9 +32,6 @@ from pykvcache.engine.stats import EngineStats, Meter
 from pykvcache.engine.step import Options
 from pykvcache.engine.swap import SwapSpace
 from pykvcache.hf.arguments import parse_dtype, parse_memory
-
-Prompt = Sequence[int] | Int64Array | Tensor
-MAX_PRIORITY = 10**9
 
 
 class Engine:
@@ -124,7 +118,7 @@ class Engine:
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
         self._model, self._guard = model, WeightsGuard(model)
         self._unchecked = False  # a request came since the weights were looked at
-        self._max_length = max_length(model)
+        self._inputs = Inputs(self._runner.vocabulary, max_length(model))
         self._lock = threading.RLock()
         self._dropped: deque[Handle] = deque()  # to be cancelled
 
@@ -158,7 +152,7 @@ class Engine:
                 the pool; nothing was started.
             Exception: what a processor of one of these requests raised.
         """
-        settings = self._settings(prompts, sampling, max_new_tokens)
+        settings = parse_settings(prompts, sampling, max_new_tokens)
         total, call = sum(setting.n for setting in settings), Call()
         handles = self._handles(prompts, settings, priority, salt, call)
         with uninterrupted() as shield:
@@ -190,7 +184,7 @@ class Engine:
 
         The requests are queued at once; leaving the stream cancels those that have not ended.
         """
-        settings = self._settings(prompts, sampling, max_new_tokens)
+        settings = parse_settings(prompts, sampling, max_new_tokens)
         call = Call(streams=True)
         handles = self._handles(prompts, settings, priority, salt, call)
         stream = Stream(self, handles, call)  # before they are queued: nobody else has them
@@ -221,7 +215,7 @@ class Engine:
         """
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token must be callable, got {on_token!r}")
-        settings = self._settings([prompt], sampling, max_new_tokens)
+        settings = parse_settings([prompt], sampling, max_new_tokens)
         handles = self._handles([prompt], settings, priority, salt, Call(), on_token)
         try:
             self._queue(handles)
@@ -254,11 +248,13 @@ class Engine:
             )
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
-        first = self._prompt(prompt, "prompt")
-        endings = [self._prompt(c, f"completions[{i}]") for i, c in enumerate(completions)]
+        first = self._inputs.token_ids(prompt, "prompt")
+        endings = [
+            self._inputs.token_ids(c, f"completions[{i}]") for i, c in enumerate(completions)
+        ]
         with self._lock:
             self._accept()
-        new_request = functools.partial(self._request, new_tokens=1, priority=0, salt=salt)
+        new_request = functools.partial(self._inputs.request, new_tokens=1, priority=0, salt=salt)
         scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
         return scorer.score(first, endings, top_k)
 
@@ -303,69 +299,6 @@ class Engine:
 
     # Submitting.
 
-    def _settings(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] | None,
-        max_new_tokens: int | None,
-    ) -> list[Sampling]:
-        if isinstance(prompts, (str, bytes)) or not hasattr(prompts, "__len__"):
-            raise TypeError(f"prompts must be a list of token ids each, got {prompts!r:.60}")
-        if max_new_tokens is not None:
-            if sampling is not None:
-                raise ValueError("give sampling or max_new_tokens, not both")
-            sampling = Sampling(max_new_tokens=max_new_tokens)
-        if sampling is None:
-            sampling = Sampling()
-        if isinstance(sampling, Sampling):
-            return [sampling] * len(prompts)
-        if not isinstance(sampling, Sequence):
-            raise TypeError(f"sampling must be a Sampling or a list of them, got {sampling!r}")
-        settings = list(sampling)
-        for setting in settings:
-            if not isinstance(setting, Sampling):
-                raise TypeError(f"sampling must be a Sampling or a list of them, got {setting!r}")
-        if len(settings) != len(prompts):
-            raise ValueError(f"sampling has {len(settings)} entries for {len(prompts)} prompts")
-        return settings
-
-    def _prompt(self, prompt: Prompt, name: str) -> Int64Array:
-        """Token ids as an array of its own."""
-        if isinstance(prompt, (str, bytes)):
-            raise TypeError(f"{name} must be token ids, got a string; use your tokenizer first")
-        try:
-            array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
-        except (ValueError, TypeError):
-            raise TypeError(f"{name} must be a list of token ids, got {prompt!r:.60}") from None
-        if array.ndim != 1 or array.size == 0:
-            raise ValueError(
-                f"{name} must be a non-empty list of token ids, got shape {list(array.shape)}"
-            )
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} must be integers, got {array.dtype}")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self._runner.vocabulary:
-            raise ValueError(
-                f"{name} must be 0 to {self._runner.vocabulary - 1}, got {low if low < 0 else high}"
-            )
-        return array.astype(np.int64)
-
-    def _request(self, prompt: Int64Array, new_tokens: int, priority: int, salt: int) -> Request:
-        for name, value in (("priority", priority), ("salt", salt)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-        if abs(priority) > MAX_PRIORITY:
-            raise ValueError(f"priority must be within {MAX_PRIORITY:,} of 0, got {priority}")
-        if not -(2**63) <= salt < 2**63:
-            raise ValueError(f"salt must fit 64 bits, got {salt}")
-        limit = len(prompt) + new_tokens
-        if self._max_length is not None and limit - 1 > self._max_length[0]:
-            raise ValueError(
-                f"a request of {len(prompt)} prompt tokens, {limit} with its output, is longer "
-                f"than the {self._max_length[0]} positions of {self._max_length[1]}"
-            )
-        return Request(prompt, limit, key=0, order=0, salt=salt, priority=priority)
-
     def _handles(
         self,
         prompts: Sequence[Prompt],
@@ -378,10 +311,10 @@ class Engine:
         """Handles of prompts that were checked and are not yet in the queue."""
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
-            array = self._prompt(prompt, f"prompts[{index}]")
+            array = self._inputs.token_ids(prompt, f"prompts[{index}]")
             handle = Handle(self, call)
             for sample_index in range(setting.n):
-                request = self._request(array, setting.max_new_tokens, priority, salt)
+                request = self._inputs.request(array, setting.max_new_tokens, priority, salt)
                 self._scheduler.check(request)
                 sample = Sample(
                     handle, request, setting, index, sample_index, on_token, call.streams

@@ -142,10 +142,10 @@ def control() -> ctypes.CDLL:
 
 
 def load() -> str:
-    """What ops.LOADERS["cuda"] does on a GPU, for the emulation."""
-    from pykvcache import ops
+    """What operators.LOADERS["cuda"] does on a GPU, for the emulation."""
+    from pykvcache import operators
 
     if shutil.which(CXX[0]) is None:
         return f"no C++ compiler ({CXX[0]})"
-    ops._check_signatures(emulation().signatures(), "cuda")
+    operators.check_signatures(emulation().signatures(), "cuda")
     return "ready"

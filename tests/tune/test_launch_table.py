@@ -12,7 +12,7 @@ import pytest
 import torch
 from tune_samples import SPEC, explain, write
 
-from pykvcache import _C, launch_table, ops
+from pykvcache import _C, launch_table, operators, ops
 
 
 def test_a_table_changes_what_is_launched() -> None:
@@ -163,11 +163,11 @@ def test_broken_table_is_a_warning(tmp_path: Path, monkeypatch, text: str) -> No
     path.write_text(text)
     monkeypatch.setenv(launch_table.VARIABLE, str(path))
     with pytest.warns(UserWarning, match=r"no launch table is used: .*launch.json"):
-        assert ops.LOADERS["cpu"]() == "ready"
+        assert operators.LOADERS["cpu"]() == "ready"
     monkeypatch.setattr(launch_table, "check_table", lambda table: None)  # and one that C++ refuses
     path.write_text('{"cpu": {"decode": [{"stages": 9}]}}')
     with pytest.warns(UserWarning, match="stages must be 0 to 3, got 9"):
-        assert ops.LOADERS["cpu"]() == "ready"
+        assert operators.LOADERS["cpu"]() == "ready"
 
 
 CALLS = {"decode": {"dim": 128, "bytes": 2}, "prefill": {"dim": 128, "bytes": 2}}

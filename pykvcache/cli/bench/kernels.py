@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from pykvcache import ops
+from pykvcache import operators, ops
 from pykvcache.bench import cases, tables
 from pykvcache.bench.kernels import Result, check_memory, measure
 from pykvcache.bench.peers import PEERS
@@ -132,9 +132,9 @@ def choose_device(device: str) -> tuple[str, list[str]]:
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda: torch sees no GPU")
     states = ops.backends()
-    ours = [name for name in ops.AUTO_ORDER[device] if states[name] == "ready"]
+    ours = [name for name in operators.AUTO_ORDER[device] if states[name] == "ready"]
     if not ours:
-        first = ops.AUTO_ORDER[device][0]
+        first = operators.AUTO_ORDER[device][0]
         raise typer.BadParameter(f"no backend for {device}: {first} is {states[first]}")
     return device, ours
 
