@@ -6,24 +6,15 @@
 #include "allocator/binding.h"
 #include "cpu/binding.h"
 #include "cpu/isa.h"
-#include "registration.h"
+#include "module_methods.h"
 
 namespace {
-
-PyObject* list_signatures(PyObject*, PyObject*) {
-  PyObject* list = PyList_New(0);
-  for (const std::string& text : pykvcache::signatures()) {
-    PyObject* item = PyUnicode_FromString(text.c_str());
-    PyList_Append(list, item);
-    Py_DECREF(item);
-  }
-  return list;
-}
 
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(pykvcache::cpu_isa_name()); }
 
 PyMethodDef methods[] = {
-    {"signatures", list_signatures, METH_NOARGS, "C++ signature of every registered operator."},
+    {"signatures", pykvcache::list_signatures, METH_NOARGS,
+     "C++ signature of every registered operator."},
     {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set that the CPU kernels run with."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -2,23 +2,13 @@
 // is loaded (attention.cu, cache_ops.cu).
 #include <Python.h>
 
-#include "registration.h"
+#include "module_methods.h"
 
 namespace {
 
-PyObject* list_signatures(PyObject*, PyObject*) {
-  PyObject* list = PyList_New(0);
-  for (const std::string& text : pykvcache::signatures()) {
-    PyObject* item = PyUnicode_FromString(text.c_str());
-    PyList_Append(list, item);
-    Py_DECREF(item);
-  }
-  return list;
-}
-
-PyMethodDef methods[] = {
-    {"signatures", list_signatures, METH_NOARGS, "C++ signature of every registered operator."},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {{"signatures", pykvcache::list_signatures, METH_NOARGS,
+                          "C++ signature of every registered operator."},
+                         {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module_def = {PyModuleDef_HEAD_INIT,
                           "_C_cuda",

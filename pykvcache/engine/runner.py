@@ -3,7 +3,7 @@
 All rows of a step go through the model as one sequence [1, T] with position ids; each attends to
 its own blocks. Logits are computed only where the step wants them.
 
-Read first: pykvcache/hf/packed.py, scheduler.py. Read next: engine.py.
+Read first: hf/packed.py, hf/packed_attention.py, scheduler.py. Read next: engine.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pykvcache.batch import Batch, Int64Array
 from pykvcache.engine.graphs import Bucket, CudaRecorder, DecodeGraphs
 from pykvcache.engine.request import ranges
 from pykvcache.engine.step import Step
-from pykvcache.hf.packed import PackedCache, observed, packed_attention, register
+from pykvcache.hf.packed import PackedCache
+from pykvcache.hf.packed_attention import observed, packed_attention, register
 from pykvcache.hf.reaches import Reaches
 from pykvcache.metadata import AttentionMetadata
 
