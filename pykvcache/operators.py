@@ -194,7 +194,7 @@ def _best(device_type: str) -> str:
     warnings.warn(
         f"pykvcache runs its slow reference on {device_type!r}; "
         "`python -m pykvcache info` says why the other backends are not loaded",
-        stacklevel=4,
+        stacklevel=5,
     )
     return "reference"
 

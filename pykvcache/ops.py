@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykvcache.operators import backends, table
+from pykvcache.operators import OpTable, backends, table
 
 __all__ = [
     "backends",
@@ -28,6 +28,11 @@ __all__ = [
 ]
 
 LAYOUTS = ("HND", "NHD")
+
+
+def _table(backend: str, x: Tensor) -> OpTable:
+    """The operators for x's device; the name of a device takes longer than the question."""
+    return table(backend, "cpu" if x.is_cpu else x.device.type)
 
 
 def _hnd(cache: Tensor | None, layout: str) -> Tensor | None:
@@ -98,7 +103,7 @@ def write_kv(
         ValueError, TypeError: an argument has the wrong shape, device or dtype; nothing was
             written.
     """
-    table(backend, k_cache.device.type).write_kv(
+    _table(backend, k_cache).write_kv(
         _detached(k),
         _detached(v),
         _hnd(k_cache, layout),
@@ -177,7 +182,7 @@ def paged_attention(
         if v_cache is None:
             raise ValueError("v_head_dim must be given when v_cache is None")
         v_head_dim = v_cache.shape[-1]
-    out, lse = table(backend, q.device.type).paged_attention(
+    out, lse = _table(backend, q).paged_attention(
         _detached(q),
         _hnd(k_cache, layout),
         _hnd(v_cache, layout),
@@ -212,7 +217,7 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[
     Returns:
         out [T, HQ, D] and lse float32 [T, HQ]. Give a sink to one partial only.
     """
-    return table(backend, outs.device.type).merge_states(outs, lses)
+    return _table(backend, outs).merge_states(outs, lses)
 
 
 def copy_blocks(
@@ -257,7 +262,7 @@ def gather_kv(
 
     Both have the cache's dtype; holes are zero. Without v_cache, v is [total_k, HKV, 0].
     """
-    return table(backend, k_cache.device.type).gather_kv(
+    return _table(backend, k_cache).gather_kv(
         _hnd(k_cache, layout), _hnd(v_cache, layout), block_table, seq_lens, cu_seqlens_k, total_k
     )
 
@@ -276,7 +281,7 @@ def slot_mapping(
     Token i of row b is the one at position seq_lens[b] - q_len[b] + i; negative positions, holes
     and tokens after the last row get -1.
     """
-    return table(backend, block_table.device.type).slot_mapping(
+    return _table(backend, block_table).slot_mapping(
         block_table, seq_lens, cu_seqlens_q, num_tokens, block_size
     )
 
@@ -299,7 +304,7 @@ def plan(
     Compute it once per layer group and step and pass it to every layer. The CPU and the reference
     divide their work inside the operator, so there it is empty.
     """
-    return table(backend, seq_lens.device.type).plan(
+    return _table(backend, seq_lens).plan(
         seq_lens, cu_seqlens_q, max_seqlen_q, num_heads, num_kv_heads, head_dim, window, chunk,
         deterministic,
     )  # fmt: skip
