@@ -128,7 +128,11 @@ struct Decode {
     const AttentionParams& p = params.attention;
     const auto dim = static_cast<int32_t>(p.v_head_dim);
     const float value_scale = head_scale(p.v_scale, rows.kv_head);
-    for (int row = warp; row < kRowTile && rows.first + row < rows.end; row += kWarps) {
+    // A slot has room for merged_rows; more come only of a max_seqlen_q that is too small.
+    const int32_t end = whole                           ? rows.end
+                        : rows.end < params.merged_rows ? rows.end
+                                                        : params.merged_rows;
+    for (int row = warp; row < kRowTile && rows.first + row < end; row += kWarps) {
       const QueryRow query = query_row(params, rows.sequence, rows.kv_head, rows.first + row);
       SoftmaxState total;
       for (int w = 0; w < kWarps; ++w) total.raise(piece_states(w)[row].highest);
@@ -143,7 +147,7 @@ struct Decode {
       const float factor = total.normalizer() * rescale * value_scale;
       const int64_t place =
           whole ? output_place(p, rows.sequence, query)
-                : (slot * p.num_kv_heads + rows.kv_head) * params.decode_rows + rows.first + row;
+                : (slot * p.num_kv_heads + rows.kv_head) * params.merged_rows + rows.first + row;
       for (int d = lane; d < dim; d += 32) {
         float sum = 0.0f;
         for (int w = 0; w < kWarps; ++w) sum += weights[w] * piece_values(w)[row * kDim + d];

@@ -27,8 +27,8 @@ struct KernelParams {
   int32_t programs = 0;          // persistent decode CTAs per KV head and row tile
   int32_t piece_units = 1;       // units of the plan's entries: 1, or kFixedUnits
   int32_t* plan = nullptr;       // [B + 1], pieces or units before each row
-  float* part_values = nullptr;  // [slots, HKV, decode_rows, Dv], normalised
-  float* part_lse = nullptr;     // [slots, HKV, decode_rows], natural log
+  float* part_values = nullptr;  // [slots, HKV, merged_rows, Dv], normalised
+  float* part_lse = nullptr;     // [slots, HKV, merged_rows], natural log
 };
 
 }  // namespace pykvcache::cuda

@@ -31,8 +31,8 @@ __device__ __forceinline__ void merge_pieces(const KernelParams& params) {
     return;
   if (slots.end - slots.begin < 2) return;
   const QueryRow query = query_row(params, sequence, kv_head, r);
-  const int64_t stride = p.num_kv_heads * params.decode_rows;  // of a slot, in rows
-  const int64_t first = static_cast<int64_t>(kv_head) * params.decode_rows + r;
+  const int64_t stride = p.num_kv_heads * params.merged_rows;  // of a slot, in rows
+  const int64_t first = static_cast<int64_t>(kv_head) * params.merged_rows + r;
   SoftmaxState state = merged_state(params.part_lse + first, stride, slots.begin, slots.end);
   if (p.sinks != nullptr) state.add_sink(p.sinks[query.head]);
   const int64_t place = output_place(p, sequence, query);

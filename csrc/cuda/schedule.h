@@ -44,7 +44,7 @@ struct Schedule {
   int64_t slots = 0;  // pieces that decode may leave in the workspace
 
   int64_t part_lse_count() const {
-    return slots * params.attention.num_kv_heads * params.decode_rows;
+    return slots * params.attention.num_kv_heads * params.merged_rows;
   }
   int64_t part_values_count() const { return part_lse_count() * params.attention.v_head_dim; }
 };

@@ -26,7 +26,7 @@ from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
 
 
 @triton.jit(
-    do_not_specialize=["rows", "stride_table", "window", "chunk", "bias_stride_batch",
+    do_not_specialize=["rows", "part_rows", "stride_table", "window", "chunk", "bias_stride_batch",
                        "bias_stride_head", "bias_stride_query"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "plan", "sinks",
                                     "alibi_slopes"],
@@ -42,7 +42,8 @@ def decode_kernel(
     sinks, alibi_slopes,  # float32 [HQ], or None
     bias, bias_stride_batch, bias_stride_head, bias_stride_query, bias_stride_key,
     out, lse,  # [T, HQ, DV], float32 [T, HQ]
-    part_values, part_lse,  # float32 [slots, GROUPS, ROWS, DV] and [slots, GROUPS, ROWS]
+    part_values, part_lse,  # float32 [slots, GROUPS, part_rows, DV], [slots, GROUPS, part_rows]
+    part_rows,  # the most query rows that any sequence of decode has in a group
     rows, scale, softcap, window, chunk,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, DIM1: tl.constexpr, DIM2: tl.constexpr,
@@ -134,11 +135,12 @@ def decode_kernel(
             factor, row_lse = softmax_finish(highest, total)
             factor *= value_scale
             slot = unit if FIXED else program + row
-            place = (slot.to(tl.int64) * GROUPS + group) * ROWS + r
-            tl.store(part_lse + place, row_lse, mask=valid)
-            store_rows(values1, factor, part_values, place * V_DIM, valid, V_DIM, 0, V_DIM1)
+            place = (slot.to(tl.int64) * GROUPS + group) * part_rows + r
+            kept = valid & (r < part_rows)  # more come only of a max_seqlen_q that is too small
+            tl.store(part_lse + place, row_lse, mask=kept)
+            store_rows(values1, factor, part_values, place * V_DIM, kept, V_DIM, 0, V_DIM1)
             if V_DIM2 > 0:
                 store_rows(
-                    values2, factor, part_values, place * V_DIM, valid, V_DIM, V_DIM1, V_DIM2
+                    values2, factor, part_values, place * V_DIM, kept, V_DIM, V_DIM1, V_DIM2
                 )
         unit = unit + programs if FIXED else unit_end

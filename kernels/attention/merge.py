@@ -28,13 +28,13 @@ def piece_range(plan, row, rows, programs, FIXED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "programs"],
+    do_not_specialize=["rows", "programs", "part_rows"],
     do_not_specialize_on_alignment=["cu_seqlens_q", "plan", "sinks"],
 )
 def merge_kernel(
-    part_values, part_lse,  # float32 [slots, GROUPS, ROWS, DV], [slots, GROUPS, ROWS]
-    cu_seqlens_q, plan, sinks, out, lse, rows, programs,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, V_DIM: tl.constexpr,
+    part_values, part_lse,  # float32 [slots, GROUPS, part_rows, DV], [slots, GROUPS, part_rows]
+    cu_seqlens_q, plan, sinks, out, lse, rows, programs, part_rows,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One query row of one sequence, all of its slots, PIECES at once: one after the other they
@@ -54,7 +54,7 @@ def merge_kernel(
             total = tl.where(highest == float("-inf"), 0.0, 1.0)
         for first in range(begin, end, PIECES):
             slot = first + tl.arange(0, PIECES)
-            place = (slot.to(tl.int64) * GROUPS + group) * ROWS + r
+            place = (slot.to(tl.int64) * GROUPS + group) * part_rows + r
             there = slot < end
             part_lses = tl.load(part_lse + place, mask=there, other=float("-inf"))  # [PIECES]
             parts = tl.load(

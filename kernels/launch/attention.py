@@ -160,20 +160,21 @@ def paged_attention(
         slots = programs + rows
         if deterministic:
             slots = rows * (-(-block_table.shape[1] * block_size // (unit * tile)) + 1)
-        part_values = q.new_empty(slots * groups * most_rows * v_head_dim, dtype=torch.float32)
-        part_lse = q.new_empty(slots * groups * most_rows, dtype=torch.float32)
+        part_rows = min(most_rows, max_seqlen_q * group)
+        parts = slots * groups * part_rows
+        part_values = q.new_empty(parts * v_head_dim, dtype=torch.float32)
+        part_lse = q.new_empty(parts, dtype=torch.float32)
         choice = choose("decode", arch, dim, size)
         decode_kernel[(programs, groups)](
             q, *q.stride()[:2], *pools, plan, sinks, alibi_slopes, *bias_arguments, out, lse,
-            part_values, part_lse, *numbers, groups, split, group, most_rows, *dims, tile, unit,
-            *features, deterministic, INTERPRETED,
+            part_values, part_lse, part_rows, *numbers, groups, split, group, most_rows, *dims,
+            tile, unit, *features, deterministic, INTERPRETED,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
-        merged_rows = min(most_rows, max_seqlen_q * group)
         width = triton.next_power_of_2(v_head_dim)
-        merge_kernel[(rows, groups * merged_rows)](
-            part_values, part_lse, cu_seqlens_q, plan, sinks, out, lse, rows, programs, groups,
-            group, most_rows, v_head_dim, width, MERGED_PIECES, deterministic,
+        merge_kernel[(rows, groups * part_rows)](
+            part_values, part_lse, cu_seqlens_q, plan, sinks, out, lse, rows, programs,
+            part_rows, groups, group, v_head_dim, width, MERGED_PIECES, deterministic,
             num_warps=max(width // 128, 1),
         )  # fmt: skip
     if max_seqlen_q * group > most_rows:
