@@ -43,6 +43,7 @@ class Case:
     latent: bool = False  # v_cache=None: V is the first v_head_dim of K
     shared_prefix: int = 0  # blocks that all rows share
     strided_q: bool = False
+    factor: float = 1.25  # of the usual scale
     spread: float = 1.0  # standard deviation of q and k: larger means a sharper softmax
 
     def __str__(self) -> str:
@@ -125,7 +126,7 @@ def build(case: Case, seed: int = 0) -> Data:
         max(q_lens, default=0),
     )
     data.kwargs = {
-        "scale": case.head_dim**-0.5 * 1.25,
+        "scale": case.head_dim**-0.5 * case.factor,
         "causal": case.causal,
         "window": case.window,
         "chunk": case.chunk,
@@ -234,6 +235,10 @@ def _features() -> list[Case]:
         {"name": "shared", "shared_prefix": 2, "rows": ((1, 90), (20, 75), (1, 60))},
         {"name": "strided-q", "strided_q": True},
         {"name": "sharp", "spread": 6.0},
+        {"name": "scale-0", "factor": 0.0, "window": 11},
+        {"name": "scale-0-bias", "factor": 0.0, "bias": "bool", "sinks": True},
+        {"name": "scale-negative", "factor": -0.6, "holes": ((0, 1), (1, 0))},
+        {"name": "scale-negative-bias", "factor": -0.6, "bias": "bool", "softcap": 4.0},
         {"name": "everything", "softcap": 5.0, "sinks": True, "alibi": True, "window": 25,
          "bias": "float", "holes": ((0, 3),)},
     ]  # fmt: skip

@@ -51,9 +51,10 @@ KV_INLINE void modify_logits(const AttentionParams& p, float scale, const LaneLo
                     broadcast(tile.places[t]) - load(lanes.place + c * kWidth), logit);
       if (p.bias.data != nullptr)
         logit = logit + gather_bias(p.bias, lanes.bias_row + c * kWidth, tile.positions[t]);
+      const Vec lowest = broadcast(kLowestFloat), hidden = broadcast(-kInfinity);
       Vec final = max(logit, broadcast(kLowestLogit)) * broadcast(kLog2e);
-      final =
-          select_greater(broadcast(kLowestFloat), min(raw, logit), broadcast(-kInfinity), final);
+      final = select_greater(lowest, logit, hidden, final);
+      final = select_greater(lowest, raw, hidden, final);  // a scale <= 0 has made it NaN or +inf
       store(at, final);
       tops[c] = max(tops[c], final);
     }
