@@ -1,6 +1,7 @@
 // The arguments of the cache operators, checked and as plain data: the same for every device.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -10,11 +11,12 @@
 
 namespace pykvcache {
 
-// Throws for a slot past the end; negative ones skip their token.
+// Throws for a slot past the end; -1 skips its token.
 inline void check_slot_values(const int64_t* slots, int64_t count, int64_t num_slots) {
   for (int64_t t = 0; t < count; ++t)
-    if (slots[t] >= num_slots)
-      fail("slot_mapping[", t, "] is ", slots[t], " but the cache has ", num_slots, " slots");
+    if (slots[t] < -1 || slots[t] >= num_slots)
+      fail("slot_mapping[", t, "] is ", slots[t], " but the cache has ", num_slots,
+           " slots, and only -1 skips a token");
 }
 
 inline void check_cache_dtype(const CacheView& cache, const TokenView& x, const Tensor& x_tensor,
@@ -22,6 +24,14 @@ inline void check_cache_dtype(const CacheView& cache, const TokenView& x, const 
   if (cache.dtype != x.dtype && cache.dtype != DType::kFloat8E4M3)
     fail(name, " must have the dtype of ", name, "_cache (or that be float8_e4m3fn), got ",
          dtype_name(x_tensor.scalar_type()));
+}
+
+// Where two elements are one, the order of writing decides what is left.
+inline void check_no_overlap(const Tensor& cache, const char* name) {
+  for (int64_t i = 0; i < cache.dim(); ++i)
+    if (cache.size(i) > 1 && cache.stride(i) == 0)
+      fail(name, " must not be expanded: its dim ", i, " has ", cache.size(i),
+           " entries at one place");
 }
 
 inline WriteArguments write_arguments(const Tensor& k, const std::optional<Tensor>& v,
@@ -35,6 +45,7 @@ inline WriteArguments write_arguments(const Tensor& k, const std::optional<Tenso
   w.caches[0] = cache_view(k_cache, "k_cache", &num_blocks, &HKV, &block_size, &D, place);
   w.tokens[0] = token_view(k, "k", &T, &HKV, &D, place);
   check_cache_dtype(w.caches[0], w.tokens[0], k, "k");
+  check_no_overlap(k_cache, "k_cache");
   check_place(slot_mapping, "slot_mapping", place);
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
   check_shape(slot_mapping, "slot_mapping", {&T});
@@ -45,6 +56,7 @@ inline WriteArguments write_arguments(const Tensor& k, const std::optional<Tenso
     w.caches[1] = cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv, place);
     w.tokens[1] = token_view(*v, "v", &T, &HKV, &Dv, place);
     check_cache_dtype(w.caches[1], w.tokens[1], *v, "v");
+    check_no_overlap(*v_cache, "v_cache");
     w.scales[1] = scale_view(v_scale, "v_scale", w.caches[1], HKV, block_size, place);
   }
   w.slots = const_data<int64_t>(slot_mapping);
@@ -77,6 +89,22 @@ inline void check_pair_of_caches(const Tensor& src, const Tensor& dst, const int
   }
 }
 
+// Copies run at once, so none may write what another one reads or writes.
+inline void check_copies_apart(const std::vector<Tensor>& src, const std::vector<Tensor>& dst,
+                               const int64_t* pairs, int64_t count) {
+  std::vector<int64_t> targets;
+  for (int64_t n = 0; n < count; ++n) targets.push_back(pairs[2 * n + 1]);
+  std::sort(targets.begin(), targets.end());
+  const auto twice = std::adjacent_find(targets.begin(), targets.end());
+  if (twice != targets.end()) fail("pairs has block ", *twice, " as a destination twice");
+  bool in_place = false;
+  for (size_t i = 0; i < src.size(); ++i)
+    in_place = in_place || src[i].const_data_ptr() == dst[i].const_data_ptr();
+  for (int64_t n = 0; in_place && n < count; ++n)
+    if (std::binary_search(targets.begin(), targets.end(), pairs[2 * n]))
+      fail("pairs has block ", pairs[2 * n], " as a source and as a destination");
+}
+
 // src and dst, and pairs [N, 2], of copy_blocks.
 inline void check_copy(const std::vector<Tensor>& src, const std::vector<Tensor>& dst,
                        const Tensor& pairs, const Place& place) {
@@ -91,6 +119,8 @@ inline void check_copy(const std::vector<Tensor>& src, const std::vector<Tensor>
   for (size_t i = 0; i < src.size(); ++i)
     check_pair_of_caches(src[i], dst[i], const_data<int64_t>(pairs), pairs.size(0),
                          static_cast<int64_t>(i), place);
+  if (place.reads_values && !src.empty())
+    check_copies_apart(src, dst, const_data<int64_t>(pairs), pairs.size(0));
 }
 
 // block_table [B, max_blocks] and seq_lens [B] against a pool of num_blocks blocks.
@@ -112,9 +142,10 @@ inline void check_table(const Tensor& block_table, const Tensor& seq_lens, Dim* 
       fail("seq_lens[", b, "] is ", lengths[b], " but block_table holds 0 to ",
            max_blocks * block_size, " tokens a row");
     for (int64_t i = 0; i * block_size < lengths[b] && num_blocks >= 0; ++i)
-      if (table[b * block_table.stride(0) + i] >= num_blocks)
+      if (const int32_t block = table[b * block_table.stride(0) + i];
+          block < -1 || block >= num_blocks)
         fail("block_table[", b, "][", i, "] is ", table[b * block_table.stride(0) + i],
-             " but the cache has ", num_blocks, " blocks");
+             " but the cache has ", num_blocks, " blocks, and only -1 is a hole");
   }
 }
 

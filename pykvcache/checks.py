@@ -119,8 +119,12 @@ def _check_lengths(block_table: Tensor, seq_lens: Tensor, num_blocks: int, block
         raise ValueError(f"seq_lens has {longest} but block_table holds {room} tokens a row")
     first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
     used = block_table[first[None] < seq_lens[:, None]]
-    if used.numel() and int(used.max()) >= num_blocks:
-        raise ValueError(f"block_table has block {int(used.max())} but k_cache has {num_blocks}")
+    if not used.numel():
+        return
+    low, high = int(used.min()), int(used.max())
+    if low < -1 or high >= num_blocks:
+        bad = low if low < -1 else high
+        raise ValueError(f"block_table has block {bad} but k_cache has {num_blocks}; -1 is a hole")
 
 
 def check_write(
@@ -150,9 +154,19 @@ def check_write(
     _check_scale("k_scale", k_scale, k_cache)
     if v_cache is not None:
         _check_scale("v_scale", v_scale, v_cache)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache is not None and any(
+            size > 1 and stride == 0
+            for size, stride in zip(cache.shape, cache.stride(), strict=True)
+        ):
+            raise ValueError(f"{name} must not be expanded, got strides {list(cache.stride())}")
+    if not read_values or not slot_mapping.numel():
+        return
     num_slots = k_cache.shape[0] * k_cache.shape[2]
-    if read_values and slot_mapping.numel() and int(slot_mapping.max()) >= num_slots:
-        raise ValueError(f"slot_mapping has slot {int(slot_mapping.max())} of {num_slots}")
+    low, high = int(slot_mapping.min()), int(slot_mapping.max())
+    if low < -1 or high >= num_slots:
+        bad = low if low < -1 else high
+        raise ValueError(f"slot_mapping has slot {bad} of {num_slots}; -1 skips a token")
 
 
 def check_attention(
@@ -236,6 +250,34 @@ def _check_bias(bias: Tensor, batch: int, heads: int, max_q: int, max_kv: int) -
         raise ValueError(f"{wanted}, got shape {list(bias.shape)}")
 
 
+def check_merge(outs: Tensor, lses: Tensor) -> None:
+    """Check the arguments of merge_states."""
+    dims = Dims()
+    check_dtype("outs", outs, *FLOAT_DTYPES)
+    check_dtype("lses", lses, torch.float32)
+    dims.check("outs", outs, ("S", "T", "HQ", "D"))
+    dims.check("lses", lses, ("S", "T", "HQ"))
+    check_device("lses", lses, "outs", outs)
+
+
+def check_key_starts(
+    seq_lens: Tensor, cu_seqlens_k: Tensor, total_k: int, read_values: bool = True
+) -> None:
+    """Check the running sum of lengths of gather_kv."""
+    check_dtype("cu_seqlens_k", cu_seqlens_k, torch.int32)
+    if cu_seqlens_k.shape != (len(seq_lens) + 1,):
+        raise ValueError(f"cu_seqlens_k must be [B + 1], got shape {list(cu_seqlens_k.shape)}")
+    if not read_values:
+        return
+    lengths, starts = seq_lens.tolist(), cu_seqlens_k.tolist()
+    expected = [0, *itertools.accumulate(lengths)]
+    if starts != expected or starts[-1] > total_k:
+        raise ValueError(
+            f"cu_seqlens_k must be the running sum of seq_lens and end at total_k = {total_k}, "
+            f"got {starts} for lengths {lengths}"
+        )
+
+
 def check_copy(
     src: list[Tensor], dst: list[Tensor], pairs: Tensor, read_values: bool = True
 ) -> None:
@@ -259,6 +301,20 @@ def check_copy(
             if low < 0 or high >= cache.shape[0]:
                 bad = low if low < 0 else high
                 raise ValueError(f"pairs has block {bad} but {name}[{i}] has {cache.shape[0]}")
+    if read_values and src:
+        _check_copies_apart(src, dst, pairs)
+
+
+def _check_copies_apart(src: list[Tensor], dst: list[Tensor], pairs: Tensor) -> None:
+    """Copies run at once, so none may write what another one reads or writes."""
+    targets, counts = pairs[:, 1].unique(return_counts=True)
+    if len(targets) < len(pairs):
+        twice = int(targets[counts > 1][0])
+        raise ValueError(f"pairs has block {twice} as a destination twice")
+    in_place = any(a.data_ptr() == b.data_ptr() for a, b in zip(src, dst, strict=True))
+    both = targets[torch.isin(targets, pairs[:, 0])]
+    if in_place and len(both):
+        raise ValueError(f"pairs has block {int(both[0])} as a source and as a destination")
 
 
 def check_slot_mapping(

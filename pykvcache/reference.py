@@ -21,6 +21,8 @@ from pykvcache.checks import (
     check_attention,
     check_cache,
     check_copy,
+    check_key_starts,
+    check_merge,
     check_slot_mapping,
     check_write,
     scale_kind,
@@ -219,6 +221,7 @@ def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         out [T, HQ, D] in the dtype of outs and lse float32 [T, HQ].
     """
+    check_merge(outs, lses)
     lse = torch.logsumexp(lses, dim=0)
     weights = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0.0))[..., None]
     parts = torch.where(weights != 0, outs.float() * weights, 0.0)
@@ -252,6 +255,7 @@ def gather_kv(
     cu_seqlens_k int32 [B + 1] holds the running sum of seq_lens. Without v_cache, v has last dim 0.
     """
     check_cache(k_cache, v_cache, block_table, seq_lens)
+    check_key_starts(seq_lens, cu_seqlens_k, total_k)
     sides = []
     for cache in (k_cache, v_cache):
         if cache is None:

@@ -170,6 +170,11 @@ BAD_WRITES = {
     "integer": ({"k": torch.zeros(3, 1, 8).int()}, "k must be float32"),
     "slots dtype": ({"slot_mapping": torch.zeros(3).int()}, "slot_mapping must be int64"),
     "slot": ({"slot_mapping": torch.tensor([0, 1, 8])}, "8"),
+    "slot -2": ({"slot_mapping": torch.tensor([0, 1, -2])}, "-2"),
+    "expanded": (
+        {"v_cache": torch.zeros(1, 1, 4, 8).expand(2, 1, 4, 8)},
+        "must not be expanded",
+    ),
     "block_size": ({"k_cache": torch.zeros(2, 1, 0, 8)}, "block_size must be at least 1, got 0"),
     "no v": ({"v": None}, "v and v_cache must be given together"),
     "scale": ({"k_scale": torch.zeros(5)}, r"k_scale must have shape \[\]"),
@@ -179,7 +184,7 @@ BAD_WRITES = {
 
 @pytest.mark.parametrize("name", BAD_WRITES)
 def test_bad_write_names_the_argument_and_writes_nothing(backend: str, name: str) -> None:
-    if name == "slot":
+    if name in ("slot", "slot -2"):
         skip_if_values_are_not_read(backend)
     change, message = BAD_WRITES[name]
     good = {
@@ -202,6 +207,7 @@ def test_bad_write_names_the_argument_and_writes_nothing(backend: str, name: str
         ([(2, 4)], [(2, 4)], [[-1, 1]], "-1"),
         ([(2, 4)], [(2, 5)], [[0, 1]], "blocks of one shape"),
         ([(2, 4)], [], [[0, 1]], "equally long"),
+        ([(3, 4)], [(3, 4)], [[0, 1], [2, 1]], "has block 1 as a destination twice"),
     ],
 )
 def test_bad_copy(
@@ -216,6 +222,53 @@ def test_bad_copy(
     sources, targets = ([torch.ones(shape) for shape in side] for side in (src, dst))
     with pytest.raises((ValueError, TypeError), match=message):
         ops.copy_blocks(sources, targets, torch.tensor(pairs), backend=backend)
+
+
+def test_copies_within_a_pool_stay_apart(backend: str) -> None:
+    skip_if_values_are_not_read(backend)
+    pool, other = torch.arange(12.0).view(3, 4), torch.zeros(3, 4)
+    pairs = torch.tensor([[0, 1], [1, 2]])
+    with pytest.raises(ValueError, match="block 1 as a source and as a destination"):
+        ops.copy_blocks([pool], [pool], pairs, backend=backend)
+    assert torch.equal(pool, torch.arange(12.0).view(3, 4))
+    ops.copy_blocks([pool], [other], pairs, backend=backend)  # another pool: other blocks
+    assert torch.equal(other[1:], pool[:2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_table": torch.tensor([[0, -2]]).int()}, "-2"),
+        ({"cu_seqlens_k": torch.tensor([0, 6]).int()}, "cu_seqlens_k must be the running sum"),
+        ({"cu_seqlens_k": torch.tensor([1, 6]).int()}, "cu_seqlens_k must be the running sum"),
+        ({"total_k": 4}, "end at total_k = 4"),
+    ],
+)
+def test_bad_gather(backend: str, change: dict[str, Any], message: str) -> None:
+    skip_if_values_are_not_read(backend)
+    good = {
+        "k_cache": torch.ones(2, 1, 4, 8),
+        "v_cache": None,
+        "block_table": torch.tensor([[0, 1]]).int(),
+        "seq_lens": torch.tensor([5]).int(),
+        "cu_seqlens_k": torch.tensor([0, 5]).int(),
+        "total_k": 5,
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.gather_kv(**{**good, **change}, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "message"),
+    [
+        (torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4).half(), "lses must be float32"),
+        (torch.ones(2, 3, 4, 8), torch.ones(2, 3, 5), "lses must be"),
+        (torch.ones(2, 3, 8), torch.ones(2, 3), "outs must be"),
+    ],
+)
+def test_bad_merge(backend: str, outs: torch.Tensor, lses: torch.Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        ops.merge_states(outs, lses, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,7 @@ def _plan(
 
 def merge_states(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """See `pykvcache.ops.merge_states`."""
+    checks.check_merge(outs, lses)
     parts, tokens, heads, dim = outs.shape
     outs, lses = outs.contiguous(), lses.contiguous()
     out = outs.new_empty(tokens, heads, dim)

@@ -104,6 +104,7 @@ def gather_kv(
 ) -> tuple[Tensor, Tensor]:
     """See `pykvcache.ops.gather_kv`."""
     checks.check_cache(k_cache, v_cache, block_table, seq_lens, reads_values(k_cache))
+    checks.check_key_starts(seq_lens, cu_seqlens_k, total_k, reads_values(k_cache))
     check_contiguous(k_cache=k_cache, v_cache=v_cache, block_table=block_table)
     sides = []
     for cache in (k_cache, v_cache):
