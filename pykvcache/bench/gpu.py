@@ -124,14 +124,16 @@ def copy_bandwidth(total_bytes: int) -> float:
     return total_bytes / timings["copy"].median
 
 
-def explain_on_gpu(spec: CallSpec, case: Case, seconds: float) -> Explanation:
-    """`tune.explain.explain` on the current GPU, with the best backend that is ready."""
+def explain_on_gpu(
+    spec: CallSpec, case: Case, seconds: float, backend: str = "auto"
+) -> Explanation:
+    """`tune.explain.explain` on the current GPU; "auto" is the best backend that is ready."""
     from pykvcache import ops
     from pykvcache.bench.kernels import Workload
     from pykvcache.bench.tune.explain import Explanation
 
     device = torch.device("cuda")
-    backend = ops.table("auto", "cuda").backend
+    backend = ops.table(backend, "cuda").backend
     workload = Workload(case, [spec.block_size], [backend], "cuda")
     workload.check()
     name = f"paged {spec.block_size}"

@@ -134,11 +134,11 @@ def draw_roofline(rows: Rows) -> Any:
     return figure
 
 
-def use_plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis 0.5, 1, 2, 5, 10 instead of by powers."""
+def use_plain_numbers(axis: Any, few: bool = False) -> None:
+    """Label a logarithmic axis 0.5, 1, 2, 5, 10 (few: 1, 10, 100) instead of by powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axis.set_major_locator(LogLocator(10, (1,) if few else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -30,7 +30,7 @@ from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
 from pykvcache.bench.tune.search import LITTLE_WASTE
 from pykvcache.bench.tune.shapes import load_shape
 from pykvcache.cli.bench.kernels import choose_device
-from pykvcache.cli.bench.options import check_output, check_picture, integers
+from pykvcache.cli.bench.options import MOST_THREADS, check_output, check_picture, integers
 
 STANDARD_OUTPUT = "-"
 
@@ -48,7 +48,9 @@ def tune(
     requests: Annotated[int, typer.Option(min=1, help="Of the trace, at most.")] = 2000,
     max_len: Annotated[int | None, typer.Option(help="Longest prompt + output.")] = None,
     seconds: Annotated[float, typer.Option(help="For the race between candidates.")] = 60.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads; torch's number.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads; torch's number.")
+    ] = None,
     tolerance: Annotated[
         float, typer.Option(help="Percent of tokens/s that count as equal.")
     ] = 3.0,
@@ -97,7 +99,7 @@ def tune(
         torch.set_num_threads(threads)
     try:
         if explain is not None:
-            show_explanation(CallSpec.parse(explain), device, json)
+            show_explanation(CallSpec.parse(explain), device, json, backend)
             return
         path = check_files(out, json, plot)
         if not 0 <= tolerance < 50:
@@ -256,9 +258,13 @@ def who_reads(path: Path) -> str:
     return "read by every process from now on"
 
 
-def show_explanation(spec: CallSpec, device: str, json: str | None) -> None:
-    found: Explanation = explain_call(spec, device=device)
+def show_explanation(spec: CallSpec, device: str, json: str | None, backend: str) -> None:
     console = tables.open_console(stderr=json == STANDARD_OUTPUT)
+    try:
+        found: Explanation = explain_call(spec, device=device, backend=backend)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing was measured yet")
+        raise typer.Abort from None
     for name, text in [*found.lines(), ("launch table", used_table())]:
         console.print(f"{name:14}{text}", soft_wrap=True)
     rows: list[dict[str, Any]] = [found.to_json()]

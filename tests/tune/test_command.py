@@ -28,7 +28,7 @@ tune_command = importlib.import_module("pykvcache.cli.tune")  # not the function
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     """Run `pykvcache tune` over small memory: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(measure, "STORAGE_BYTES", 2**24)
+    monkeypatch.setattr(measure, "COLD_BYTES", 2**24)
     monkeypatch.setattr(measure, "CALL_BYTES", 2**20)
     monkeypatch.setattr(measure, "MIN_SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(plan, "read_bandwidth", lambda device: 2e10)

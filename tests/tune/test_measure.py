@@ -86,7 +86,7 @@ def test_lengths_are_spread_evenly() -> None:
 
 @pytest.fixture
 def small_bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr(measure, "STORAGE_BYTES", 2**21)
+    monkeypatch.setattr(measure, "COLD_BYTES", 2**21)
     monkeypatch.setattr(measure, "CALL_BYTES", 2**18)
     monkeypatch.setattr(measure, "MIN_SAMPLE_SECONDS", 1e-4)
     return Bench(SMALL, [50, 100, 150], 64)
@@ -154,3 +154,13 @@ def test_work_of_a_call() -> None:
 def test_calls_that_cannot_be_explained(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CallSpec.parse(text)
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 256])
+def test_a_cycle_reads_enough_to_be_cold(monkeypatch: pytest.MonkeyPatch, block_size: int) -> None:
+    monkeypatch.setattr(measure, "COLD_BYTES", 2**22)
+    bench = Bench(SMALL, [90] * 20, 64, block_size=256)
+    call = bench._call("decode", block_size)
+    read = len(call.tables) * call.cached_tokens * SMALL.token_bytes
+    assert read > 0.8 * 2**22
+    assert bench.storage.nbytes <= 2**22 * 256 / 90

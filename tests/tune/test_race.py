@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from pykvcache.bench.replay.cases import PAGED, Case, run_case
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.workload import Workload
+from pykvcache.bench.tune import plan
 from pykvcache.bench.tune.objective import Demand, Objective
 from pykvcache.bench.tune.search import (
     BOUNDED_ROUNDS,
@@ -175,3 +177,28 @@ def test_objective_is_the_throughput_of_the_replay() -> None:
         demand = Demand.of(counted, StepCost())
         goal = Objective(cost.base, 4, {size: demand}, {size: cost.per_prefill_token / 4})
         assert goal.value(size, cost.per_kv_token / 4) == pytest.approx(timed.throughput, rel=1e-9)
+
+
+@pytest.mark.parametrize(("prompt", "faster", "expected"), [(600, 128, 128), (19, 1024, 0)])
+def test_rows_of_prefill_are_chosen_beyond_doubt(prompt: int, faster: int, expected: int) -> None:
+    draw = random.Random(3)
+
+    def prefill(block_size: int, rows: int) -> float:
+        noise = 1 + 0.03 * draw.gauss(0, 1) ** 2
+        return 1e-4 * noise * (0.8 if rows == faster else 1.0)
+
+    bench = SimpleNamespace(
+        prompt=prompt, shape=SimpleNamespace(num_heads=8, num_kv_heads=4), prefill=prefill
+    )
+    assert plan.choose_rows(bench, 16, plan.ROWS) == expected
+
+
+def test_equal_rows_of_prefill_leave_the_choice_to_the_kernel() -> None:
+    for seed in range(20):
+        draw = random.Random(seed)
+        bench = SimpleNamespace(
+            prompt=600,
+            shape=SimpleNamespace(num_heads=8, num_kv_heads=4),
+            prefill=lambda size, rows, draw=draw: 1e-4 * (1 + 0.03 * draw.gauss(0, 1) ** 2),
+        )
+        assert plan.choose_rows(bench, 16, plan.ROWS) == 0

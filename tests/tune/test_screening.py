@@ -111,7 +111,7 @@ def test_the_backend_that_auto_chooses_is_measured(monkeypatch, backend: str) ->
 
 
 def test_compiled_kernels_get_no_launch(monkeypatch) -> None:
-    monkeypatch.setattr(measure, "STORAGE_BYTES", 2**18)
+    monkeypatch.setattr(measure, "COLD_BYTES", 2**18)
     used: list[object] = []
     monkeypatch.setattr(measure, "use_launch", lambda *args, **kwargs: used.append(args))
     Bench(SMALL, [10], 10, backend="cuda")._use(DEFAULT)

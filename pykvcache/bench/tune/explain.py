@@ -168,7 +168,9 @@ def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
     return f"general (csrc/cpu/kernels/prefill.cpp), {isa}", {key: report[key] for key in kept}
 
 
-def explain(spec: CallSpec, seconds: float = 2.0, device: str = "cpu") -> Explanation:
+def explain(
+    spec: CallSpec, seconds: float = 2.0, device: str = "cpu", backend: str = "auto"
+) -> Explanation:
     """Check the call against the reference, then time it cold beside the peaks.
 
     Raises:
@@ -182,7 +184,7 @@ def explain(spec: CallSpec, seconds: float = 2.0, device: str = "cpu") -> Explan
     if device != "cpu":
         from pykvcache.bench.gpu import explain_on_gpu
 
-        return explain_on_gpu(spec, case, seconds)
+        return explain_on_gpu(spec, case, seconds, backend)
     if ops.backends()["cpu"] != "ready":
         raise RuntimeError(f"backend 'cpu' is not available: {ops.backends()['cpu']}")
     workload = Workload(case, [spec.block_size])

@@ -22,7 +22,8 @@ from pykvcache.bench.tune.search import DEFAULT, Candidate, Launch
 from pykvcache.bench.tune.shapes import Shape
 from pykvcache.storage import allocate
 
-STORAGE_BYTES = 256 * 2**20
+COLD_BYTES = 256 * 2**20  # of tokens that are read before a call comes to the same ones again
+MOST_STORAGE_BYTES = 4 * COLD_BYTES
 CALL_BYTES = 40 * 2**20
 MIN_SAMPLE_SECONDS = 3e-3
 CHECKED_TOKENS = 100
@@ -83,12 +84,12 @@ class Bench:
         self.lengths = fit_lengths(
             lengths,
             CALL_BYTES // shape.token_bytes,
-            STORAGE_BYTES // (shape.token_bytes * block_size),
+            MOST_STORAGE_BYTES // (shape.token_bytes * block_size),
             block_size,
         )
         self.prompt = min(prompt, PREFILL_TOKENS)
         generator = torch.Generator().manual_seed(0)
-        elements = STORAGE_BYTES // shape.torch_dtype.itemsize
+        elements = storage_bytes(self.lengths, block_size) // shape.torch_dtype.itemsize
         base = torch.randn(2**20, generator=generator).to(shape.torch_dtype)
         self.storage = allocate(1, elements, shape.torch_dtype, self.device)[0]
         for part in self.storage.split(base.numel()):
@@ -165,7 +166,9 @@ class Bench:
         if copies is None:
             copies = max(1, count // sum(needed))
         if sum(needed) > count:
-            raise ValueError(f"blocks of {block_size} tokens do not fit {STORAGE_BYTES} bytes")
+            raise ValueError(
+                f"blocks of {block_size} tokens do not fit {self.storage.nbytes} bytes"
+            )
         few = count if copies > 1 else sum(needed)
         order = torch.randperm(few, generator=self._generator, dtype=torch.int32)
         tables = torch.full((copies, len(lengths), max(needed)), -1, dtype=torch.int32)
@@ -223,6 +226,15 @@ def elapsed(run: Callable[[int], Any], count: int, device: torch.device) -> floa
     for i in range(count):
         run(i)
     return (clock() - begin) / count
+
+
+def storage_bytes(lengths: Sequence[int], block_size: int) -> int:
+    """So many that rows of these lengths in blocks of that size hold COLD_BYTES of tokens.
+
+    Short rows leave most of a large block untouched: a pool of COLD_BYTES would stay in the caches.
+    """
+    held = sum(-(-length // block_size) * block_size for length in lengths)
+    return min(MOST_STORAGE_BYTES, COLD_BYTES * held // max(1, sum(lengths)))
 
 
 def fit_lengths(lengths: Sequence[int], tokens: int, blocks: int, block_size: int) -> list[int]:

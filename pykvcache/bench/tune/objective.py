@@ -24,7 +24,9 @@ from pykvcache.bench.replay.totals import Result
 class Demand:
     """What a replay with one block size counted.
 
-    live: percent of the memory, averaged over time. waste: percent of the allocated slots.
+    live: percent of the memory. waste: percent of the allocated slots. Both, and mean_batch, are
+    averages over the whole replay, also while nobody waits: a size whose blocks leave no request
+    waiting is compared with one that keeps them waiting.
     """
 
     block_size: int
@@ -41,15 +43,17 @@ class Demand:
         """Counts from a replay with `cost`, of which no part may be 0."""
         assert result.block_size is not None
         seconds = result.seconds
+        window = result.waiting + result.calm
+        memory = result.slots * window.seconds
         return cls(
             result.block_size,
             seconds.base / cost.base,
             seconds.kv / cost.per_kv_token,
             seconds.prefill / cost.per_prefill_token,
             result.output_tokens,
-            result.shares()["live"],
-            result.waste_of_allocated,
-            result.mean_batch,
+            100 * window.live / memory if memory else 0.0,
+            100 * (1 - window.live / window.allocated) if window.allocated else 0.0,
+            window.rows / window.seconds if window.seconds else 0.0,
         )
 
 

@@ -24,11 +24,12 @@ from pykvcache.bench.timing import interleave
 from pykvcache.bench.tune import screen
 from pykvcache.bench.tune.measure import Bench, elapsed, launches_for, section_name, table_of
 from pykvcache.bench.tune.objective import Demand, Objective
-from pykvcache.bench.tune.search import LITTLE_WASTE, Candidate, Outcome, Race
+from pykvcache.bench.tune.search import LITTLE_WASTE, Candidate, Outcome, Race, Samples
 from pykvcache.bench.tune.shapes import Shape
 
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 PREFILL_ROUNDS = 7
+ROWS_ROUNDS = 15
 ROWS = (0, 128, 256, 512, 1024)
 ROWS_MARGIN = 0.01
 KEPT_LENGTHS = 20_000
@@ -273,13 +274,19 @@ def measure_prefill(bench: Bench, sizes: Sequence[int]) -> dict[int, float]:
 
 
 def choose_rows(bench: Bench, block_size: int, rows: Sequence[int]) -> int:
-    """Query rows of the general kernel; another than its own choice only if clearly faster."""
+    """Query rows of the general kernel; another than its own choice only if faster beyond doubt.
+
+    Of the counts that hold a whole prompt the least stands for all.
+    """
+    whole = bench.prompt * bench.shape.num_heads // bench.shape.num_kv_heads
+    enough = min((count for count in rows if count >= whole), default=0)
+    rows = [count for count in rows if count < whole or count == enough]
     if len(rows) < 2:
         return 0
-    times: dict[int, list[float]] = {count: [] for count in rows}
-    for number in range(PREFILL_ROUNDS):
+    samples = {count: Samples() for count in rows}
+    for number in range(ROWS_ROUNDS):
         for count in (*rows[number % len(rows) :], *rows[: number % len(rows)]):
-            times[count].append(bench.prefill(block_size, count))
-    medians = {count: statistics.median(found) for count, found in times.items()}
-    best = min(medians, key=lambda count: medians[count])
-    return best if medians[best] < medians[0] * (1 - ROWS_MARGIN) else 0
+            samples[count].times.append(bench.prefill(block_size, count))
+    best = min(rows, key=lambda count: samples[count].median)
+    gain = samples[0].against(samples[best])[0]
+    return best if gain > ROWS_MARGIN and samples[0].is_slower(samples[best]) else 0

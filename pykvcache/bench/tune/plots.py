@@ -9,6 +9,8 @@ from pykvcache.bench.plots import use_plain_numbers
 from pykvcache.bench.tune.plan import Tuning
 from pykvcache.plot import OKABE_ITO
 
+LONGEST_NAME = 32  # characters of a model's or a trace's name
+
 
 def plot_tuning(found: Tuning, path: str | Path) -> None:
     """Save the picture, 1,200 pixels wide (format by suffix).
@@ -24,10 +26,11 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
     _speed_against_waste(left, rows, found.request.tolerance)
     _decode_by_block_size(right, rows, found.bandwidth)
     shape = found.request.shape
-    trace = Path(found.request.workload.trace).name
+    model = shorten(shape.name, LONGEST_NAME)
+    trace = shorten(Path(found.request.workload.trace).name, LONGEST_NAME)
     figure.suptitle(
-        f"{shape.name} ({shape.dtype}), {found.request.memory} of KV cache, trace {trace}: "
-        f"block size {found.outcome.block_size} recommended",
+        f"block size {found.outcome.block_size} recommended for {model} ({shape.dtype}), "
+        f"{found.request.memory} of KV cache, trace {trace}",
         fontsize=13,
     )
     figure.savefig(path)
@@ -39,24 +42,60 @@ def _speed_against_waste(axes: Any, rows: list[dict[str, Any]], tolerance: float
     ys = [100 * row["throughput"] / best for row in rows]
     axes.axhspan(100 * (1 - tolerance), 100, color=OKABE_ITO[4], alpha=0.25, lw=0)
     axes.plot(xs, ys, color="#999999", lw=1, zorder=1)
+    labels = []
     for row, x, y in zip(rows, xs, ys, strict=True):
         chosen = row["chosen"]
         colour = OKABE_ITO[5] if chosen else OKABE_ITO[0]
         axes.scatter(x, y, s=160 if chosen else 60, marker="*" if chosen else "o", color=colour)
         label = str(row["block_size"])
         label += " (recommended)" if chosen else " (no waste)" if row["waste"] < 0.01 else ""
-        at_edge = {min(xs): "left", max(xs): "right"} if " " in label else {}
-        axes.annotate(label, (x, y), (0, 11 if chosen else -16), textcoords="offset points",
-                      ha=at_edge.get(x, "center"), fontsize=10)  # fmt: skip
+        labels.append(label)
     axes.set_xscale("log")
-    use_plain_numbers(axes.xaxis)
-    axes.margins(x=0.12, y=0.14)
+    use_plain_numbers(axes.xaxis, few=max(xs) > 300 * min(xs))
+    axes.margins(x=0.18, y=0.18)
+    _place_labels(axes, xs, ys, labels)
     axes.set_xlabel("waste: share of allocated slots without a live token (%, log scale)")
     axes.set_ylabel("generated tokens/s (% of the best)")
     axes.set_title(f"Speed against waste; shaded: within {100 * tolerance:.3g} % of the best",
                    loc="left", fontsize=11)  # fmt: skip
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _place_labels(axes: Any, xs: list[float], ys: list[float], labels: list[str]) -> None:
+    """A label beside each point, where it covers no other label and no other point.
+
+    Tried in turn: below, above, and further away on either side. Boxes are estimated, in points.
+    """
+    axes.autoscale_view()
+    pixels = axes.transData.transform([*zip(xs, ys, strict=True)])
+    points = [tuple(p * 72 / axes.figure.dpi) for p in pixels]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    spots = [(0, -17), (0, 10), *((0, s * d) for d in (30, 43, 56) for s in (-1, 1))]
+    for (x, y), data, label in zip(points, zip(xs, ys, strict=True), labels, strict=True):
+        half = 3.1 * len(label) + 2
+        boxes = {
+            (dx, dy): (x + dx - half, y + dy - 1, x + dx + half, y + dy + 11) for dx, dy in spots
+        }
+        free = [s for s in spots if not any(_overlap(boxes[s], other) for other in taken)]
+        spot = free[0] if free else spots[0]
+        taken.append(boxes[spot])
+        far = {"arrowprops": {"arrowstyle": "-", "color": "#999999"}} if abs(spot[1]) > 20 else {}
+        axes.annotate(label, data, spot, textcoords="offset points", ha="center", fontsize=10,
+                      **far)  # fmt: skip
+
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def shorten(name: str, most: int) -> str:
+    """A name of at most `most` characters; the middle gives way."""
+    half = (most - 3) // 2
+    return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
 
 
 def _decode_by_block_size(axes: Any, rows: list[dict[str, Any]], bandwidth: float) -> None:

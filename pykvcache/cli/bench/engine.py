@@ -23,7 +23,7 @@ from pykvcache.bench.throughput import (
     measure_capacity,
     measure_overhead,
 )
-from pykvcache.cli.bench.options import Compare, FailAbove, Json, Output, integers
+from pykvcache.cli.bench.options import MOST_THREADS, Compare, FailAbove, Json, Output, integers
 
 CAPACITIES = ((500, 65_536), (2000, 262_144))  # requests, tokens of the pool
 
@@ -78,7 +78,7 @@ def overhead_table(found: list[Overhead]) -> Table:
 def engine(
     workload: Annotated[str, typer.Option(help="mixed, long or all.")] = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 3,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS)] = 1,
     generate_batch: Annotated[
         bool, typer.Option(help="Also transformers' generate_batch, which takes minutes.")
     ] = False,

@@ -17,7 +17,7 @@ from rich.table import Table
 from pykvcache.bench.generate import WORKLOADS, Result, measure, measure_step
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.timing import Timing
-from pykvcache.cli.bench.options import Compare, FailAbove, Json, Output
+from pykvcache.cli.bench.options import MOST_THREADS, Compare, FailAbove, Json, Output
 
 STEP_RUNS = 10
 
@@ -57,7 +57,7 @@ def step_table(timings: dict[str, Timing]) -> Table:
 def generate(
     workload: Annotated[str, typer.Option(help="mixed, long, step or all.")] = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS)] = 1,
     block_size: Annotated[int, typer.Option(min=1)] = 16,
     json: Json = None,
     compare: Compare = None,

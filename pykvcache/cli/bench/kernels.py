@@ -15,6 +15,7 @@ from pykvcache.bench.kernels import Result, check_memory, measure
 from pykvcache.bench.peers import PEERS
 from pykvcache.bench.progress import task_progress
 from pykvcache.cli.bench.options import (
+    MOST_THREADS,
     Compare,
     FailAbove,
     Json,
@@ -63,7 +64,7 @@ def kernels(
         quick,
     )
     check_seconds(seconds)
-    thread_counts = integers("--threads", threads)
+    thread_counts = integers("--threads", threads, MOST_THREADS)
     sizes = integers("--block-sizes", block_sizes)
     names = peer_names(peers)
     device, backends = choose_device(device)

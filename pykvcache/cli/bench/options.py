@@ -15,6 +15,7 @@ from rich.console import Console
 from pykvcache.bench import environment, tables
 from pykvcache.bench.compare import change_table, compare, read_results
 
+MOST_THREADS = 1024  # OpenMP dies of many more
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 Json = Annotated[str | None, typer.Option(metavar="FILE", help="Also save; - = standard output.")]
@@ -127,7 +128,7 @@ def check_seconds(seconds: float) -> None:
         raise typer.BadParameter(f"--seconds must be more than 0, got {seconds}")
 
 
-def integers(option: str, text: str) -> list[int]:
+def integers(option: str, text: str, most: int | None = None) -> list[int]:
     """ "1,2" -> [1, 2]."""
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -137,6 +138,8 @@ def integers(option: str, text: str) -> list[int]:
         raise typer.BadParameter(
             f"{option} must be positive integers with commas between, got {text!r}"
         )
+    if most is not None and max(numbers) > most:
+        raise typer.BadParameter(f"{option} must be {most:,} at most, got {max(numbers):,}")
     return numbers
 
 
