@@ -77,6 +77,7 @@ class KVPool:
         self.block_size, self.kv_dtype, self.backend = block_size, kv_dtype, backend
         self.fixed_blocks, self.memory, self.deterministic = num_blocks, memory, deterministic
         self.prefix_cache, self.windows = prefix_cache, tuple(windows)
+        self.read_by_others = False  # a model reads keys and values by itself, not by operators
         self.group_of = list(group_of)
         layers = Counter(self.group_of)
         self.layers_of_group = [layers[group] for group in range(len(layers))]

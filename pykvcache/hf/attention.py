@@ -21,10 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pykvcache import ops
 from pykvcache.hf.counters import counters
+from pykvcache.hf.gathering import packed
 from pykvcache.hf.handles import PagedKeys, PagedValues
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.masks import LazyMask, align_columns, lazy_eager_mask, lazy_sdpa_mask
-from pykvcache.hf.rows import packed
 from pykvcache.hf.static import LAYER, StaticPagedLayer
 
 SDPA_NAME = "pykvcache"
@@ -202,7 +202,8 @@ def _attention_function(eager: bool) -> AttentionFunction:
                 out = ops.refuse_gradient(source, out)
             return out, None
         layer: StaticPagedLayer | None = getattr(key, LAYER, None)
-        if layer is not None:
+        whole = layer is not None and getattr(value, LAYER, None) is layer
+        if layer is not None and whole and not wants_weights:
             if position_bias is not None:
                 attention_mask = _add_bias(attention_mask, position_bias)
             causal = attention_mask is None and _is_causal(module, is_causal)

@@ -68,7 +68,7 @@ class PagedKeys(LazyTensor):
     _dense: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """Gathered once, kept while the handle lives; positions of padding are zero."""
+        """Gathered once, kept while the handle lives; padding that is not stored is zero."""
         if self._dense is None:
             counters.gathered += 1
             self._dense = self.layer.gather(self.end - self.shape[2], self.end)[self.side]
@@ -85,9 +85,9 @@ def make_handle(
     kind: type[PagedKeys], layer: PagedLayer, end: int, shape: tuple[int, ...]
 ) -> PagedKeys:
     """A handle of `shape` on the padded positions of `layer` that end at `end`."""
-    handle = _wrap(kind, shape, dtype=layer.dtype, device=layer.device)
+    handle = wrap(kind, shape, dtype=layer.dtype, device=layer.device)
     handle.layer, handle.end = layer, end
     return handle  # type: ignore[no-any-return]
 
 
-_wrap: Any = torch.Tensor._make_wrapper_subclass
+wrap: Any = torch.Tensor._make_wrapper_subclass

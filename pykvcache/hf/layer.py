@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from pykvcache.hf.gathering import gather, packed
 from pykvcache.hf.handles import PagedKeys, PagedValues, make_handle
-from pykvcache.hf.rows import Rows, packed
+from pykvcache.hf.rows import Rows
 from pykvcache.layer_step import LayerStep
 
 
@@ -54,7 +55,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             return kept
         if self.seen == 0:
             return None
-        return self.gather(self._kept(), self.seen)[side]
+        return gather(self, self._kept(), self.seen)[side]
 
     @property
     def record_past(self) -> bool:
@@ -92,13 +93,15 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._update_apart(key_states, value_states)
         if self.seen == rows.seen:
             rows.append(batch, tokens)
+            if rows.pads is not None and self.seen == 0:
+                rows.hold(self, key_states, value_states)
         elif self.seen + tokens != rows.seen:
             raise ValueError(
                 f"layer {self.index} gets tokens {self.seen} to {self.seen + tokens} but the cache "
                 f"is at {rows.seen}: every layer must be updated in every forward"
             )
         with rows.pool.lock:
-            self._write(key_states, value_states, tokens)
+            self.write(key_states, value_states, tokens)
         start, end = self._kept(), self.seen + tokens
         self.seen = end
         v_dim = value_states.shape[3]
@@ -107,7 +110,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             keys.source = key_states if key_states.requires_grad else value_states
         return keys, make_handle(PagedValues, self, end, (batch, heads, end - start, v_dim))
 
-    def _write(self, k: Tensor, v: Tensor, tokens: int) -> None:
+    def write(self, k: Tensor, v: Tensor, tokens: int) -> None:
         """Scatter k [B, HKV, T, D] and v [B, HKV, T, Dv] into this forward's slots."""
         pool, metadata = self.rows.pool, self.rows.metadata[self.group]
         k_cache, v_cache = pool.k_caches[self.index], pool.v_caches[self.index]
@@ -129,8 +132,13 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         return kept
 
     def gather(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Dense keys and values of padded positions [start, end): [B, HKV, end - start, D | Dv]."""
-        return self.rows.gather(self, start, end)
+        """What other code than ours reads of padded positions [start, end).
+
+        Returns:
+            Dense keys and values, [B, HKV, end - start, D | Dv].
+        """
+        self.rows.store_padding(self)
+        return gather(self, start, end)
 
     def _kept(self) -> int:
         """First padded position that a query at `seen` could see."""

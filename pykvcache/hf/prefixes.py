@@ -80,6 +80,8 @@ class SharedPrefixes:
         pads = _padding(arguments.get("attention_mask"), ids)
         if pads is None or not _is_usual(arguments.get("position_ids"), pads, ids.shape[1]):
             return
+        if any(pads) and rows.pool.read_by_others:  # the padding has to be computed and stored
+            return
         seqs, seen = _share(rows, ids.cpu().numpy(), pads)
         if seqs is not None:
             rows.begin_with(seqs, seen, pads)

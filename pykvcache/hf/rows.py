@@ -2,7 +2,8 @@
 
 transformers counts positions with the left padding of a batch, the pool stores none of it. `seen`
 is the padded length that all rows have in common; row b holds its own seen - pads[b] tokens, so its
-padded position p is stored position p - pads[b].
+padded position p is stored position p - pads[b]. Only a model that reads keys by itself gets its
+padding stored, since such a model need not mask it.
 
 Read first: pykvcache/cache.py, pykvcache/batch.py. Read next: pykvcache/hf/layer.py.
 """
@@ -42,12 +43,15 @@ class Rows:
         self.pool, self.windows, self.max_length = pool, list(windows), max_length
         self.seen = 0
         self.recording = False
-        self.pads: list[int] | None = None  # None: no row has padding
+        self.pads: list[int] | None = None  # not stored; None: no row has padding
+        self.keeps_padding = False
         self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
         self._seqs: Int64Array | None = None
         self._batch: Batch | None = None
         self._revision = -1
         self._announced = -1
+        self._announced_pads: list[int] | None = None  # to be taken over, if the forward is so long
+        self._first: tuple[PagedLayer, Tensor, Tensor] | None = None  # see `hold`
         self.notes = Notes() if pool.prefix_cache else None
 
     def __del__(self) -> None:
@@ -70,6 +74,8 @@ class Rows:
 
     def open(self, k: Tensor, v: Tensor) -> None:
         """Size the pool for a first update with k [B, HKV, T, D] and v [B, HKV, T, Dv]."""
+        if self._announced_pads is not None:
+            self._take_pads(k.shape[0], k.shape[2])
         wanted = self._wanted_blocks(k.shape[0], k.shape[2])
         self.pool.open(k, v, wanted if self.notes is None else KEPT * wanted)
 
@@ -88,16 +94,20 @@ class Rows:
     def announce(self, mask: Tensor | None) -> None:
         """Take note of the 2D mask [B, seen + T] of the forward that begins.
 
-        Plain left padding is not stored from then on. After any other mask `announced` is False for
-        this forward, everything is stored and attention needs a dense mask.
+        Plain left padding is not stored from then on. After any other mask, or when the forward
+        turns out to have other positions than the mask (a model may put tokens of its own before
+        those it is given), `announced` is False for this forward, everything is stored and
+        attention needs a dense mask.
         """
-        self._announced = -1
+        self._announced, self._announced_pads = -1, None
         if mask is None or mask.dim() != 2:
             return
         width = mask.shape[1]
         real = (mask if mask.dtype in (torch.bool, torch.int64) else mask != 0).cpu().numpy()
         if self.pads is None and real.all():
             self._announced = width
+            return
+        if self.keeps_padding:
             return
         real = real != 0
         pads = (width - real.sum(1)).tolist()
@@ -106,8 +116,15 @@ class Rows:
                 return
         if self.seen > 0 and not self._extends(pads):
             return
+        self._announced, self._announced_pads = width, pads
+
+    def _take_pads(self, batch: int, end: int) -> None:
+        """Drop the padding announced, if it is that of the forward up to position `end`."""
+        pads, self._announced_pads = self._announced_pads, None
+        if self._announced != end or pads is None or len(pads) != batch:
+            self._announced = -1
+            return
         self.pads = pads if any(pads) else None
-        self._announced = width
 
     def _extends(self, pads: list[int]) -> bool:
         """Whether `pads` is what is known so far; rows of nothing but padding may get more."""
@@ -138,7 +155,10 @@ class Rows:
             step = self._start(batch)
         elif batch != len(self.seqs):
             raise ValueError(f"the cache holds {len(self.seqs)} rows but keys have {batch}")
-        end = self.seen + tokens
+        end, pads = self.seen + tokens, self.pads
+        if self._announced_pads is not None:
+            self._take_pads(batch, end)
+        self._first = None
         counts: int | list[int] = tokens
         if self.pads is not None:
             counts = [min(tokens, max(end - pad, 0)) for pad in self.pads]
@@ -152,6 +172,7 @@ class Rows:
                 break
             except OutOfBlocks as error:
                 if not self.pool.growable:
+                    self.pads = pads
                     if self.seen == 0:
                         self.reset()
                     raise
@@ -159,6 +180,35 @@ class Rows:
         self.seen = end
         if step.revision != self._revision or self.pool.device.type != "cpu":
             self._refresh(step)
+
+    def hold(self, layer: PagedLayer, k: Tensor, v: Tensor) -> None:
+        """Keep what the first layer wrote in the first forward, as long as that lasts.
+
+        Args:
+            k, v: [B, HKV, T, D] and [B, HKV, T, Dv], with the padding that was not stored.
+        """
+        self._first = layer, k, v
+
+    def store_padding(self, layer: PagedLayer) -> None:
+        """Other code than ours is about to read keys or values of `layer`.
+
+        It may do without a mask. If the padding was not stored but is still at hand, it is stored
+        after all, now and from here on.
+
+        Raises:
+            OutOfBlocks: a pool of fixed size is full; the rows are empty.
+        """
+        self.pool.read_by_others = True
+        if self._first is None or self._first[0] is not layer:
+            return
+        _, k, v = self._first
+        batch, _, tokens, _ = k.shape
+        self._forget()
+        self.keeps_padding, layer.seen = True, 0
+        self.append(batch, tokens)
+        with self.pool.lock:
+            layer.write(k, v, tokens)
+        layer.seen = tokens
 
     def begin_with(self, seqs: Int64Array, seen: int, pads: list[int]) -> None:
         """Start with sequences that hold what is real of the first `seen` padded positions."""
@@ -191,36 +241,6 @@ class Rows:
             for table, slots in zip(step.block_tables, step.slot_mappings, strict=True)
         ]
         self._revision = step.revision
-
-    def gather(self, layer: PagedLayer, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Dense keys and values of padded positions [start, end): [B, HKV, end - start, D | Dv].
-
-        Positions of padding, and those released, are zero.
-        """
-        pool, seqs = self.pool, self.seqs
-        k_cache, v_cache = pool.caches(layer.index)
-        device = k_cache.device
-        pads = np.array(self.pads or [0] * len(seqs), np.int64)
-        first_block = max(start - int(pads.max()), 0) // pool.block_size
-        skipped = first_block * pool.block_size
-        lengths = np.maximum(end - pads - skipped, 0)
-        table = self.allocator.block_table(seqs, layer.group)[:, first_block:]
-        ends = torch.from_numpy(lengths.cumsum())
-        packed_k, packed_v = pool.ops.gather_kv(
-            k_cache,
-            v_cache,
-            torch.from_numpy(np.ascontiguousarray(table)).to(device),
-            torch.from_numpy(lengths.astype(np.int32)).to(device),
-            torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32),
-            int(lengths.sum()),
-        )
-        position = torch.arange(start, end) - torch.from_numpy(pads)[:, None]  # [B, n], stored
-        index = (ends - torch.from_numpy(lengths))[:, None] + position - skipped
-        padding = (position < 0).to(device)
-        index = index.masked_fill(position < 0, 0).to(device)
-        return _pick(packed_k, index, padding, layer.dtype), _pick(
-            packed_v, index, padding, layer.dtype
-        )
 
     def crop(self, remove: int) -> None:
         """Forget the last `remove` positions, and what left the windows while recording.
@@ -268,7 +288,11 @@ class Rows:
         copy = Rows(self.pool, self.windows, self.max_length)
         if copy.notes is not None and self.notes is not None:
             copy.notes.end = self.notes.end
-        copy.seen, copy.recording = self.seen, self.recording
+        copy.seen, copy.recording, copy.keeps_padding = (
+            self.seen,
+            self.recording,
+            self.keeps_padding,
+        )
         copy.pads = None if self.pads is None else list(self.pads)
         if self._seqs is not None:
             copy._seqs = self.allocator.fork(self._seqs)
@@ -278,10 +302,13 @@ class Rows:
     def reset(self) -> None:
         """Forget every row and give its blocks back."""
         self.record()
-        self._free()
-        self._seqs = self._batch = self.pads = None
+        self._forget()
         if self.notes is not None:
             self.notes = Notes()
+
+    def _forget(self) -> None:
+        self._free()
+        self._seqs = self._batch = self.pads = self._first = self._announced_pads = None
         self.seen, self._announced, self._revision = 0, -1, -1
 
     def record(self) -> None:
@@ -292,20 +319,3 @@ class Rows:
     def _free(self) -> None:
         if self._seqs is not None and self.pool.allocator is not None:
             self.pool.allocator.free(self._seqs)
-
-
-def packed(x: Tensor, tokens: int) -> Tensor:
-    """[B, H, T, D] as packed tokens [B * T, H, D], without a copy where strides allow."""
-    if x.requires_grad:
-        x = x.detach()
-    x = x.squeeze(2) if tokens == 1 else x.transpose(1, 2).flatten(0, 1)
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _pick(packed_rows: Tensor, index: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
-    """packed_rows [N, H, D] at index [B, n] as [B, H, n, D], zero where padding."""
-    if len(packed_rows) == 0:
-        shape = (*index.shape, *packed_rows.shape[1:])
-        return packed_rows.new_zeros(shape, dtype=dtype).transpose(1, 2)
-    dense = packed_rows[index].masked_fill(padding[..., None, None], 0)
-    return dense.to(dtype).transpose(1, 2).contiguous()

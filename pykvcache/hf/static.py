@@ -1,12 +1,13 @@
 """`StaticPagedCache`: blocks at fixed addresses, so that a decode step compiles into one graph.
 
 Every layer owns its tensors (views of one buffer would be copied whole by functionalisation).
-In a patched model `update` writes into blocks and returns views of one NaN with the expected shape
-and the layer as an attribute, which survives tracing; our attention function reads the blocks of
-that layer. Other models get dense keys and values. Lengths are tensors, positions count padding,
-and masks are dense.
+In a patched model what `update` returns has the layer as an attribute, which survives tracing and
+is lost in every operation; our attention function then reads the blocks of that layer. Code that
+touches keys or values gets dense ones: a lazy handle outside of graphs, and in a graph tensors that
+the compiler drops if nobody reads them. Lengths are tensors, positions count padding, and masks are
+dense.
 
-Read first: pykvcache/hf/cache.py.
+Read first: pykvcache/hf/cache.py, pykvcache/hf/handles.py.
 """
 
 from __future__ import annotations
@@ -27,9 +28,26 @@ from transformers.cache_utils import (
 from pykvcache import ops
 from pykvcache.cache import check_positive
 from pykvcache.errors import OutOfBlocks
-from pykvcache.hf.rows import packed
+from pykvcache.hf.counters import counters
+from pykvcache.hf.gathering import packed
+from pykvcache.hf.handles import LazyTensor, wrap
 
 LAYER = "_pykvcache_layer"  # attribute of the keys and values that a static layer returns
+
+
+class StaticHandle(LazyTensor):
+    """Keys or values of a static layer, [B, HKV, max_length, D], dense when touched."""
+
+    layer: StaticPagedLayer
+    cache: Tensor
+    _dense: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """Copied out of the blocks once, kept while the handle lives."""
+        if self._dense is None:
+            counters.gathered += 1
+            self._dense = self.layer.dense(self.cache).contiguous()  # as the handle says it is
+        return self._dense
 
 
 class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -78,7 +96,6 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
         table = torch.arange(blocks, dtype=torch.int32, device=self.device)
         self.block_table = table.view(self.batch_size, columns)
         self.cumulative_length = self.cumulative_length.to(self.device)
-        self.nothing = key_states.new_full((1, 1, 1, 1), torch.nan)
         self.ops = ops.table(self.backend, self.device.type)
         if not torch.compiler.is_compiling():
             for tensor in (self.k_cache, self.v_cache, self.block_table, self.cumulative_length):
@@ -88,38 +105,55 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new tokens; returns keys and values, in a patched model without data.
+        """Write the new tokens; returns keys and values, in a patched model known by their layer.
 
         Raises:
-            ValueError: they are more than max_length; nothing was written (checked outside graphs).
+            ValueError: they are more than max_length (checked outside graphs), or the number of
+                rows or a shape is another than before; nothing was written.
         """
-        batch, heads, tokens, k_dim = key_states.shape
+        batch, _, tokens, _ = key_states.shape
+        if self.is_initialized and batch != self.batch_size:
+            self._begin_anew(batch)
         if not torch.compiler.is_compiling():
             self._check_room(tokens)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.cumulative_length.add_(tokens)
-        self.seq_lens = self.cumulative_length.to(torch.int32).repeat(batch)
-        self.cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * tokens
+        seq_lens = (self.cumulative_length + tokens).to(torch.int32).repeat(batch)
+        cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * tokens
         slots = self.ops.slot_mapping(
-            self.block_table, self.seq_lens, self.cu_seqlens_q, batch * tokens, self.block_size
+            self.block_table, seq_lens, cu_seqlens_q, batch * tokens, self.block_size
         )
         k, v = packed(key_states, tokens), packed(value_states, tokens)
         self.ops.write_kv(k, v, self.k_cache, self.v_cache, slots, None, None)
+        self.cumulative_length.add_(tokens)  # last: the operators may refuse
+        self.seq_lens, self.cu_seqlens_q = seq_lens, cu_seqlens_q
         if not str(self.config._attn_implementation).startswith("pykvcache"):
-            return self._dense(self.k_cache), self._dense(self.v_cache)
-        keys = self.nothing.expand(batch, heads, self.max_length, k_dim)
-        values = self.nothing.expand(batch, heads, self.max_length, value_states.shape[3])
-        setattr(keys, LAYER, self)
-        setattr(values, LAYER, self)
-        return keys, values
+            return self.dense(self.k_cache), self.dense(self.v_cache)
+        return self._marked(self.k_cache), self._marked(self.v_cache)
 
     def _check_room(self, tokens: int) -> None:
         total = int(self.cumulative_length) + tokens
         if total > self.max_length:
             raise ValueError(f"max_length is {self.max_length} but a row would have {total} tokens")
 
-    def _dense(self, cache: Tensor) -> Tensor:
+    def _begin_anew(self, batch: int) -> None:
+        """Give up the blocks for `batch` rows, which only an empty layer can."""
+        if torch.compiler.is_compiling() or int(self.cumulative_length) > 0:
+            raise ValueError(f"the cache holds {self.batch_size} rows but keys have {batch}")
+        self.is_initialized = False
+
+    def _marked(self, cache: Tensor) -> Tensor:
+        """A cache as [B, HKV, max_length, D] that our attention function knows."""
+        if torch.compiler.is_compiling():
+            marked = self.dense(cache)
+        else:
+            shape = (self.batch_size, self.num_heads, self.max_length, cache.shape[3])
+            marked = wrap(StaticHandle, shape, dtype=cache.dtype, device=cache.device)
+            marked.layer, marked.cache = self, cache
+        setattr(marked, LAYER, self)
+        return marked
+
+    def dense(self, cache: Tensor) -> Tensor:
         """A cache as [B, HKV, max_length, D]: the rows' blocks stand one after the other."""
         heads, dim = cache.shape[1], cache.shape[3]
         columns = cache.view(self.batch_size, -1, heads, self.block_size, dim).transpose(1, 2)
