@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -70,8 +71,9 @@ class KVPool:
             raise ValueError(f"block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
         if num_blocks is not None and num_blocks > MAX_BLOCKS:
             raise ValueError(f"num_blocks must be 1 to {MAX_BLOCKS}, got {num_blocks}")
-        if not isinstance(deterministic, bool):
-            raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
+        for name, flag in (("deterministic", deterministic), ("prefix_cache", prefix_cache)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be a bool, got {flag!r}")
         if kv_dtype is not None and kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {_names(KV_DTYPES)}, got {kv_dtype}")
         self.block_size, self.kv_dtype, self.backend = block_size, kv_dtype, backend
@@ -91,6 +93,12 @@ class KVPool:
         self._storage_of: list[int | None] = [None] * len(self.group_of)
         self._shapes: list[tuple[int, int, int] | None] = [None] * len(self.group_of)
         self._position = _positions(self.group_of)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a KVPool, and a cache that stands on one, can be neither pickled nor saved: its "
+            "blocks belong to this process; copy.deepcopy(cache) copies the cache within it"
+        )
 
     @property
     def growable(self) -> bool:

@@ -156,6 +156,99 @@ def test_demo_takes_a_model_from_a_folder(run, tmp_path: Path) -> None:
     assert "tokens identical: yes" in out
 
 
+SMALL = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BART = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+}
+
+
+def save_tiny(folder: Path, name: str, **arguments: object) -> str:
+    """A folder with a tiny model; the class name without "Config" and the ending."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**SMALL, **arguments)
+    auto = transformers.AutoModelForCausalLM
+    if config.is_encoder_decoder:
+        ending = "ForConditionalGeneration"
+        model = getattr(transformers, name + ending)(config)
+    else:
+        model = auto.from_config(config)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_demo_fits_a_model_of_few_positions(run, tmp_path: Path) -> None:
+    """Prompts of the trace are longer."""
+    folder = save_tiny(tmp_path, "GPT2", n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    code, out, _ = run("demo", "--model", folder, *TINY)
+    assert code == 0, out
+    assert "note: prompts are cut to 60 tokens, those that GPT2LMHeadModel has positions" in out
+    assert "to 60 tokens, 4 new tokens each" in out
+    assert "tokens identical: yes" in out
+    code, out, err = run("demo", "--model", folder, "--batch", "2", "--max-new-tokens", "64")
+    assert (code, out) == (2, "")
+    assert "64 new tokens are too many: GPT2LMHeadModel has 64 positions" in err
+
+
+def test_demo_of_an_encoder_decoder_model(run, tmp_path: Path, monkeypatch) -> None:
+    folder = save_tiny(tmp_path, "Bart", **BART, max_position_embeddings=48)
+    code, out, _ = run("demo", "--model", folder, *TINY)
+    assert code == 0
+    assert "note: prompts are cut to 48 tokens" in out
+    assert "note: an encoder reads the prompts" in out
+    assert "tokens identical: yes" in out
+    generate = bench_demo._timed_generate
+
+    def spoil_patched(model, *arguments):
+        tokens, cache, seconds = generate(model, *arguments)
+        if "_pykvcache_patch" in vars(model):
+            tokens[1, 3] = (tokens[1, 3] + 1) % 97
+        return tokens, cache, seconds
+
+    monkeypatch.setattr(bench_demo, "_timed_generate", spoil_patched)
+    code, out, _ = run("demo", "--model", folder, *TINY)
+    assert code == 1
+    assert "tokens identical: no; first at row 1, new token 2" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("Whisper", {**BART, "max_source_positions": 8}, "whisper does not read text"),
+        ("Rwkv", {"hidden_size": 32, "num_hidden_layers": 2}, "RwkvForCausalLM has no attention"),
+        ("XLNet", {"d_model": 32, "n_layer": 1, "n_head": 4}, "XLNetLMHeadModel has no attention"),
+    ],
+)
+def test_demo_of_unsuitable_models_is_one_line(
+    run, tmp_path: Path, name: str, arguments: dict[str, object], words: str
+) -> None:
+    code, out, err = run("demo", "--model", save_tiny(tmp_path, name, **arguments), *TINY)
+    assert (code, out) == (2, "")
+    last = err.strip().splitlines()[-1]  # transformers may have warned
+    assert last.startswith("pykvcache: ") and words in last
+    assert "Traceback" not in err
+
+
+def test_demo_of_a_model_that_fails_is_one_line(run, tiny_model, monkeypatch) -> None:
+    """Code 1 is for tokens that differ."""
+    from transformers import LlamaForCausalLM
+
+    def forward(*arguments: object, past_key_values: object = None, **more: object) -> None:
+        raise IndexError("index out of range in self")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    code, out, err = run("demo", *TINY)
+    assert (code, out) == (2, "")
+    assert "LlamaForCausalLM cannot generate: IndexError: index out of range in self" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -17,7 +17,8 @@ from pykvcache.cli.bench.options import check_output, check_picture
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Name or folder of a causal model; a small random Llama.")
+        str | None,
+        typer.Option(help="Name or folder of a model that reads text; a small random Llama."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts in the batch.")] = 16,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 16,
@@ -33,7 +34,8 @@ def demo(
 ) -> None:
     """Generate for a batch of prompts unpatched, then patched, and compare.
 
-    Prompt lengths are those of real requests. Exit code 1 if tokens differ in float32.
+    Prompt lengths are those of real requests. Exit code 1 if tokens differ in float32,
+    2 if the model cannot be compared.
     """
     if dtype not in bench.DTYPES:
         raise typer.BadParameter(f"--dtype must be one of {', '.join(bench.DTYPES)}, got {dtype!r}")
@@ -48,11 +50,13 @@ def demo(
         loaded = bench.load_model(model, bench.DTYPES[dtype])
         with task_progress("generating", 2 * max_new_tokens) as advance:
             found = bench.compare(loaded, lengths, max_new_tokens, block_size, advance)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         prefix = f"--model {model}: " if model else ""
         raise typer.BadParameter(prefix + str(error).partition("\n")[0]) from error
     console = tables.open_console(stderr=json == "-")
     console.print(demo_table(found))
+    for note in found.notes:
+        console.print(f"note: {note}")
     console.print(verdict(found))
     if plot is not None:
         found.cache.plot(plot)

@@ -1,8 +1,9 @@
-"""What users may write for `kv_dtype`, and for `memory` (see pykvcache/sizes.py)."""
+"""What users may write for the arguments of caches; for `memory` see pykvcache/sizes.py."""
 
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedConfig
 
 from pykvcache.cache import KV_DTYPES
 from pykvcache.sizes import parse_memory as parse_memory
@@ -21,3 +22,16 @@ def parse_dtype(kv_dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype not in KV_DTYPES:
         raise ValueError(f"kv_dtype must be 'auto' or one of {', '.join(names)}, got {kv_dtype!r}")
     return dtype
+
+
+def check_config(config: object) -> None:
+    """Refuse what is no transformers config.
+
+    Raises:
+        TypeError: such as a model, whose config it should have been.
+    """
+    if isinstance(config, PreTrainedConfig):
+        return
+    given = type(config).__name__
+    hint = ", pass its .config" if hasattr(config, "config") else ""
+    raise TypeError(f"config must be a transformers PreTrainedConfig, got {given}{hint}")

@@ -19,8 +19,8 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from pykvcache.cache import KVPool
-from pykvcache.hf.arguments import parse_dtype, parse_memory
+from pykvcache.cache import KVPool, check_positive
+from pykvcache.hf.arguments import check_config, parse_dtype, parse_memory
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.rows import Rows
 from pykvcache.hf.static import StaticPagedCache
@@ -70,6 +70,9 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         prefix_cache: bool = False,
         pool: KVPool | None = None,
     ) -> None:
+        check_config(config)
+        if max_length is not None:
+            check_positive("max_length", max_length)
         layers = DynamicCache(config=config).layers
         windows: list[int] = []
         group_of: list[int] = []
@@ -188,8 +191,14 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             layer.batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget tokens at the end: -n removes n; a positive n (transformers 5.17) keeps n."""
+        """Forget tokens at the end: -n removes n. In transformers 5.17 a positive n keeps n.
+
+        Raises:
+            ValueError: a positive n in a later transformers; nothing has changed.
+        """
         tokens = int(tokens_to_remove)
+        if tokens > 0:
+            DynamicLayer().crop(tokens)  # an empty layer, to refuse what transformers refuses
         remove = -tokens if tokens <= 0 else max(self.rows.seen - tokens, 0)
         for layer in self._others():
             layer.crop(-remove)
@@ -255,6 +264,7 @@ def _static_cache(
     backend: str = "auto",
     **unsupported: Any,
 ) -> StaticPagedCache:
+    check_config(config)
     if max_length is None:
         raise ValueError("static=True needs max_length, the tokens that a row may have")
     if unsupported:

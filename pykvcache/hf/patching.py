@@ -16,30 +16,27 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from pykvcache import ops
 from pykvcache.hf.attention import EAGER_NAME, SDPA_NAME, register
+from pykvcache.hf.implementations import Implementations
+from pykvcache.hf.parts import generating_parts
 from pykvcache.hf.state import PatchState
 
 STATE = "_pykvcache_patch"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def _set_implementation(model: PreTrainedModel) -> None:
+def _set_implementation(model: PreTrainedModel, implementations: Implementations) -> None:
     """Choose our attention for the text part; models that are off the interface keep their own."""
     if not model._can_set_attn_implementation():
         return
     text = model.config.get_text_config(decoder=True)
-    name = EAGER_NAME if text._attn_implementation == "eager" else SDPA_NAME
+    name = EAGER_NAME if implementations.original(text) in ("eager", EAGER_NAME) else SDPA_NAME
     parts = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
     model.set_attn_implementation({parts[0]: name} if parts else name)
-
-
-def _restore(implementations: list[tuple[PreTrainedConfig, Any]]) -> None:
-    for config, implementation in implementations:
-        config._attn_implementation_internal = implementation
 
 
 def _is_fresh(cache: Any) -> bool:
@@ -69,7 +66,7 @@ def _prepare_cache_for_generation(
     inner = cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
     if not _is_fresh(inner) or getattr(cache, "_is_user_defined", False):
         return result
-    paged = state.new_cache(self, max_cache_length + 1)
+    paged = state.new_cache(self, max(int(max_cache_length) + 1, 1))  # may be of numpy
     if generation_config.is_assistant:
         paged.activate_past_recording()
     if inner is cache:
@@ -102,13 +99,13 @@ def _continuous_batching_context_manager(
 ) -> Iterator[Any]:
     """`generate_batch` knows only the stock implementations: step aside while it runs."""
     state: PatchState = getattr(self, STATE)
-    _restore(state.implementations)
+    state.implementations.step_aside()
     try:
         session = state.original(self, "continuous_batching_context_manager")
         with session(*args, **kwargs) as manager:
             yield manager
     finally:
-        _restore(state.patched_implementations)
+        state.implementations.step_back()
 
 
 OVERRIDES: dict[str, Callable[..., Any]] = {
@@ -148,13 +145,13 @@ def patch(
 
     Raises:
         TypeError: not a transformers model, or an argument of the wrong type.
-        ValueError: an argument is out of range, the model has no attention to page, or it is
-            patched with other settings.
+        ValueError: an argument is out of range, the model has no attention with a key-value cache,
+            or it is patched with other settings.
         RuntimeError: the backend cannot be used here.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    settings = {
+    settings: dict[str, Any] = {
         "block_size": block_size,
         "num_blocks": num_blocks,
         "memory": memory,
@@ -170,38 +167,51 @@ def patch(
         raise ValueError(
             "model is patched with other settings; call pykvcache.unpatch(model) first"
         )
+    parts = generating_parts(model)
+    taken: list[PreTrainedModel] = []
+    try:
+        for part in parts:
+            if part is not model and STATE in part.__dict__:
+                patch(part, **settings)  # raises if it is patched with other settings
+                continue
+            _patch_part(part, settings, hooked=part is parts[0] or model not in parts)
+            taken.append(part)
+        if model not in parts:
+            model.__dict__[STATE] = PatchState(model, settings)
+    except BaseException:
+        for part in taken:
+            _unpatch_part(part)
+        raise
+    model.__dict__[STATE].parts = [part for part in taken if part is not model]
+    return model
+
+
+def _patch_part(model: PreTrainedModel, settings: dict[str, Any], hooked: bool) -> None:
+    """Patch a model that generates; without hooks where an outer model hears of every forward."""
     state = PatchState(model, settings)
-    _check_model(model, state)
-    ops.table(backend, model.device.type)
+    if state.prefixes is not None and model.config.is_encoder_decoder:
+        raise ValueError(f"prefix_cache needs a decoder, {type(model).__name__} has an encoder too")
+    state.new_cache(model)
+    ops.table(settings["backend"], model.device.type)
     register()
     try:
-        _set_implementation(model)
+        _set_implementation(model, state.implementations)
     except BaseException:
-        _restore(state.implementations)
+        state.implementations.restore()
         raise
-    state.patched_implementations = [
-        (config, config._attn_implementation_internal) for config, _ in state.implementations
-    ]
+    state.implementations.note_chosen()
+    shares = state.prefixes is not None
     for name, override in OVERRIDES.items():
-        if hasattr(type(model), name) and (prefix_cache or name != "_prefill"):
+        if hasattr(type(model), name) and (shares or name != "_prefill"):
             if name in model.__dict__:
                 state.overridden[name] = model.__dict__[name]
             model.__dict__[name] = functools.partial(override, model)  # a bound method of
             # another name could be neither pickled nor copied
-    state.hooks.append(model.register_forward_pre_hook(state.before_forward, with_kwargs=True))
-    if prefix_cache:
+    if hooked:
+        state.hooks.append(model.register_forward_pre_hook(state.before_forward, with_kwargs=True))
+    if hooked and shares:
         state.hooks.append(model.register_forward_hook(state.after_forward, with_kwargs=True))
     model.__dict__[STATE] = state
-    return model
-
-
-def _check_model(model: PreTrainedModel, state: PatchState) -> None:
-    attends_causally = any(getattr(module, "is_causal", False) for module in model.modules())
-    if not (model.can_generate() or (attends_causally and "past_key_values" in state.parameters)):
-        raise ValueError(f"{type(model).__name__} has no attention with a key-value cache to page")
-    if state.prefixes is not None and model.config.is_encoder_decoder:
-        raise ValueError(f"prefix_cache needs a decoder, {type(model).__name__} has an encoder too")
-    state.new_cache(model)
 
 
 def unpatch(model: Model) -> Model:
@@ -210,18 +220,23 @@ def unpatch(model: Model) -> Model:
     Raises:
         ValueError: the model is not patched.
     """
-    state: PatchState | None = (
-        model.__dict__.pop(STATE, None) if isinstance(model, nn.Module) else None
-    )
-    if state is None:
+    if not isinstance(model, nn.Module) or STATE not in model.__dict__:
         raise ValueError(f"{type(model).__name__} is not patched")
+    _unpatch_part(model)
+    return model
+
+
+def _unpatch_part(model: PreTrainedModel) -> None:
+    state: PatchState = model.__dict__.pop(STATE)
     for hook in state.hooks:
         hook.remove()
     for name in OVERRIDES:
         model.__dict__.pop(name, None)
     model.__dict__.update(state.overridden)
-    _restore(state.implementations)
-    return model
+    state.implementations.restore()
+    for part in state.parts:
+        if STATE in part.__dict__:
+            _unpatch_part(part)
 
 
 @contextlib.contextmanager

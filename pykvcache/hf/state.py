@@ -1,6 +1,7 @@
 """What a patched model carries: its settings, what `unpatch` puts back, and the forward hooks.
 
-Read first: pykvcache/hf/prefixes.py. Read next: pykvcache/hf/patching.py.
+Read first: pykvcache/hf/prefixes.py, pykvcache/hf/implementations.py. Read next:
+pykvcache/hf/patching.py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from pykvcache.hf.cache import PagedCache
+from pykvcache.hf.implementations import Implementations
 from pykvcache.hf.prefixes import SharedPrefixes, note
 
 
@@ -26,10 +28,8 @@ class PatchState:
         self.mask_name = (
             "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
         )
-        self.implementations = [
-            (config, config._attn_implementation_internal) for config in _configs(model)
-        ]
-        self.patched_implementations: list[tuple[PreTrainedConfig, str]] = []
+        self.implementations = Implementations(model)
+        self.parts: list[PreTrainedModel] = []  # inside the model, patched with it
         self.overridden: dict[str, Any] = {}  # instance attributes that we replaced
         self.hooks: list[Any] = []
         self.prefixes = SharedPrefixes() if settings["prefix_cache"] else None
@@ -114,17 +114,3 @@ def _announce_outside_graph(cache: PagedCache, mask: Any) -> None:
 
 
 _note_outside_graph = torch.compiler.disable(note)
-
-
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """The configs of a model and of everything in it, each once."""
-    found: dict[int, PreTrainedConfig] = {}
-    pending = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    while pending:
-        config = pending.pop(0)
-        if id(config) in found:
-            continue
-        found[id(config)] = config
-        children = (getattr(config, name, None) for name in config.sub_configs)
-        pending += [child for child in children if isinstance(child, PreTrainedConfig)]
-    return list(found.values())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from families import VOCAB, make_model
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 from ways import inputs_for
 
 import pykvcache
@@ -19,6 +23,8 @@ from pykvcache.hf import PagedCache
 BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"block_size": 2**40}, ValueError, "block_size must be 1 to 65536, got 1099511627776"),
     ({"num_blocks": 2**60}, ValueError, "num_blocks must be 1 to 2147483647"),
+    ({"prefix_cache": "no"}, TypeError, "prefix_cache must be a bool, got 'no'"),
+    ({"prefix_cache": None}, TypeError, "prefix_cache must be a bool, got None"),
     ({"deterministic": "no"}, TypeError, "deterministic must be a bool, got 'no'"),
     ({"block_size": 0}, ValueError, "block_size must be at least 1, got 0"),
     ({"block_size": 2.5}, TypeError, "block_size must be an int, got 2.5"),
@@ -159,3 +165,70 @@ def test_crop_beyond_a_window() -> None:
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-2)
     assert cache.get_seq_length() == 12
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    ("max_length", "error", "message"),
+    [
+        ("5", TypeError, "max_length must be an int, got '5'"),
+        (2.5, TypeError, "max_length must be an int, got 2.5"),
+        (True, TypeError, "max_length must be an int, got True"),
+        (-5, ValueError, "max_length must be at least 1, got -5"),
+    ],
+)
+def test_bad_lengths(static: bool, max_length: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        PagedCache(make_model("llama").config, max_length=max_length, static=static)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_not_a_config(static: bool) -> None:
+    model = make_model("llama")
+    message = "config must be a transformers PreTrainedConfig, got "
+    for wrong, given in (
+        (model, "LlamaForCausalLM, pass its .config"),
+        ("gpt2", "str"),
+        (model.config.to_dict(), "dict"),
+        (None, "NoneType"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            PagedCache(wrong, max_length=8, static=static)
+        assert str(caught.value) == message + given
+
+
+def test_lengths_of_numpy(llama: PreTrainedModel) -> None:
+    expected = greedy(llama)
+    pykvcache.patch(llama)
+    inputs = inputs_for(llama)
+    tokens = llama.generate(**inputs, max_new_tokens=np.int64(12), do_sample=False)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("tokens", [3, 10])
+def test_crop_to_a_length_does_what_transformers_does(tokens: int) -> None:
+    """5.17 kept so many tokens, and all where there were fewer; later versions refuse it."""
+    caches = DynamicCache(), PagedCache(make_model("llama").config)
+    found = []
+    for cache in caches:
+        for layer in range(2):
+            cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), layer)
+        try:
+            cache.crop(tokens)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            found.append(("refused", cache.get_seq_length()))
+        else:
+            found.append(("cropped", cache.get_seq_length()))
+    assert found[0] == found[1]
+
+
+def test_caches_cannot_be_saved(llama: PreTrainedModel) -> None:
+    cache = PagedCache(llama.config)
+    cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
+    for save in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"pickled nor saved.*copy.deepcopy") as caught:
+            save(cache)
+        assert "\n" not in str(caught.value)
+    assert copy.deepcopy(cache).get_seq_length() == 5
