@@ -2,27 +2,21 @@
 
 `RequestBlocks` stands between the scheduler, which counts tokens, and the allocator. It knows three
 ways for a request to have keys and values without computing them: cached blocks of the same prefix,
-the blocks of a running request with the same prompt, and blocks that were swapped out.
+the blocks that its family keeps for all who begin with the same tokens, and blocks that were
+swapped out.
 
-Read first: request.py. Read next: scheduler.py.
+Read first: request.py, family.py. Read next: scheduler.py.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.batch import Int64Array
-from pykvcache.engine.request import Request, TwinKey
-
-
-@dataclass
-class Twins:
-    """Requests with one prompt: the first computes it, the others wait and then share it."""
-
-    leader: Request | None = None
-    waiting: dict[int, Request] = field(default_factory=dict)  # by order
+from pykvcache.engine.family import Family, PromptKey
+from pykvcache.engine.request import Request
 
 
 class RequestBlocks:
@@ -32,6 +26,9 @@ class RequestBlocks:
         allocator: of the pool.
         windows, chunks: what each layer group sees of the past, 0 = all positions.
         prefix_cache: find prefixes of earlier requests; the allocator must have an index.
+
+    Attributes:
+        kept: families whose blocks are kept for their heirs, by rank.
     """
 
     def __init__(
@@ -45,8 +42,10 @@ class RequestBlocks:
         self.windows, self.chunks = list(windows), list(chunks)
         self._reaches = [window or chunk for window, chunk in zip(windows, chunks, strict=True)]
         self.epoch = 0  # how often the weights have changed
-        self.holders: dict[int, Request] = {}  # waiting with blocks of a shared prompt, by order
-        self._twins: dict[TwinKey, Twins] = {}
+        self.kept: list[Family] = []
+        self._families: dict[PromptKey, Family] = {}  # those of which somebody waits or leads
+        self._newest: Family | None = None  # one of them, most likely that of the next request
+        self._rebuilding: dict[Family, None] = {}  # an heir leads: the blocks had to go
 
     @property
     def groups(self) -> int:
@@ -65,32 +64,55 @@ class RequestBlocks:
         return self.groups * (-(-(tokens + more) // size) - -(-tokens // size))
 
     def enqueue(self, request: Request) -> None:
-        """The request begins to wait; it may have blocks already, shared with others."""
-        if request.seq is not None:
-            self.holders[request.order] = request
-        self._twins_of(request).waiting[request.order] = request
+        """The request begins to wait, as one of its family, or of those with an equal prompt."""
+        if request.family is None:
+            request.family = self._family_of(request)
+        self._wait(request)
 
     def may_open(self, request: Request) -> bool:
-        """Whether to admit it now; not while another request computes the same prompt."""
-        if request.seq is not None or len(request.tokens) > len(request.prompt):
+        """Whether to admit it now; not while another request computes what it begins with."""
+        if request.swapped is not None or self.inherits(request):
             return True
-        leader = self._twins_of(request).leader
+        leader = _family(request).leader
         return leader is None or leader is request
+
+    def inherits(self, request: Request) -> bool:
+        """Whether `open` will give it the blocks that its family keeps."""
+        family = _family(request)
+        return family.seq is not None and request.seq is None and _is_heir(request)
+
+    def copies(self, request: Request) -> int:
+        """Blocks that are copied when it goes on from those of its family."""
+        partial = _family(request).length % self.allocator.block_size
+        return self.groups if partial and self.inherits(request) else 0
 
     def open(self, request: Request) -> None:
         """Give the request a sequence and set what of it is computed; takes no new blocks."""
-        self.holders.pop(request.order, None)
-        if request.seq is None:
-            tokens = request.tokens
-            end = len(tokens) - 1  # at least one token is computed
+        family = _family(request)
+        if self.inherits(request):
+            assert family.seq is not None
+            request.seq = int(self.allocator.fork([family.seq])[0])
+            request.computed, request.epoch = family.length, self.epoch
+        elif request.seq is None:
+            end = request.length - 1  # at least one token is computed
             if request.logits_from >= 0:
                 end = min(end, request.logits_from)
-            request.seq, request.computed = self.start(request, tokens[:end])
+            request.seq, request.computed = self.start(request, request.tokens[:end])
             request.epoch = self.epoch
-        twins = self._twins_of(request)
-        twins.waiting.pop(request.order, None)
-        if request.computed < len(request.tokens) == len(request.prompt) and twins.leader is None:
-            twins.leader = request
+        family.fresh.pop(request.order, None)
+        family.heirs.pop(request.order, None)
+        if request.computed < family.length and family.leader is None:
+            if not _is_heir(request):
+                family.leader = request
+            elif family.heirs:
+                family.leader = request
+                self._rebuilding[family] = None
+        self._tidy(family)
+
+    def chunk_end(self, request: Request, known: int) -> int:
+        """Where its next chunk has to end: what the others wait for ends there."""
+        family = _family(request)
+        return min(known, family.length) if family.leader is request else known
 
     def start(self, request: Request, tokens: Int64Array) -> tuple[int, int]:
         """A new sequence for a request, and how many of these tokens are in its blocks already."""
@@ -102,35 +124,51 @@ class RequestBlocks:
         return int(seqs[0]), int(hits[0])
 
     def prompt_computed(self, request: Request) -> list[Request]:
-        """Hand the blocks of a finished prompt to the requests that wait for it; returns those."""
-        twins = self._twins.get(_key(request))
-        if twins is None or twins.leader is not request:
+        """Keep the blocks of a finished prompt for the requests that wait for it; returns those."""
+        family = request.family
+        if family is None or family.leader is not request:
             return []
-        twins.leader = None
-        heirs = [twin for twin in twins.waiting.values() if twin.seq is None and not twin.swapped]
-        if heirs:
-            assert request.seq is not None
-            forks = self.allocator.fork([request.seq], len(heirs))
-            for heir, seq in zip(heirs, forks.tolist(), strict=True):
-                heir.seq, heir.computed, heir.heir_of = seq, len(request.prompt), request
-                heir.cached = heir.computed
-                heir.epoch = request.epoch
-                self.holders[heir.order] = heir
-        twins.waiting.clear()
-        self._forget_empty(request)
+        family.leader = None
+        heirs = [twin for twin in family.fresh.values() if not twin.swapped]
+        family.fresh.clear()
+        for heir in heirs:
+            family.heirs[heir.order] = heir
+            heir.cached = family.length
+        self._keep(family, request)
+        self._tidy(family)
         return heirs
+
+    def keep_rebuilt(self, computed: Int64Array) -> None:
+        """Before a step: keep what heirs have computed again for the others of their families.
+
+        computed: tokens of each lane that are in blocks.
+        """
+        for family in list(self._rebuilding):
+            leader = family.leader
+            if leader is not None and leader.lane >= 0 and computed[leader.lane] >= family.length:
+                del self._rebuilding[family]
+                family.leader = None
+                self._keep(family, leader)
+                self._tidy(family)
+
+    def drop(self, family: Family) -> None:
+        """Give back the blocks that a family keeps; the next heir computes them for all."""
+        if family.seq is not None:
+            seq, family.seq = family.seq, None
+            index = bisect.bisect_left(self.kept, family.rank, key=_rank)
+            del self.kept[self.kept.index(family, index)]
+            self.allocator.free([seq])
 
     def forget(self) -> None:
         """The weights have changed: nothing that was computed or is being computed is shared."""
         self.epoch += 1
         if self.prefix_cache:
             self.allocator.forget_prefixes()
-        for twins in self._twins.values():
-            twins.leader = None
-
-    def hold(self, request: Request) -> None:
-        """A request that is done keeps its blocks until `close`, or until others need them."""
-        self.holders[request.order] = request
+        for family in [*self._families.values(), *self._rebuilding]:
+            family.leader = None
+        self._rebuilding.clear()
+        for family in list(self.kept):
+            self.drop(family)
 
     def record(self, seqs: Int64Array, tokens: Int64Array, counts: Int64Array) -> None:
         """Keys and values of these tokens, row by row, are now in blocks: others may find them."""
@@ -139,17 +177,21 @@ class RequestBlocks:
 
     def close(self, request: Request) -> None:
         """Give the blocks back; the request may be opened again."""
-        self.holders.pop(request.order, None)
-        twins = self._twins_of(request)
-        if twins.leader is request:
-            twins.leader = None
         if request.seq is not None:
-            self.allocator.free([request.seq])
-            request.seq = None
+            seq, request.seq = request.seq, None
+            self.allocator.free([seq])
         request.computed = 0
-        if len(request.tokens) == len(request.prompt) and not request.done:
-            twins.waiting[request.order] = request
-        self._forget_empty(request)
+        family = request.family
+        if family is None:  # it was never in the queue
+            return
+        if family.leader is request:
+            family.leader = None
+            self._rebuilding.pop(family, None)
+        family.fresh.pop(request.order, None)
+        family.heirs.pop(request.order, None)
+        if not request.done:
+            self._wait(request)
+        self._tidy(family)
 
     def discard(self, request: Request) -> None:
         """As `close`, after a step that failed: its last block may not hold what was recorded."""
@@ -157,25 +199,51 @@ class RequestBlocks:
             self.allocator.truncate([request.seq], [0])
         self.close(request)
 
-    def leave(self, request: Request) -> None:
-        """The request ends: give everything back."""
-        self.close(request)
-        if (twins := self._twins.get(_key(request))) is not None:
-            twins.waiting.pop(request.order, None)
-            self._forget_empty(request)
+    def _family_of(self, request: Request) -> Family:
+        if request.logits_from >= 0:  # its logits are not those of the last prompt token
+            return Family(None, len(request.prompt))
+        known = None if self._newest is None else self._newest.key
+        if known is None or known.prompt is not request.prompt or known.salt != request.salt:
+            self._newest = Family(PromptKey(request.prompt, request.salt), len(request.prompt))
+        assert self._newest is not None and self._newest.key is not None
+        self._newest = self._families.setdefault(self._newest.key, self._newest)
+        return self._newest
 
-    def _twins_of(self, request: Request) -> Twins:
-        return self._twins.setdefault(_key(request), Twins())
+    def _wait(self, request: Request) -> None:
+        family = _family(request)
+        if family.key is not None:  # while it ran, a new family may have got the name
+            family = request.family = self._families.setdefault(family.key, family)
+        (family.heirs if _is_heir(request) else family.fresh)[request.order] = request
 
-    def _forget_empty(self, request: Request) -> None:
-        key = _key(request)
-        twins = self._twins.get(key)
-        if twins is not None and twins.leader is None and not twins.waiting:
-            del self._twins[key]
+    def _keep(self, family: Family, source: Request) -> None:
+        """Keep the blocks of a request that has computed just what the family begins with."""
+        if family.heirs and family.seq is None:
+            assert source.seq is not None
+            family.seq = int(self.allocator.fork([source.seq])[0])
+            family.rank = (source.key, source.order)
+            bisect.insort(self.kept, family, key=_rank)
+
+    def _tidy(self, family: Family) -> None:
+        """Keep nothing for nobody."""
+        if family.heirs:
+            return
+        self.drop(family)
+        if family.key is None or family.leader is not None or family.fresh:
+            return
+        if self._families.get(family.key) is family:
+            del self._families[family.key]
+        if self._newest is family:
+            self._newest = None
 
 
-def _key(request: Request) -> TwinKey:
-    if request.twin_key is None:
-        alone = request.logits_from >= 0  # its logits are not those of the last prompt token
-        request.twin_key = (request.salt, request.order if alone else request.prompt.tobytes())
-    return request.twin_key
+def _family(request: Request) -> Family:
+    assert request.family is not None
+    return request.family
+
+
+def _is_heir(request: Request) -> bool:
+    return request.length > _family(request).length
+
+
+def _rank(family: Family) -> tuple[int, int]:
+    return family.rank

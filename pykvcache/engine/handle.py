@@ -81,16 +81,11 @@ class Sample:
 
 
 class ScoreJob:
-    """A completion whose tokens are known, or a text that is only computed.
+    """A completion, whose tokens are known."""
 
-    Attributes:
-        keep: the request keeps its blocks when everything is computed; `ready` says that it is.
-    """
-
-    def __init__(self, completion: Int64Array, top_k: int, keep: bool = False) -> None:
-        self.completion, self.top_k, self.keep = completion, top_k, keep
+    def __init__(self, completion: Int64Array, top_k: int) -> None:
+        self.completion, self.top_k = completion, top_k
         self.score = Score([])
-        self.ready = False
 
 
 class Call:

@@ -282,7 +282,7 @@ class Loop:
                 request.logits_from += end - begin  # not again after a preemption
                 lanes.logits_from[lane] = request.logits_from
             if lanes.computed[lane] >= lanes.known[lane]:
-                self._end_score(job, request)
+                self.scheduler.finish(request)
         return logits[others]
 
     def _score(self, job: ScoreJob, logits: Tensor) -> None:
@@ -293,13 +293,6 @@ class Loop:
             job.score.logprobs += chosen
             if job.top_k:
                 job.score.top += top
-
-    def _end_score(self, job: ScoreJob, request: Request) -> None:
-        if not job.keep:
-            self.scheduler.finish(request)
-            return
-        job.ready = True
-        self.scheduler.retire(request)
 
 
 def _slice_rows(logits: Tensor) -> int:

@@ -2,23 +2,25 @@
 
 A step touches arrays only; `Request` objects are looked at when one starts, is preempted, or ends.
 
-Read first: sampling.py. Read next: scheduler.py.
+Read first: sampling.py, tokens.py. Read next: family.py, scheduler.py.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.tokens import TokenTable
 
-TwinKey = tuple[
-    int, int | bytes
-]  # salt, and the prompt or the number of a request that has no twin
+if TYPE_CHECKING:
+    from pykvcache.engine.family import Family
+
+NO_TOKENS = np.empty(0, np.int64)
 BoolArray = NDArray[np.bool_]
 
 
@@ -27,14 +29,14 @@ class Request:
     """One sample of one prompt.
 
     Attributes:
-        prompt: int64 token ids.
+        prompt: int64 token ids, one array for all samples.
         limit: tokens, prompt included, at which it ends.
         key: place in the queue, smallest first.
         order: number of the request, to break ties.
         logits_from: first position whose logits are wanted; -1: that of the newest token.
         salt: requests of different salts share no cached prefix.
         priority: larger is served earlier and its cached blocks are kept longer.
-        tokens: prompt and output so far, while it is not in a lane.
+        output: int64 token ids after the prompt, as long as it is not in a lane.
         computed: tokens whose keys and values are in blocks.
         seq: handle of those blocks; None: it has none.
         epoch: of the weights that began to fill them, see blocks.py.
@@ -43,6 +45,7 @@ class Request:
         plain: its next token is the most likely one, and nobody needs to hear of it.
         ends_at_eos: an end-of-text token ends it.
         owner: what the engine knows of it.
+        family: those that begin with the same tokens, see blocks.py.
     """
 
     prompt: Int64Array
@@ -52,7 +55,7 @@ class Request:
     logits_from: int = -1
     salt: int = 0
     priority: int = 0
-    tokens: Int64Array = field(default_factory=lambda: np.empty(0, np.int64))
+    output: Int64Array = field(default_factory=lambda: NO_TOKENS)
     computed: int = 0
     seq: int | None = None
     epoch: int = 0
@@ -64,14 +67,26 @@ class Request:
     plain: bool = False
     ends_at_eos: bool = True
     owner: Any = None
-    heir_of: Request | None = None  # shares the blocks of its prompt, while it waits
+    family: Family | None = None
     placed: float = 0.0  # when it first got a lane, time.perf_counter()
-    twin_key: TwinKey | None = None  # of its prompt, see blocks.py
     room_needed: int = 0  # free blocks for which it was too much when its prefix was looked up,
     retry_at: int = 0  # and the step that looks again, since more of it may be there
 
-    def __post_init__(self) -> None:
-        self.tokens = self.prompt
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and output, as long as it is not in a lane."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def tokens(self) -> Int64Array:
+        """Prompt and output, as long as it is not in a lane; only the output is kept for it."""
+        if not len(self.output):
+            return self.prompt
+        return np.concatenate([self.prompt, self.output])
+
+    @tokens.setter
+    def tokens(self, tokens: Int64Array) -> None:
+        self.output = tokens[len(self.prompt) :].copy()
 
 
 class Lanes:
@@ -87,7 +102,7 @@ class Lanes:
         key: place in the queue.
         last_step: when the lane last took part in a step.
         plain, ends_at_eos: as of the request.
-        tokens: int32 [lanes, width], the known tokens of each.
+        tokens: the known ones of each.
     """
 
     def __init__(self, count: int) -> None:
@@ -100,7 +115,7 @@ class Lanes:
         self.key = np.zeros(count, np.int64)
         self.last_step = np.zeros(count, np.int64)
         self.plain, self.ends_at_eos = np.zeros(count, bool), np.zeros(count, bool)
-        self.tokens = np.empty((count, 0), np.int32)
+        self.tokens = TokenTable(count)
         self._used = np.zeros(count, bool)
         self._free = list(range(count - 1, -1, -1))
         self._active: Int64Array | None = None
@@ -126,16 +141,18 @@ class Lanes:
     def place(self, request: Request) -> int:
         """Put a request that has blocks into a free lane."""
         assert request.seq is not None
-        self._widen(len(request.tokens) + 1)
+        tokens = request.tokens
+        self.tokens.set(self._free[-1], tokens)
         lane = self._free.pop()
         request.placed = request.placed or time.perf_counter()
         self.requests[lane], request.lane, self._used[lane] = request, lane, True
         self.seqs[lane], self.computed[lane] = request.seq, request.computed
-        self.known[lane], self.limit[lane] = len(request.tokens), request.limit
+        self.known[lane], self.limit[lane] = len(tokens), request.limit
         self.logits_from[lane], self.key[lane] = request.logits_from, request.key
         self.plain[lane], self.ends_at_eos[lane] = request.plain, request.ends_at_eos
         self.last_step[lane] = -1
-        self.tokens[lane, : len(request.tokens)] = request.tokens
+        if request.family is not None:
+            request.family.running += 1
         self._active = None
         return lane
 
@@ -143,8 +160,12 @@ class Lanes:
         """Take the request out of its lane; what the arrays know goes back into it."""
         request = self.requests[lane]
         assert request is not None
-        request.tokens = self.tokens[lane, : self.known[lane]].astype(np.int64)
+        output = self.tokens[lane, len(request.prompt) : self.known[lane]]
+        request.output = output.astype(np.int64)
         request.computed = int(self.computed[lane])
+        if request.family is not None:
+            request.family.running -= 1
+        self.tokens.clear(lane)
         request.lane, self.requests[lane], self._used[lane] = -1, None, False
         self._free.append(lane)
         self._active = None
@@ -153,28 +174,21 @@ class Lanes:
     def ids(self, lanes: Int64Array, starts: Int64Array, counts: Int64Array) -> Int64Array:
         """Tokens [sum(counts)] of the lanes from positions `starts` on, row by row."""
         if len(counts) == counts.sum():  # one each
-            return self.tokens[lanes, starts].astype(np.int64)
-        positions = ranges(starts, counts)
-        return self.tokens[np.repeat(lanes, counts), positions].astype(np.int64)
+            return self.tokens.take(lanes, starts)
+        return self.tokens.take(np.repeat(lanes, counts), ranges(starts, counts))
 
     def append(self, lanes: Int64Array, tokens: Int64Array) -> None:
         """Add one new token to each of the lanes."""
-        self._widen(int(self.known[lanes].max(initial=0)) + 1)
-        self.tokens[lanes, self.known[lanes]] = tokens
-        self.known[lanes] += 1
+        known = self.known[lanes]
+        self.tokens.widen(lanes, known + 1)
+        self.tokens.put(lanes, known, tokens)
+        self.known[lanes] = known + 1
 
     def skip(self, lanes: Int64Array, count: int) -> None:
         """As `append`, `count` times, for tokens that nobody will look at."""
-        self._widen(int(self.known[lanes].max(initial=0)) + count)
+        self.tokens.widen(lanes, self.known[lanes] + count)
         self.known[lanes] += count
         self.computed[lanes] += count
-
-    def _widen(self, width: int) -> None:
-        if width > self.tokens.shape[1]:
-            width = max(2 * width, 256)
-            wider = np.empty((len(self.requests), width), np.int32)
-            wider[:, : self.tokens.shape[1]] = self.tokens
-            self.tokens = wider
 
 
 def ranges(starts: Int64Array, counts: Int64Array) -> Int64Array:

@@ -8,7 +8,7 @@ Requests stand in one queue for everything: by arrival, where a priority of p ov
 to p * `patience` requests earlier. So nobody waits for ever, and the first of the queue is never
 preempted for others, so it always ends. No tensor is seen here.
 
-Read first: request.py, blocks.py. Read next: engine.py.
+Read first: request.py, family.py, blocks.py. Read next: engine.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from pykvcache.batch import Batch, Int64Array
 from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.family import Family
 from pykvcache.engine.queue import WaitingQueue
 from pykvcache.engine.request import Lanes, Request
 from pykvcache.engine.step import Options, Preemption, Step
@@ -111,13 +112,7 @@ class Scheduler:
         request.done = True
         if request.swapped is not None and self._drop_swapped is not None:
             self._drop_swapped(request)
-        self.blocks.leave(request)
-
-    def retire(self, request: Request) -> None:
-        """A running request ends but keeps its blocks, until `blocks.close`."""
-        self.lanes.remove(request.lane)
-        request.done = True
-        self.blocks.hold(request)
+        self.blocks.close(request)
 
     def plan(self) -> Step | None:
         """Choose the next step and take its blocks; None when there is nothing to do.
@@ -125,6 +120,7 @@ class Scheduler:
         The rows count as computed from here on: run the step, or `undo` it.
         """
         self.steps += 1
+        self.blocks.keep_rebuilt(self.lanes.computed)
         lanes, counts = self._choose(admit=True)
         while len(lanes):
             step = self._take_blocks(lanes, counts)
@@ -200,9 +196,10 @@ class Scheduler:
 
     def _chunk(self, lane: int, budget: int, free: int, others: bool) -> tuple[int, int]:
         """Tokens of a prompt to compute now, and the blocks free after that."""
-        lanes = self.lanes
+        lanes, request = self.lanes, self.lanes.requests[lane]
+        assert request is not None
         computed = int(lanes.computed[lane])
-        count = min(int(lanes.known[lane]) - computed, budget)
+        count = min(self.blocks.chunk_end(request, int(lanes.known[lane])) - computed, budget)
         if count <= 0:
             return 0, free
         slack = -computed % self._allocator.block_size
@@ -237,12 +234,13 @@ class Scheduler:
             if not self.blocks.may_open(request):
                 continue
             alone = self.num_running == 0
-            before = self._allocator.num_free
-            if not self._start(request, free - promised - (0 if alone else head_room), alone):
+            before, copies = self._allocator.num_free, self.blocks.copies(request)
+            room = free - promised - copies - (0 if alone else head_room)
+            if not self._start(request, room, alone):
                 break
             self._waiting.drop(request)
-            free -= before - self._allocator.num_free
-            left = len(request.tokens) - request.computed
+            free -= before - self._allocator.num_free + copies
+            left = request.length - request.computed
             count, free = self._chunk(request.lane, budget, free, not alone)
             budget -= count
             promised += self.blocks.growth(request.computed + count, left - count)
@@ -253,43 +251,46 @@ class Scheduler:
         """Place a request if `room` blocks are enough for all its tokens, or if it is alone."""
         if room < request.room_needed and self.steps < request.retry_at and not alone:
             return False
-        before, held = self._allocator.num_free, request.seq is not None
-        if request.swapped is not None:
-            if self.blocks.needed(len(request.tokens)) > room and not alone:
+        before = self._allocator.num_free
+        if self.blocks.inherits(request):  # it keeps its turn to do so if there is no room
+            assert request.family is not None
+            short = self._growth_to_end(request, request.family.length) - room
+            if short > 0 and self._drop_kept(request, short, alone) < short and not alone:
                 return False
-            assert self._swap_in is not None
-            try:
-                self._swap_in(request)
-            except OutOfBlocks:
-                if not alone:
-                    return False
-                assert self._drop_swapped is not None
-                self._drop_swapped(request)  # others hold blocks and wait: compute it again
-        if not held:
-            self.blocks.open(request)  # cached blocks that it takes are no longer free
-        taken = before - self._allocator.num_free
-        room -= taken
-        while self._still_needed(request) > room:
-            free = self._allocator.num_free
-            if not self._drop_holder(request, alone):
-                if alone:
-                    break
-                if not held:
-                    request.room_needed = taken + self._still_needed(request)
-                    request.retry_at = self.steps + 1 + len(request.tokens) // LOOKED_UP
-                    self.blocks.close(request)
-                return False
-            room += self._allocator.num_free - free
-        if held:
             self.blocks.open(request)
+        else:
+            if request.swapped is not None and not self._restore(request, room, alone):
+                return False
+            self.blocks.open(request)  # cached blocks that it takes are no longer free
+            needed = before - self._allocator.num_free
+            needed += self._growth_to_end(request, request.computed)
+            short = needed - room
+            if short > 0 and self._drop_kept(request, short, alone) < short and not alone:
+                request.room_needed = needed
+                request.retry_at = self.steps + 1 + request.length // LOOKED_UP
+                self.blocks.close(request)
+                return False
         if request.preemptions == 0:
             request.cached = request.computed
         self.lanes.place(request)
         return True
 
-    def _still_needed(self, request: Request) -> int:
+    def _restore(self, request: Request, room: int, alone: bool) -> bool:
+        """Bring swapped blocks back, or forget them if only that helps; False: no room."""
+        if self.blocks.needed(request.length) > room and not alone:
+            return False
+        assert self._swap_in is not None and self._drop_swapped is not None
+        try:
+            self._swap_in(request)
+        except OutOfBlocks:
+            if not alone:
+                return False
+            self._drop_swapped(request)  # others hold blocks and wait: compute it again
+        return True
+
+    def _growth_to_end(self, request: Request, computed: int) -> int:
         """Blocks to take until all known tokens of a request are computed."""
-        tokens, computed = len(request.tokens), request.computed
+        tokens = request.length
         return min(self.blocks.growth(computed, tokens - computed), self.blocks.needed(tokens))
 
     # Taking blocks.
@@ -332,11 +333,14 @@ class Scheduler:
             keep[np.flatnonzero(chunked)[-1]] = False
             return lanes[keep], counts[keep]
         victim = self._victim()
+        if victim is not None and self._drop_kept(victim, 1, False):
+            return lanes, counts
         if victim is not None:
             keep = lanes != victim.lane
             self.preempt(victim)
             return lanes[keep], counts[keep]
-        if self._drop_holder(None, True):
+        if self.blocks.kept:  # of its own, too: they may have left its window
+            self.blocks.drop(self.blocks.kept[-1])
             return lanes, counts
         if counts[0] > 1:
             return lanes, np.maximum(counts // 2, 1)
@@ -364,23 +368,27 @@ class Scheduler:
 
         return min(requests, key=loss)
 
-    def _drop_holder(self, before: Request | None, desperate: bool) -> bool:
-        """Take the blocks of a waiting request that shares those of a finished prompt.
+    def _drop_kept(self, before: Request, short: int, desperate: bool) -> int:
+        """Take blocks that families keep for who waits, the last ones first; returns how many.
 
-        It has to stand behind `before` in the queue, and nobody who runs may have the same blocks,
-        unless the case is desperate.
+        Each of these families computes its beginning again, once. So nothing is taken if it would
+        not make up for all the `short` blocks, nor from families that stand before `before`, nor
+        where a running member has the same blocks, unless it is `desperate`.
         """
-        holders = [
-            request
-            for request in self.blocks.holders.values()
-            if request is not before and (desperate or self._only_holds(request, before))
-        ]
-        if not holders:
-            return False
-        self.blocks.close(max(holders, key=lambda request: request.key))
-        return True
-
-    @staticmethod
-    def _only_holds(request: Request, before: Request | None) -> bool:
-        shares = request.heir_of is not None and request.heir_of.lane >= 0
-        return not shares and (before is None or request.key > before.key)
+        chosen: list[Family] = []
+        expected = 0
+        for family in reversed(self.blocks.kept):
+            if expected >= short:
+                break
+            if not desperate and family.rank[0] <= before.key:
+                break
+            if family is before.family or (family.running and not desperate):
+                continue
+            chosen.append(family)
+            expected += self.blocks.needed(family.length)
+        if expected < short and not desperate:
+            return 0
+        free = self._allocator.num_free
+        for family in chosen:
+            self.blocks.drop(family)
+        return self._allocator.num_free - free

@@ -130,7 +130,7 @@ def test_ten_thousand_short_requests_take_no_more_memory() -> None:
     gc.collect()
     assert len(gc.get_objects()) < objects + 2000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 20_000  # KiB
-    assert not engine._blocks._twins
+    assert not engine._blocks._families
     assert_empty(engine)
 
 

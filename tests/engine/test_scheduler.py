@@ -203,7 +203,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.live  # everybody was served
         assert self.allocator.num_sequences == 0
         assert self.allocator.num_free == self.allocator.num_blocks
-        assert not self.blocks._twins
+        assert not self.blocks._families
         self.allocator.check_integrity()
 
 

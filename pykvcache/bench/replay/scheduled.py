@@ -24,6 +24,7 @@ from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.traces import PREFIX_BLOCK, Request
 from pykvcache.engine import request as engine
 from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.family import Family
 from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.step import Options, Step
 
@@ -93,7 +94,7 @@ class ScheduledReplay:
             self.queue.pop()
             self._submitted += 1
             request = engine.Request(self._tokens(job), job.prompt + job.output, 0, 0)
-            request.twin_key = (0, self._submitted.to_bytes(8, "little"))  # nobody's twin
+            request.family = Family(None, job.prompt)  # of nobody else
             self.scheduler.submit(request)
 
     def _tokens(self, job: Job) -> Int64Array:
