@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.fresh import Freshness, FreshScheduler
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
 from pykvcache.engine.inputs import Inputs, Prompt, parse_settings
@@ -26,7 +27,6 @@ from pykvcache.engine.loop import Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampling import Event, Output, Sampling, Score
-from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.scoring import Scorer
 from pykvcache.engine.stats import EngineStats, Meter
 from pykvcache.engine.step import Options
@@ -107,7 +107,10 @@ class Engine:
         if limit is None:
             limit = 4 * 2**30 if self.pool.device.type == "cuda" else 0
         self._swap = SwapSpace(self.pool, self._blocks, limit)
-        self._scheduler = Scheduler(
+        self._model, self._guard = model, WeightsGuard(model)
+        self._freshness = Freshness(self._guard, self._blocks, self._runner)
+        self._scheduler = FreshScheduler(
+            self._freshness,
             self._blocks,
             options,
             self._swap.take if limit else None,
@@ -116,7 +119,6 @@ class Engine:
             self._swap.compute_seconds,
         )
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
-        self._model, self._guard = model, WeightsGuard(model)
         self._unchecked = False  # a request came since the weights were looked at
         self._inputs = Inputs(self._runner.vocabulary, max_length(model))
         self._lock = threading.RLock()
@@ -262,7 +264,11 @@ class Engine:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list.
 
         Callbacks are called at the end. Inside of one, the events of this step follow later.
+
+        Raises:
+            RuntimeError: a processor or a hook of the model calls it; nothing was changed.
         """
+        self._loop.check_outside()
         with uninterrupted() as shield:
             try:
                 with shield.holding(self._lock):
@@ -281,10 +287,7 @@ class Engine:
     def weights_changed(self) -> None:
         """Share nothing that was computed so far; a change of weights that is noticed does it."""
         with self._lock:
-            self._blocks.forget()
-            if self._runner.graphs is not None:
-                self._runner.graphs.clear()
-            self._guard.accept()  # last: after an interrupt the next step begins anew
+            self._freshness.forget()
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
@@ -344,8 +347,7 @@ class Engine:
             raise ValueError(
                 f"{type(self._model).__name__} is in training mode; call model.eval() first"
             )
-        if self._guard.changed(thorough=self._unchecked):
-            self.weights_changed()
+        self._freshness.begin(thorough=self._unchecked)
         self._unchecked = False
 
     def _cancel(self, handles: Sequence[Handle]) -> None:
@@ -354,7 +356,8 @@ class Engine:
             self._dropped.extend(handles)
             with self._lock:
                 self._cancel_dropped()
-            self._loop.delivery.deliver(shield)
+            if not self._loop.is_inside():  # the step will deliver when it is over
+                self._loop.delivery.deliver(shield)
 
     def _drop(self, handles: Sequence[Handle]) -> None:
         """Nobody has these handles any more; may be called at any time, by any thread."""
@@ -362,7 +365,7 @@ class Engine:
 
     def _cancel_dropped(self) -> None:
         """End what shall be cancelled; inside of a step that waits until it is over."""
-        while self._dropped and not self._loop.depth:
+        while self._dropped and not self._loop.is_inside():
             for sample in self._dropped.popleft().samples:
                 if sample.output is None and sample.request.order:  # it was queued
                     self._loop.end(sample, "cancelled")

@@ -8,6 +8,7 @@ Read first: scheduler.py, runner.py, sampler.py, handle.py. Read next: engine.py
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.delivery import Delivery
+from pykvcache.engine.fresh import FreshScheduler
 from pykvcache.engine.handle import Sample, ScoreJob
 from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
-from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.stats import Meter
 from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
@@ -42,13 +43,12 @@ class Loop:
     """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, swap: SwapSpace, eos: Sequence[int]
+        self, runner: ModelRunner, scheduler: FreshScheduler, swap: SwapSpace, eos: Sequence[int]
     ) -> None:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
         self.meter, self.delivery = Meter(scheduler), Delivery()
-        self.depth = 0  # steps that run: one, or more when a processor steps
-        self._computing = False  # blocks of a step are being written
+        self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
         self.set_ends(eos, 1.0)
 
@@ -61,25 +61,31 @@ class Loop:
         """Run one step; returns the events of watched samples, those with a listener are queued.
 
         The shield is open while the model runs, and closed elsewhere.
-
-        Raises:
-            RuntimeError: the model itself, by a hook, wants to step; nothing was changed.
         """
-        if self._computing:
-            raise RuntimeError("step() was called inside of the model's forward, which a step runs")
-        outer, self._heard = self._heard, []  # a processor may step
-        self.depth += 1
+        self._thread = threading.get_ident()
         try:
             with torch.inference_mode():
                 self._step(shield)
             return self._heard
         finally:
-            self.depth -= 1
-            self._heard, self._computing = outer, False
+            self._thread, self._heard = 0, []
+
+    def is_inside(self) -> bool:
+        """Whether a step of this thread runs: a processor asks, or a hook of the model."""
+        return self._thread == threading.get_ident()
+
+    def check_outside(self) -> None:
+        """Raise RuntimeError if a step of this thread runs.
+
+        Its rows and their logits are on the way: another step would move or end some of them.
+        """
+        if self.is_inside():
+            raise RuntimeError(
+                "step() was called inside of a step, by a processor or a hook of the model"
+            )
 
     def _step(self, shield: Shield) -> None:
         started = time.perf_counter()
-        self._computing = True
         step = self.scheduler.plan()
         if step is None:
             return
@@ -115,7 +121,7 @@ class Loop:
         if not sample.watched:
             return
         event = Event(sample.prompt_index, sample.sample_index, token, logs, sample.output)
-        if self.depth:
+        if self._thread:
             self._heard.append(event)
         sample.handle.put_event(event)
         if sample.listener is not None:
@@ -124,7 +130,6 @@ class Loop:
     def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> None:
         lanes = self.lanes
         self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
-        self._computing = False
         scored = lanes.logits_from[step.lanes] >= 0
         if scored.any():
             logits = self._settle_scores(step, scored, logits)
@@ -162,7 +167,7 @@ class Loop:
             assert request is not None
             sharing = [request]
             if not request.owner.begun:
-                sharing += self.blocks.prompt_computed(request)
+                sharing += self.scheduler.heirs(request)
             requests += sharing
             sources += [i] * len(sharing)
         try:
@@ -205,8 +210,6 @@ class Loop:
         for i, (sample, text, token) in enumerate(
             zip(samples, texts, tokens.tolist(), strict=True)
         ):
-            if sample.output is not None:  # a processor cancelled it
-                continue
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
                 plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
