@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.delivery import Delivery
+from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.fresh import FreshScheduler
 from pykvcache.engine.handle import Sample, ScoreJob
 from pykvcache.engine.interrupts import Shield
@@ -197,19 +198,17 @@ class Loop:
     def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose and take the next token of each request, whose logits are [R, V]."""
         samples: list[Sample] = [request.owner for request in requests]
-        texts = [self._text(request) for request in requests]
         tokens, errors = self._sampler.choose(
             logits,
             [sample.setting for sample in samples],
             [sample.sample_index for sample in samples],
-            [len(text) - len(r.prompt) for r, text in zip(requests, texts, strict=True)],
-            texts.__getitem__,
+            [self._length(request) - len(request.prompt) for request in requests],
+            lambda row: self._text(requests[row]),
+            lambda row: self._distinct(samples[row]),
         )
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
-        for i, (sample, text, token) in enumerate(
-            zip(samples, texts, tokens.tolist(), strict=True)
-        ):
+        for i, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
                 plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
@@ -218,14 +217,29 @@ class Loop:
                 sample.error = errors[i]
                 self.end(sample, "error")
             else:
-                self._take(sample, text, token, numbers[i])
+                self._take(sample, token, numbers[i])
 
-    def _text(self, request: Request) -> Int64Array:
+    def _length(self, request: Request) -> int:
+        lane = request.lane
+        return len(request.tokens) if lane < 0 else int(self.lanes.known[lane])
+
+    def _text(self, request: Request, start: int = 0) -> Int64Array:
+        """Known tokens from position `start` on."""
         if request.lane < 0:
-            return request.tokens
+            return request.tokens[start:]
         known = self.lanes.known[request.lane]
-        text: Int64Array = self.lanes.tokens[request.lane, :known].astype(np.int64)
+        text: Int64Array = self.lanes.tokens[request.lane, start:known].astype(np.int64)
         return text
+
+    def _distinct(self, sample: Sample) -> Distinct:
+        """The different tokens of a sample's text; kept up to date from here on."""
+        if sample.distinct is None:
+            handle, request = sample.handle, sample.request
+            if handle.distinct is None:
+                handle.distinct = np.unique(request.prompt)
+            output = self._text(request, len(request.prompt))
+            sample.distinct = Distinct(handle.distinct, output)
+        return sample.distinct
 
     def _log_probs(
         self, samples: Sequence[Sample], logits: Tensor, tokens: Int64Array
@@ -241,7 +255,7 @@ class Loop:
                 numbers[i] = {int(tokens[i]): own, **dict(kept)}
         return numbers
 
-    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> None:
+    def _take(self, sample: Sample, token: int, logs: LogProbs | None) -> None:
         """Give a sample its next token, and end it if that was the last."""
         request = sample.request
         self.meter.generated(1)
@@ -249,21 +263,27 @@ class Loop:
             self.lanes.append(np.array([request.lane]), np.array([token]))
             self.lanes.plain[request.lane] = request.plain
         else:
-            request.tokens = np.append(text, token)
+            request.tokens = np.append(request.tokens, token)
+        if sample.distinct is not None:
+            sample.distinct.add(token)
         if sample.logprobs is not None and logs is not None:
             sample.logprobs.append(logs)
-        reason = self._reason(sample, np.append(text, token))
+        reason = self._reason(sample, token)
         if reason is not None:
             self.end(sample, reason)
         self._tell(sample, token, logs)
 
-    def _reason(self, sample: Sample, text: Int64Array) -> str | None:
-        """Why a sample with this text ends, or None."""
-        if sample.request.ends_at_eos and text[-1] in self._eos:
+    def _reason(self, sample: Sample, token: int) -> str | None:
+        """Why a sample whose newest token is this ends, or None."""
+        request = sample.request
+        if request.ends_at_eos and token in self._eos:
             return "eos"
-        if sample.setting.stop_sequences and sample.stops(text[len(sample.request.prompt) :]):
-            return "stop"
-        return "length" if len(text) >= sample.request.limit else None
+        length = self._length(request)
+        if stops := sample.setting.stop_sequences:
+            begin = max(len(request.prompt), length - max(map(len, stops)))
+            if sample.stops(self._text(request, begin)):
+                return "stop"
+        return "length" if length >= request.limit else None
 
     # Scores.
 

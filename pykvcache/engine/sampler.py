@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.distinct import Distinct, stacked
 from pykvcache.engine.sampling import LogProbs, Sampling
 
 Filters = tuple[object, ...]
@@ -53,6 +54,7 @@ class Sampler:
         streams: Sequence[int],
         generated: Sequence[int],
         texts: Callable[[int], Int64Array],
+        distinct: Callable[[int], Distinct],
     ) -> tuple[Int64Array, dict[int, Exception]]:
         """Next tokens, int64 [R], and what processors of users raised, by row.
 
@@ -62,6 +64,7 @@ class Sampler:
             streams: sample index of each row, to tell samples of one seed apart.
             generated: tokens that each row has generated so far.
             texts: prompt and output so far of a row, called where a processor needs them.
+            distinct: their different tokens, called where there is a penalty.
         """
         pairs = list(zip(settings, generated, strict=True))
         if all(setting.greedy and self._is_untouched(setting, n) for setting, n in pairs):
@@ -71,6 +74,11 @@ class Sampler:
         for rows in _groups(settings):
             setting = settings[rows[0]]
             scores = logits[rows].float()
+            if (penalty := self._penalty_of(setting)) != 1.0:
+                ids = torch.from_numpy(stacked([distinct(row) for row in rows]))
+                scores = RepetitionPenaltyLogitsProcessor(float(penalty))(
+                    ids.to(scores.device), scores
+                )
             self._process(setting, rows, scores, generated, texts, errors)
             if setting.greedy:
                 tokens[rows] = likeliest(scores)
@@ -101,20 +109,14 @@ class Sampler:
         texts: Callable[[int], Int64Array],
         errors: dict[int, Exception],
     ) -> None:
-        """Penalty, minimum length and processors of users, in place on scores [n, V]."""
-        penalty = self._penalty_of(setting)
-        needs_text = setting.processors or penalty != 1.0
-        words = [torch.from_numpy(texts(row))[None].to(scores.device) for row in rows if needs_text]
-        if penalty != 1.0:
-            repetition = RepetitionPenaltyLogitsProcessor(penalty)
-            for i, ids in enumerate(words):
-                scores[i : i + 1] = repetition(ids, scores[i : i + 1])
+        """Minimum length and processors of users, in place on scores [n, V]."""
         if setting.min_new_tokens and self._eos:
             early = [i for i, row in enumerate(rows) if generated[row] < setting.min_new_tokens]
             scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
         if setting.processors:
             custom = LogitsProcessorList(setting.processors)
-            for i, (row, ids) in enumerate(zip(rows, words, strict=True)):
+            for i, row in enumerate(rows):
+                ids = torch.tensor(texts(row), device=scores.device)[None]
                 try:
                     scores[i : i + 1] = custom(ids, scores[i : i + 1].clone())
                 except Exception as error:
