@@ -12,6 +12,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from transformers import PreTrainedModel
@@ -154,6 +155,8 @@ class Engine:
                 the pool; nothing was started.
             Exception: what a processor of one of these requests raised.
         """
+        if progress is not None and not isinstance(progress, bool):
+            raise TypeError(f"progress must be True, False or None, got {progress!r}")
         settings = parse_settings(prompts, sampling, max_new_tokens)
         total, call = sum(setting.n for setting in settings), Call()
         handles = self._handles(prompts, settings, priority, salt, call)
@@ -248,7 +251,7 @@ class Engine:
             raise TypeError(
                 f"completions must be a list of token ids each, got {completions!r:.60}"
             )
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
         first = self._inputs.token_ids(prompt, "prompt")
         endings = [
@@ -258,7 +261,7 @@ class Engine:
             self._accept()
         new_request = functools.partial(self._inputs.request, new_tokens=1, priority=0, salt=salt)
         scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
-        return scorer.score(first, endings, top_k)
+        return scorer.score(first, endings, int(top_k))
 
     def step(self) -> list[Event]:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list.
@@ -315,6 +318,7 @@ class Engine:
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._inputs.token_ids(prompt, f"prompts[{index}]")
+            self._inputs.check_stop(setting)
             handle = Handle(self, call)
             for sample_index in range(setting.n):
                 request = self._inputs.request(array, setting.max_new_tokens, priority, salt)

@@ -9,6 +9,7 @@ Read first: sampling.py. Read next: engine.py.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -114,13 +115,34 @@ class Sampler:
             early = [i for i, row in enumerate(rows) if generated[row] < setting.min_new_tokens]
             scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
         if setting.processors:
-            custom = LogitsProcessorList(setting.processors)
             for i, row in enumerate(rows):
                 ids = torch.tensor(texts(row), device=scores.device)[None]
                 try:
-                    scores[i : i + 1] = custom(ids, scores[i : i + 1].clone())
+                    scores[i] = _custom(setting, ids, scores[i : i + 1].clone())[0]
                 except Exception as error:
                     errors[row] = error
+
+
+def _custom(setting: Sampling, ids: Tensor, scores: Tensor) -> Tensor:
+    """What processors of users make of scores [1, V].
+
+    Raises:
+        TypeError, ValueError: one gives no scores of all tokens, or none from which to draw.
+    """
+    shape = scores.shape
+    for processor in setting.processors:
+        scores = processor(ids, scores)
+        name = getattr(processor, "__name__", type(processor).__name__)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            what = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(f"processor {name} must return float scores {list(shape)}, got {what}")
+        if scores.shape != shape:
+            raise ValueError(
+                f"processor {name} must return scores {list(shape)}, got {list(scores.shape)}"
+            )
+    if not setting.greedy and not float(scores.max()) > -math.inf:  # nan is the largest
+        raise ValueError("processors leave no token to draw: all scores are -inf, or one is nan")
+    return scores
 
 
 def _warpers(setting: Sampling) -> LogitsProcessorList:
