@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -18,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.config import ConfigRules
 from pykvcache.engine.fresh import Freshness, FreshScheduler
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
@@ -120,6 +122,7 @@ class Engine:
             self._swap.compute_seconds,
         )
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
+        self._ignored: tuple[str, ...] = ()  # fields of the generation config, as was said
         self._unchecked = False  # a request came since the weights were looked at
         self._inputs = Inputs(self._runner.vocabulary, max_length(model))
         self._lock = threading.RLock()
@@ -342,8 +345,16 @@ class Engine:
     def _accept(self) -> None:
         """New requests come: look at the weights before the next step, and at the configuration."""
         self._unchecked = True
-        penalty = getattr(self._model.generation_config, "repetition_penalty", None)
-        self._loop.set_ends(eos_tokens(self._model), 1.0 if penalty is None else penalty)
+        config, eos = self._model.generation_config, eos_tokens(self._model)
+        penalty = getattr(config, "repetition_penalty", None)
+        rules = ConfigRules(config, eos, self._runner.vocabulary, self.pool.device)
+        if rules.ignored and rules.ignored != self._ignored:
+            self._ignored = rules.ignored
+            names = ", ".join(rules.ignored)
+            warnings.warn(f"Engine does not follow {names} of the generation config", stacklevel=4)
+        self._loop.set_ends(
+            eos, 1.0 if penalty is None else penalty, rules if rules.fields else None
+        )
 
     def _check_weights(self) -> None:
         """Before a step: what was computed with other weights must not be shared any more."""

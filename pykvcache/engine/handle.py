@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.config import ConfigRules, RowProcessors
 from pykvcache.engine.delivery import Listener
 from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.request import Request
@@ -26,6 +27,7 @@ class Sample:
         watched: somebody wants its events.
         begun: it has its first token.
         distinct: tokens of its text, once a repetition penalty has asked.
+        ruled: processors for what the generation config wants, and that.
         output: set when it ends.
     """
 
@@ -48,6 +50,7 @@ class Sample:
         self.first_token = 0.0
         self.error: Exception | None = None
         self.distinct: Distinct | None = None
+        self.ruled: tuple[ConfigRules, RowProcessors] | None = None
         self.output: Output | None = None
 
     @property

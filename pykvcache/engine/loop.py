@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.config import ConfigRules, RowProcessors
 from pykvcache.engine.delivery import Delivery
 from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.fresh import FreshScheduler
@@ -51,12 +52,17 @@ class Loop:
         self.meter, self.delivery = Meter(scheduler), Delivery()
         self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
+        self._sampler = Sampler(runner.vocabulary, eos)
         self.set_ends(eos, 1.0)
 
-    def set_ends(self, eos: Sequence[int], penalty: float) -> None:
-        """Take over what the model's generation config says: end-of-text tokens and penalty."""
+    def set_ends(
+        self, eos: Sequence[int], penalty: float, rules: ConfigRules | None = None
+    ) -> None:
+        """Take over what the model's generation config says: end-of-text tokens, penalty, rules."""
         self._eos = np.array(eos, np.int64)
-        self._sampler = Sampler(self.runner.vocabulary, eos, penalty)
+        if rules is not None and rules.same(self._sampler.rules):
+            rules = self._sampler.rules  # for which requests have processors already
+        self._sampler = Sampler(self.runner.vocabulary, eos, penalty, rules)
 
     def step(self, shield: Shield) -> list[Event]:
         """Run one step; returns the events of watched samples, those with a listener are queued.
@@ -205,6 +211,7 @@ class Loop:
             [self._length(request) - len(request.prompt) for request in requests],
             lambda row: self._text(requests[row]),
             lambda row: self._distinct(samples[row]),
+            lambda row: self._ruled(samples[row]),
         )
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
@@ -240,6 +247,15 @@ class Loop:
             output = self._text(request, len(request.prompt))
             sample.distinct = Distinct(handle.distinct, output)
         return sample.distinct
+
+    def _ruled(self, sample: Sample) -> RowProcessors:
+        """The processors of a sample for what the generation config wants."""
+        rules = self._sampler.rules
+        assert rules is not None
+        if sample.ruled is None or sample.ruled[0] is not rules:
+            request, own = sample.request, sample.setting.min_new_tokens is not None
+            sample.ruled = rules, rules.processors(request.prompt, request.limit, own)
+        return sample.ruled[1]
 
     def _log_probs(
         self, samples: Sequence[Sample], logits: Tensor, tokens: Int64Array

@@ -28,7 +28,8 @@ class Sampling:
         top_p, top_k, min_p: filters, see the warpers of transformers.
         repetition_penalty: above 1 makes tokens of prompt and output less likely; default: that of
             the model's generation config.
-        min_new_tokens: no end-of-text token before so many.
+        min_new_tokens: no end-of-text token before so many; default: that of the model's generation
+            config.
         seed: makes the tokens a function of the prompt and the seed alone, whatever else runs.
         n: samples of the prompt, which is computed once.
         stop: token ids, or lists of token ids, that end the output; they stay part of it.
@@ -50,7 +51,7 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     seed: int | None = None
     n: int = 1
     stop: Sequence[int | Sequence[int]] = ()
@@ -74,7 +75,7 @@ class Sampling:
             object.__setattr__(self, name, value)
             if least is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.min_new_tokens > self.max_new_tokens:
+        if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens} but max_new_tokens {self.max_new_tokens}"
             )
