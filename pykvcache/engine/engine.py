@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from transformers import PreTrainedModel
 
 from pykvcache.engine.blocks import RequestBlocks
+from pykvcache.engine.config import ConfigRules
+from pykvcache.engine.fresh import Freshness, FreshScheduler
 from pykvcache.engine.guard import WeightsGuard
 from pykvcache.engine.handle import Call, Handle, Sample, Stream, raise_errors
 from pykvcache.engine.inputs import Inputs, Prompt, parse_settings
@@ -26,7 +30,6 @@ from pykvcache.engine.loop import Loop
 from pykvcache.engine.progress import progress_bar
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampling import Event, Output, Sampling, Score
-from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.scoring import Scorer
 from pykvcache.engine.stats import EngineStats, Meter
 from pykvcache.engine.step import Options
@@ -107,7 +110,10 @@ class Engine:
         if limit is None:
             limit = 4 * 2**30 if self.pool.device.type == "cuda" else 0
         self._swap = SwapSpace(self.pool, self._blocks, limit)
-        self._scheduler = Scheduler(
+        self._model, self._guard = model, WeightsGuard(model)
+        self._freshness = Freshness(self._guard, self._blocks, self._runner)
+        self._scheduler = FreshScheduler(
+            self._freshness,
             self._blocks,
             options,
             self._swap.take if limit else None,
@@ -116,7 +122,7 @@ class Engine:
             self._swap.compute_seconds,
         )
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
-        self._model, self._guard = model, WeightsGuard(model)
+        self._ignored: tuple[str, ...] = ()  # fields of the generation config, as was said
         self._unchecked = False  # a request came since the weights were looked at
         self._inputs = Inputs(self._runner.vocabulary, max_length(model))
         self._lock = threading.RLock()
@@ -152,6 +158,8 @@ class Engine:
                 the pool; nothing was started.
             Exception: what a processor of one of these requests raised.
         """
+        if progress is not None and not isinstance(progress, bool):
+            raise TypeError(f"progress must be True, False or None, got {progress!r}")
         settings = parse_settings(prompts, sampling, max_new_tokens)
         total, call = sum(setting.n for setting in settings), Call()
         handles = self._handles(prompts, settings, priority, salt, call)
@@ -246,7 +254,7 @@ class Engine:
             raise TypeError(
                 f"completions must be a list of token ids each, got {completions!r:.60}"
             )
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 0:
             raise ValueError(f"top_k must be an int of at least 0, got {top_k!r}")
         first = self._inputs.token_ids(prompt, "prompt")
         endings = [
@@ -256,13 +264,17 @@ class Engine:
             self._accept()
         new_request = functools.partial(self._inputs.request, new_tokens=1, priority=0, salt=salt)
         scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
-        return scorer.score(first, endings, top_k)
+        return scorer.score(first, endings, int(top_k))
 
     def step(self) -> list[Event]:
         """Run one step; returns the events of watched requests. Nothing to do: an empty list.
 
         Callbacks are called at the end. Inside of one, the events of this step follow later.
+
+        Raises:
+            RuntimeError: a processor or a hook of the model calls it; nothing was changed.
         """
+        self._loop.check_outside()
         with uninterrupted() as shield:
             try:
                 with shield.holding(self._lock):
@@ -281,10 +293,7 @@ class Engine:
     def weights_changed(self) -> None:
         """Share nothing that was computed so far; a change of weights that is noticed does it."""
         with self._lock:
-            self._blocks.forget()
-            if self._runner.graphs is not None:
-                self._runner.graphs.clear()
-            self._guard.accept()  # last: after an interrupt the next step begins anew
+            self._freshness.forget()
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
@@ -312,6 +321,7 @@ class Engine:
         handles: list[Handle] = []
         for index, (prompt, setting) in enumerate(zip(prompts, settings, strict=True)):
             array = self._inputs.token_ids(prompt, f"prompts[{index}]")
+            self._inputs.check_stop(setting)
             handle = Handle(self, call)
             for sample_index in range(setting.n):
                 request = self._inputs.request(array, setting.max_new_tokens, priority, salt)
@@ -335,8 +345,16 @@ class Engine:
     def _accept(self) -> None:
         """New requests come: look at the weights before the next step, and at the configuration."""
         self._unchecked = True
-        penalty = getattr(self._model.generation_config, "repetition_penalty", None)
-        self._loop.set_ends(eos_tokens(self._model), 1.0 if penalty is None else penalty)
+        config, eos = self._model.generation_config, eos_tokens(self._model)
+        penalty = getattr(config, "repetition_penalty", None)
+        rules = ConfigRules(config, eos, self._runner.vocabulary, self.pool.device)
+        if rules.ignored and rules.ignored != self._ignored:
+            self._ignored = rules.ignored
+            names = ", ".join(rules.ignored)
+            warnings.warn(f"Engine does not follow {names} of the generation config", stacklevel=4)
+        self._loop.set_ends(
+            eos, 1.0 if penalty is None else penalty, rules if rules.fields else None
+        )
 
     def _check_weights(self) -> None:
         """Before a step: what was computed with other weights must not be shared any more."""
@@ -344,8 +362,7 @@ class Engine:
             raise ValueError(
                 f"{type(self._model).__name__} is in training mode; call model.eval() first"
             )
-        if self._guard.changed(thorough=self._unchecked):
-            self.weights_changed()
+        self._freshness.begin(thorough=self._unchecked)
         self._unchecked = False
 
     def _cancel(self, handles: Sequence[Handle]) -> None:
@@ -354,7 +371,8 @@ class Engine:
             self._dropped.extend(handles)
             with self._lock:
                 self._cancel_dropped()
-            self._loop.delivery.deliver(shield)
+            if not self._loop.is_inside():  # the step will deliver when it is over
+                self._loop.delivery.deliver(shield)
 
     def _drop(self, handles: Sequence[Handle]) -> None:
         """Nobody has these handles any more; may be called at any time, by any thread."""
@@ -362,7 +380,7 @@ class Engine:
 
     def _cancel_dropped(self) -> None:
         """End what shall be cancelled; inside of a step that waits until it is over."""
-        while self._dropped and not self._loop.depth:
+        while self._dropped and not self._loop.is_inside():
             for sample in self._dropped.popleft().samples:
                 if sample.output is None and sample.request.order:  # it was queued
                     self._loop.end(sample, "cancelled")

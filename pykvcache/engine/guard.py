@@ -11,7 +11,8 @@ class WeightsGuard:
     """Compares the weights with those that were accepted last.
 
     A quick look, for every step, sees other tensors, addresses, versions and adapters. A thorough
-    one, for new requests, also compares values, which shows writes through `.data`.
+    one, for new requests and before blocks are shared, also compares values, which shows writes
+    through `.data`.
     """
 
     def __init__(self, model: nn.Module) -> None:

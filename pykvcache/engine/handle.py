@@ -12,7 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.config import ConfigRules, RowProcessors
 from pykvcache.engine.delivery import Listener
+from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.request import Request
 from pykvcache.engine.sampling import Event, LogProbs, Output, Sampling, Score
 
@@ -24,6 +26,8 @@ class Sample:
         listener: called with every event, or None.
         watched: somebody wants its events.
         begun: it has its first token.
+        distinct: tokens of its text, once a repetition penalty has asked.
+        ruled: processors for what the generation config wants, and that.
         output: set when it ends.
     """
 
@@ -45,6 +49,8 @@ class Sample:
         self.submitted = time.perf_counter()
         self.first_token = 0.0
         self.error: Exception | None = None
+        self.distinct: Distinct | None = None
+        self.ruled: tuple[ConfigRules, RowProcessors] | None = None
         self.output: Output | None = None
 
     @property
@@ -54,7 +60,7 @@ class Sample:
         return not self.watched and not setting.stop_sequences and setting.logprobs is None
 
     def stops(self, tokens: Int64Array) -> bool:
-        """Whether the output so far ends with one of the stop sequences."""
+        """Whether the output, whose last tokens these are, ends with one of the stop sequences."""
         return any(
             len(tokens) >= len(stop) and tokens[-len(stop) :].tolist() == list(stop)
             for stop in self.setting.stop_sequences
@@ -165,6 +171,7 @@ class Handle:
         self._engine, self._call = engine, call
         self._ended = 0
         self.samples: list[Sample] = []
+        self.distinct: Int64Array | None = None  # tokens of the prompt, once asked for
 
     @property
     def done(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pykvcache.batch import Int64Array
 from pykvcache.engine.request import Request
-from pykvcache.engine.sampling import Sampling
+from pykvcache.engine.sampling import Sampling, parse_int
 
 Prompt = Sequence[int] | Int64Array | Tensor
 MAX_PRIORITY = 10**9
@@ -58,9 +58,10 @@ class Inputs:
         if isinstance(prompt, (str, bytes)):
             raise TypeError(f"{name} must be token ids, got a string; use your tokenizer first")
         try:
-            array = np.asarray(prompt.cpu() if isinstance(prompt, Tensor) else prompt)
-        except (ValueError, TypeError):
-            raise TypeError(f"{name} must be a list of token ids, got {prompt!r:.60}") from None
+            array = np.asarray(prompt.detach().cpu() if isinstance(prompt, Tensor) else prompt)
+        except (ValueError, TypeError, RuntimeError):
+            given = " ".join(repr(prompt).split())  # that of a tensor has lines
+            raise TypeError(f"{name} must be a list of token ids, got {given:.60}") from None
         if array.ndim != 1 or array.size == 0:
             raise ValueError(
                 f"{name} must be a non-empty list of token ids, got shape {list(array.shape)}"
@@ -74,11 +75,17 @@ class Inputs:
             )
         return array.astype(np.int64)
 
+    def check_stop(self, setting: Sampling) -> None:
+        """Raise ValueError for a stop sequence that no text can have."""
+        for stop in setting.stop_sequences:
+            if max(stop) >= self.vocabulary:
+                raise ValueError(f"stop must be 0 to {self.vocabulary - 1}, got {max(stop)}")
+
     def request(self, prompt: Int64Array, new_tokens: int, priority: int, salt: int) -> Request:
         """A request that is not in the queue yet."""
         for name, value in (("priority", priority), ("salt", salt)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
+            parse_int(name, value)
+        priority, salt = int(priority), int(salt)
         if abs(priority) > MAX_PRIORITY:
             raise ValueError(f"priority must be within {MAX_PRIORITY:,} of 0, got {priority}")
         if not -(2**63) <= salt < 2**63:

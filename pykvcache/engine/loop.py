@@ -8,6 +8,7 @@ Read first: scheduler.py, runner.py, sampler.py, handle.py. Read next: engine.py
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.config import ConfigRules, RowProcessors
 from pykvcache.engine.delivery import Delivery
+from pykvcache.engine.distinct import Distinct
+from pykvcache.engine.fresh import FreshScheduler
 from pykvcache.engine.handle import Sample, ScoreJob
 from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
-from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.stats import Meter
 from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
@@ -42,44 +45,54 @@ class Loop:
     """
 
     def __init__(
-        self, runner: ModelRunner, scheduler: Scheduler, swap: SwapSpace, eos: Sequence[int]
+        self, runner: ModelRunner, scheduler: FreshScheduler, swap: SwapSpace, eos: Sequence[int]
     ) -> None:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
         self.meter, self.delivery = Meter(scheduler), Delivery()
-        self.depth = 0  # steps that run: one, or more when a processor steps
-        self._computing = False  # blocks of a step are being written
+        self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
+        self._sampler = Sampler(runner.vocabulary, eos)
         self.set_ends(eos, 1.0)
 
-    def set_ends(self, eos: Sequence[int], penalty: float) -> None:
-        """Take over what the model's generation config says: end-of-text tokens and penalty."""
+    def set_ends(
+        self, eos: Sequence[int], penalty: float, rules: ConfigRules | None = None
+    ) -> None:
+        """Take over what the model's generation config says: end-of-text tokens, penalty, rules."""
         self._eos = np.array(eos, np.int64)
-        self._sampler = Sampler(self.runner.vocabulary, eos, penalty)
+        if rules is not None and rules.same(self._sampler.rules):
+            rules = self._sampler.rules  # for which requests have processors already
+        self._sampler = Sampler(self.runner.vocabulary, eos, penalty, rules)
 
     def step(self, shield: Shield) -> list[Event]:
         """Run one step; returns the events of watched samples, those with a listener are queued.
 
         The shield is open while the model runs, and closed elsewhere.
-
-        Raises:
-            RuntimeError: the model itself, by a hook, wants to step; nothing was changed.
         """
-        if self._computing:
-            raise RuntimeError("step() was called inside of the model's forward, which a step runs")
-        outer, self._heard = self._heard, []  # a processor may step
-        self.depth += 1
+        self._thread = threading.get_ident()
         try:
             with torch.inference_mode():
                 self._step(shield)
             return self._heard
         finally:
-            self.depth -= 1
-            self._heard, self._computing = outer, False
+            self._thread, self._heard = 0, []
+
+    def is_inside(self) -> bool:
+        """Whether a step of this thread runs: a processor asks, or a hook of the model."""
+        return self._thread == threading.get_ident()
+
+    def check_outside(self) -> None:
+        """Raise RuntimeError if a step of this thread runs.
+
+        Its rows and their logits are on the way: another step would move or end some of them.
+        """
+        if self.is_inside():
+            raise RuntimeError(
+                "step() was called inside of a step, by a processor or a hook of the model"
+            )
 
     def _step(self, shield: Shield) -> None:
         started = time.perf_counter()
-        self._computing = True
         step = self.scheduler.plan()
         if step is None:
             return
@@ -115,7 +128,7 @@ class Loop:
         if not sample.watched:
             return
         event = Event(sample.prompt_index, sample.sample_index, token, logs, sample.output)
-        if self.depth:
+        if self._thread:
             self._heard.append(event)
         sample.handle.put_event(event)
         if sample.listener is not None:
@@ -124,7 +137,6 @@ class Loop:
     def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> None:
         lanes = self.lanes
         self.blocks.record(lanes.seqs[step.lanes], ids, step.counts)
-        self._computing = False
         scored = lanes.logits_from[step.lanes] >= 0
         if scored.any():
             logits = self._settle_scores(step, scored, logits)
@@ -162,7 +174,7 @@ class Loop:
             assert request is not None
             sharing = [request]
             if not request.owner.begun:
-                sharing += self.blocks.prompt_computed(request)
+                sharing += self.scheduler.heirs(request)
             requests += sharing
             sources += [i] * len(sharing)
         try:
@@ -192,21 +204,18 @@ class Loop:
     def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose and take the next token of each request, whose logits are [R, V]."""
         samples: list[Sample] = [request.owner for request in requests]
-        texts = [self._text(request) for request in requests]
         tokens, errors = self._sampler.choose(
             logits,
             [sample.setting for sample in samples],
             [sample.sample_index for sample in samples],
-            [len(text) - len(r.prompt) for r, text in zip(requests, texts, strict=True)],
-            texts.__getitem__,
+            [self._length(request) - len(request.prompt) for request in requests],
+            lambda row: self._text(requests[row]),
+            lambda row: self._distinct(samples[row]),
+            lambda row: self._ruled(samples[row]),
         )
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
-        for i, (sample, text, token) in enumerate(
-            zip(samples, texts, tokens.tolist(), strict=True)
-        ):
-            if sample.output is not None:  # a processor cancelled it
-                continue
+        for i, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
                 plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
@@ -215,14 +224,38 @@ class Loop:
                 sample.error = errors[i]
                 self.end(sample, "error")
             else:
-                self._take(sample, text, token, numbers[i])
+                self._take(sample, token, numbers[i])
 
-    def _text(self, request: Request) -> Int64Array:
+    def _length(self, request: Request) -> int:
+        lane = request.lane
+        return len(request.tokens) if lane < 0 else int(self.lanes.known[lane])
+
+    def _text(self, request: Request, start: int = 0) -> Int64Array:
+        """Known tokens from position `start` on."""
         if request.lane < 0:
-            return request.tokens
+            return request.tokens[start:]
         known = self.lanes.known[request.lane]
-        text: Int64Array = self.lanes.tokens[request.lane, :known].astype(np.int64)
+        text: Int64Array = self.lanes.tokens[request.lane, start:known].astype(np.int64)
         return text
+
+    def _distinct(self, sample: Sample) -> Distinct:
+        """The different tokens of a sample's text; kept up to date from here on."""
+        if sample.distinct is None:
+            handle, request = sample.handle, sample.request
+            if handle.distinct is None:
+                handle.distinct = np.unique(request.prompt)
+            output = self._text(request, len(request.prompt))
+            sample.distinct = Distinct(handle.distinct, output)
+        return sample.distinct
+
+    def _ruled(self, sample: Sample) -> RowProcessors:
+        """The processors of a sample for what the generation config wants."""
+        rules = self._sampler.rules
+        assert rules is not None
+        if sample.ruled is None or sample.ruled[0] is not rules:
+            request, own = sample.request, sample.setting.min_new_tokens is not None
+            sample.ruled = rules, rules.processors(request.prompt, request.limit, own)
+        return sample.ruled[1]
 
     def _log_probs(
         self, samples: Sequence[Sample], logits: Tensor, tokens: Int64Array
@@ -238,7 +271,7 @@ class Loop:
                 numbers[i] = {int(tokens[i]): own, **dict(kept)}
         return numbers
 
-    def _take(self, sample: Sample, text: Int64Array, token: int, logs: LogProbs | None) -> None:
+    def _take(self, sample: Sample, token: int, logs: LogProbs | None) -> None:
         """Give a sample its next token, and end it if that was the last."""
         request = sample.request
         self.meter.generated(1)
@@ -246,21 +279,27 @@ class Loop:
             self.lanes.append(np.array([request.lane]), np.array([token]))
             self.lanes.plain[request.lane] = request.plain
         else:
-            request.tokens = np.append(text, token)
+            request.tokens = np.append(request.tokens, token)
+        if sample.distinct is not None:
+            sample.distinct.add(token)
         if sample.logprobs is not None and logs is not None:
             sample.logprobs.append(logs)
-        reason = self._reason(sample, np.append(text, token))
+        reason = self._reason(sample, token)
         if reason is not None:
             self.end(sample, reason)
         self._tell(sample, token, logs)
 
-    def _reason(self, sample: Sample, text: Int64Array) -> str | None:
-        """Why a sample with this text ends, or None."""
-        if sample.request.ends_at_eos and text[-1] in self._eos:
+    def _reason(self, sample: Sample, token: int) -> str | None:
+        """Why a sample whose newest token is this ends, or None."""
+        request = sample.request
+        if request.ends_at_eos and token in self._eos:
             return "eos"
-        if sample.setting.stop_sequences and sample.stops(text[len(sample.request.prompt) :]):
-            return "stop"
-        return "length" if len(text) >= sample.request.limit else None
+        length = self._length(request)
+        if stops := sample.setting.stop_sequences:
+            begin = max(len(request.prompt), length - max(map(len, stops)))
+            if sample.stops(self._text(request, begin)):
+                return "stop"
+        return "length" if length >= request.limit else None
 
     # Scores.
 

@@ -100,7 +100,7 @@ class ModelRunner:
 
     def _forward_bucket(self, bucket: Bucket) -> Tensor:
         """A decode step over the tensors of a bucket, to be captured."""
-        self.cache.begin(bucket.metadata, 0)
+        self.cache.begin(bucket.metadata, None)
         return self._forward(bucket.ids, bucket.positions, None)
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
@@ -223,7 +223,9 @@ def check_packable(model: Any) -> None:
     if model.training:
         raise ValueError(f"{name} is in training mode; call model.eval() first")
     reason = None
-    if model.config.is_encoder_decoder:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        reason = "it has parameters without values, on the meta device"
+    elif model.config.is_encoder_decoder:
         reason = "it has an encoder"
     elif not model.can_generate():
         reason = "it does not generate"

@@ -9,6 +9,7 @@ Read first: sampling.py. Read next: engine.py.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,6 +25,8 @@ from transformers import (
 )
 
 from pykvcache.batch import Int64Array
+from pykvcache.engine.config import ConfigRules, Processor, RowProcessors
+from pykvcache.engine.distinct import Distinct, stacked
 from pykvcache.engine.sampling import LogProbs, Sampling
 
 Filters = tuple[object, ...]
@@ -36,11 +39,18 @@ class Sampler:
         vocabulary: V.
         eos: end-of-text tokens, which rows below min_new_tokens must not get.
         penalty: repetition penalty of rows that ask for none.
+        rules: what else the model's generation config wants.
     """
 
-    def __init__(self, vocabulary: int, eos: Sequence[int], penalty: float = 1.0) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        eos: Sequence[int],
+        penalty: float = 1.0,
+        rules: ConfigRules | None = None,
+    ) -> None:
         self._eos = [token for token in eos if 0 <= token < vocabulary]
-        self._penalty = penalty
+        self._penalty, self.rules = penalty, rules
 
     def is_plain(self, setting: Sampling) -> bool:
         """Whether the next tokens of such a row are always its most likely ones."""
@@ -53,6 +63,8 @@ class Sampler:
         streams: Sequence[int],
         generated: Sequence[int],
         texts: Callable[[int], Int64Array],
+        distinct: Callable[[int], Distinct],
+        ruled: Callable[[int], RowProcessors],
     ) -> tuple[Int64Array, dict[int, Exception]]:
         """Next tokens, int64 [R], and what processors of users raised, by row.
 
@@ -62,6 +74,8 @@ class Sampler:
             streams: sample index of each row, to tell samples of one seed apart.
             generated: tokens that each row has generated so far.
             texts: prompt and output so far of a row, called where a processor needs them.
+            distinct: their different tokens, called where there is a penalty.
+            ruled: processors of a row for `rules`, called where there are any.
         """
         pairs = list(zip(settings, generated, strict=True))
         if all(setting.greedy and self._is_untouched(setting, n) for setting, n in pairs):
@@ -71,7 +85,18 @@ class Sampler:
         for rows in _groups(settings):
             setting = settings[rows[0]]
             scores = logits[rows].float()
-            self._process(setting, rows, scores, generated, texts, errors)
+            made = [ruled(row) for row in rows] if self.rules is not None else []
+            self._apply([each.before for each in made], setting, rows, scores, texts, errors)
+            if (penalty := self._penalty_of(setting)) != 1.0:
+                ids = torch.from_numpy(stacked([distinct(row) for row in rows]))
+                repetition = RepetitionPenaltyLogitsProcessor(float(penalty))
+                scores = repetition(ids.to(scores.device), scores)
+            if setting.min_new_tokens and self._eos:
+                early = [i for i, row in enumerate(rows) if generated[row] < setting.min_new_tokens]
+                scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
+            after = [each.after for each in made] or [[]] * len(rows)
+            own = [[*each, *setting.processors] for each in after]
+            self._apply(own, setting, rows, scores, texts, errors)
             if setting.greedy:
                 tokens[rows] = likeliest(scores)
             else:
@@ -84,41 +109,57 @@ class Sampler:
         """Whether the scores of such a row are its logits."""
         return (
             not setting.processors
+            and self.rules is None
             and self._penalty_of(setting) == 1.0
-            and generated >= setting.min_new_tokens
+            and generated >= (setting.min_new_tokens or 0)
         )
 
     def _penalty_of(self, setting: Sampling) -> float:
         penalty = setting.repetition_penalty
         return self._penalty if penalty is None else penalty
 
-    def _process(
+    def _apply(
         self,
+        processors: Sequence[Sequence[Processor]],
         setting: Sampling,
         rows: list[int],
         scores: Tensor,
-        generated: Sequence[int],
         texts: Callable[[int], Int64Array],
         errors: dict[int, Exception],
     ) -> None:
-        """Penalty, minimum length and processors of users, in place on scores [n, V]."""
-        penalty = self._penalty_of(setting)
-        needs_text = setting.processors or penalty != 1.0
-        words = [torch.from_numpy(texts(row))[None].to(scores.device) for row in rows if needs_text]
-        if penalty != 1.0:
-            repetition = RepetitionPenaltyLogitsProcessor(penalty)
-            for i, ids in enumerate(words):
-                scores[i : i + 1] = repetition(ids, scores[i : i + 1])
-        if setting.min_new_tokens and self._eos:
-            early = [i for i, row in enumerate(rows) if generated[row] < setting.min_new_tokens]
-            scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
-        if setting.processors:
-            custom = LogitsProcessorList(setting.processors)
-            for i, (row, ids) in enumerate(zip(rows, words, strict=True)):
-                try:
-                    scores[i : i + 1] = custom(ids, scores[i : i + 1].clone())
-                except Exception as error:
-                    errors[row] = error
+        """Run the processors of each row, in place on scores [n, V]."""
+        for i, (row, own) in enumerate(zip(rows, processors, strict=False)):
+            if not own or row in errors:
+                continue
+            ids = torch.tensor(texts(row), device=scores.device)[None]
+            try:
+                scores[i] = _processed(own, ids, scores[i : i + 1].clone(), setting.greedy)[0]
+            except Exception as error:
+                errors[row] = error
+
+
+def _processed(
+    processors: Sequence[Processor], ids: Tensor, scores: Tensor, greedy: bool
+) -> Tensor:
+    """What processors make of scores [1, V].
+
+    Raises:
+        TypeError, ValueError: one gives no scores of all tokens, or none from which to draw.
+    """
+    shape = scores.shape
+    for processor in processors:
+        scores = processor(ids, scores)
+        name = getattr(processor, "__name__", type(processor).__name__)
+        if not isinstance(scores, Tensor) or not scores.is_floating_point():
+            what = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+            raise TypeError(f"processor {name} must return float scores {list(shape)}, got {what}")
+        if scores.shape != shape:
+            raise ValueError(
+                f"processor {name} must return scores {list(shape)}, got {list(scores.shape)}"
+            )
+    if not greedy and not float(scores.max()) > -math.inf:  # nan is the largest
+        raise ValueError("processors leave no token to draw: all scores are -inf, or one is nan")
+    return scores
 
 
 def _warpers(setting: Sampling) -> LogitsProcessorList:

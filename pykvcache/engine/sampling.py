@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 LogProbs = dict[int, float]  # token id -> natural log of its probability
@@ -27,7 +28,8 @@ class Sampling:
         top_p, top_k, min_p: filters, see the warpers of transformers.
         repetition_penalty: above 1 makes tokens of prompt and output less likely; default: that of
             the model's generation config.
-        min_new_tokens: no end-of-text token before so many.
+        min_new_tokens: no end-of-text token before so many; default: that of the model's generation
+            config.
         seed: makes the tokens a function of the prompt and the seed alone, whatever else runs.
         n: samples of the prompt, which is computed once.
         stop: token ids, or lists of token ids, that end the output; they stay part of it.
@@ -49,7 +51,7 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     seed: int | None = None
     n: int = 1
     stop: Sequence[int | Sequence[int]] = ()
@@ -69,11 +71,11 @@ class Sampling:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an int, got {value!r}")
+            value = parse_int(name, value)
+            object.__setattr__(self, name, value)
             if least is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.min_new_tokens > self.max_new_tokens:
+        if (self.min_new_tokens or 0) > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens} but max_new_tokens {self.max_new_tokens}"
             )
@@ -86,8 +88,10 @@ class Sampling:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+            value = float(value)
+            object.__setattr__(self, name, value)
             if not low <= value <= high:
                 raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
         if self.top_p == 0:
@@ -118,14 +122,29 @@ def _check_list(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a list, got {value!r}")
 
 
+def parse_int(name: str, value: Any) -> int:
+    """An int, from one of numpy, too.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return int(value)
+
+
 def _stop_sequence(entry: Any) -> tuple[int, ...]:
-    tokens = (entry,) if isinstance(entry, int) else entry
-    whole = isinstance(tokens, (list, tuple)) and all(isinstance(t, int) for t in tokens)
+    tokens = (entry,) if isinstance(entry, Integral) else entry
+    whole = isinstance(tokens, (list, tuple)) and all(
+        isinstance(token, Integral) and not isinstance(token, bool) for token in tokens
+    )
     if not whole:
         raise TypeError(f"stop must hold token ids or lists of them, got {entry!r}")
-    tokens = tuple(tokens)
+    tokens = tuple(map(int, tokens))
     if not tokens:
         raise ValueError("stop must not hold an empty list")
+    if min(tokens) < 0:
+        raise ValueError(f"stop must hold token ids of at least 0, got {entry!r}")
     return tokens
 
 

@@ -11,6 +11,7 @@ pykvcache/hf/packed_attention.py.
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -39,6 +40,7 @@ class PackedMask(LazyTensor):
 
     def dense(self) -> Tensor:
         """True where a query may attend: its own request, causally; for eager, float."""
+        self.cache.check_gathers()
         mask = self.cache.dense_mask(0, 0)
         if not self.eager:
             return mask
@@ -103,6 +105,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises:
             ValueError: the layer sees a part of the past only, which the mask would have to say.
         """
+        self.cache.check_gathers()
         if self.is_sliding:
             raise ValueError(
                 f"the model cannot be packed: layer {self.index} has a window of "
@@ -132,6 +135,29 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         """The window or chunk, or -1."""
         return self.window or self.chunk or -1
+
+
+def check_memory(name: str, blocks: int, price: int, device: torch.device) -> None:
+    """Refuse a pool that the device could not hold even if nothing else were there.
+
+    Raises:
+        MemoryError: with the argument's name and the numbers.
+    """
+    if device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[1]
+    else:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fits = blocks * price <= limit
+    if fits and device.type == "cpu":
+        try:  # costs nothing: pages are taken when they are written; a limit of the process shows
+            torch.empty(blocks * price, dtype=torch.uint8)
+        except RuntimeError:
+            fits = False
+    if not fits:
+        raise MemoryError(
+            f"{name} is too large: {blocks} blocks of {price} bytes cannot be allocated on "
+            f"{device}, which has {limit} bytes in all"
+        )
 
 
 def stored(x: Tensor, cache: Tensor) -> Tensor:
@@ -182,7 +208,7 @@ class PackedCache(Cache):  # type: ignore[misc]
         reach = [window or size for window, size in reaches]
         self.pool = KVPool(group_of, windows=reach, **settings)
         self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
-        self.total_kv = 0
+        self.total_kv, self._any_length = 0, False
         self._masks: dict[tuple[int, int], Tensor] = {}
         self._plans: dict[tuple[int, ...], Tensor] = {}
         self.paged = paged  # layers of the model that are PackedLayers
@@ -196,25 +222,41 @@ class PackedCache(Cache):  # type: ignore[misc]
 
         Raises:
             ValueError: the pool's memory is less than one block.
+            MemoryError: it is more than there is; seen before anything of that size is made.
         """
-        pool = self.pool
+        pool, price = self.pool, self.pool.price(shapes)
+        name = "num_blocks" if pool.memory is None else "memory"
         if pool.memory is not None:
-            price = pool.price(shapes)
             pool.fixed_blocks, pool.memory = pool.memory // price, None
             if pool.fixed_blocks == 0:
                 raise ValueError(f"memory must hold at least one block of {price} bytes")
-        pool.open(*shapes[0], wanted=1)
+        if pool.fixed_blocks is not None:
+            check_memory(name, pool.fixed_blocks, price, shapes[0][0].device)
+        try:
+            pool.open(*shapes[0], wanted=1)
+        except MemoryError as error:
+            raise MemoryError(
+                f"{name} is too large: no memory for a list of {pool.fixed_blocks} blocks"
+            ) from error
         for index, (k, v) in zip(self.paged, shapes, strict=True):
             layer = self.layers[index]
             pool.bind(layer.index, k, v)
             if pool.ops.backend == "cpu" and LayerStep.supports(pool.caches(layer.index)[0]):
                 layer.step = LayerStep(pool.deterministic)
 
-    def begin(self, metadata: list[AttentionMetadata], total_kv: int) -> None:
-        """The next forward is for these rows, by group; total_kv is the sum of their lengths."""
-        self.metadata, self.total_kv = metadata, total_kv
+    def begin(self, metadata: list[AttentionMetadata], total_kv: int | None) -> None:
+        """The next forward is for these rows, by group; total_kv is the sum of their lengths.
+
+        None: it is not known, as the forward is captured for rows of any length.
+        """
+        self.metadata, self.total_kv, self._any_length = metadata, total_kv or 0, total_kv is None
         self._masks.clear()
         self._plans.clear()
+
+    def check_gathers(self) -> None:
+        """Raise RuntimeError where the number of keys is not known."""
+        if self._any_length:
+            raise RuntimeError("its code touches keys, of which each step has another number")
 
     def plan(self, layer: PackedLayer, q: Tensor) -> Tensor | None:
         """Work partition for queries [T, HQ, D] of a layer, computed once a forward; CPU: None."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import make_model
@@ -40,6 +42,17 @@ BAD = {
     "max_new_tokens must be at least 1, got 0": lambda e: e.generate([[1]], max_new_tokens=0),
     "priority must be an int": lambda e: e.generate([[1]], priority="high"),
     "top_k must be an int of at least 0, got -1": lambda e: e.score([1], [[2]], top_k=-1),
+    r"prompts\[0\] must be integers, got float32": lambda e: e.generate(
+        [torch.ones(2, requires_grad=True)]
+    ),
+    r"prompts\[0\] must be a list of token ids, got tensor": lambda e: e.generate(
+        [torch.ones(2).to_sparse()]
+    ),
+    "progress must be True, False or None, got 'maybe'": lambda e: e.generate(
+        [[1]], progress="maybe"
+    ),
+    "stop must be 0 to 96, got 97": lambda e: e.generate([[1]], Sampling(stop=[5, [5, 97]])),
+    "salt must be an int, got True": lambda e: e.submit([1], salt=True),
     r"completions\[0\] must be a non-empty": lambda e: e.score([1], [[]]),
     "needs 51 blocks but the pool has 50": lambda e: e.generate([[1] * 5], max_new_tokens=197),
 }
@@ -116,6 +129,11 @@ def test_ends_of_text_that_are_no_tokens_are_refused(eos: Any) -> None:
         ({"stop": "word"}, "stop must be a list"),
         ({"stop": 5}, "stop must be a list"),
         ({"processors": [5]}, "processors must be callable"),
+        ({"stop": [True]}, "stop must hold token ids or lists of them, got True"),
+        ({"stop": [[5, False]]}, r"stop must hold token ids or lists of them, got \[5, False\]"),
+        ({"stop": [-5]}, "stop must hold token ids of at least 0, got -5"),
+        ({"max_new_tokens": np.bool_(True)}, "max_new_tokens must be an int"),
+        ({"temperature": "1"}, "temperature must be a number, got '1'"),
         ({"stop": [[]]}, "stop must not hold an empty list"),
         ({"min_new_tokens": 9, "max_new_tokens": 3}, "min_new_tokens is 9 but max_new_tokens 3"),
     ],
@@ -123,6 +141,51 @@ def test_ends_of_text_that_are_no_tokens_are_refused(eos: Any) -> None:
 def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         Sampling(**arguments)
+
+
+def test_settings_may_come_from_numpy() -> None:
+    setting = Sampling(
+        max_new_tokens=np.int64(4), stop=[np.int64(96), [np.int32(95)]], temperature=np.float32(0.5)
+    )
+    plain = Sampling(max_new_tokens=4, stop=[96, [95]], temperature=0.5)
+    assert setting == plain and repr(setting) == repr(plain)
+    engine = make_engine()
+    one, other = (
+        engine.generate([[5, 6]], dataclasses.replace(s, temperature=None))[0].token_ids
+        for s in (setting, plain)
+    )
+    assert one == other
+    assert engine.submit([5], priority=np.int64(3), salt=np.int64(4), max_new_tokens=1).result()
+    assert len(engine.score([5], [[6]], top_k=np.int64(2))[0].top[0]) == 2
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("arguments", [{"num_blocks": 10**9}, {"memory": "100000GiB"}])
+def test_pools_larger_than_the_machine_are_refused_at_once(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unexpected(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("an allocator was made")
+
+    monkeypatch.setattr("pykvcache.cache.BlockAllocator", unexpected)
+    (name,) = arguments
+    with pytest.raises(MemoryError, match=rf"{name} is too large: \d+ blocks of \d+ bytes"):
+        pykvcache.Engine(make_model("llama"), **arguments)
+
+
+def test_a_pool_whose_bookkeeping_finds_no_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("pykvcache.cache.BlockAllocator", short)
+    with pytest.raises(MemoryError, match="num_blocks is too large: no memory for a list of 9"):
+        pykvcache.Engine(make_model("llama"), num_blocks=9)
+
+
+def test_models_without_values_are_refused() -> None:
+    model = copy.deepcopy(make_model("llama")).to("meta")
+    with pytest.raises(ValueError, match="cannot be packed: it has parameters without values"):
+        pykvcache.Engine(model, num_blocks=10)
 
 
 def test_models_in_training_mode_and_other_objects_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
@@ -118,7 +119,7 @@ def test_a_hook_of_the_model_may_cancel_and_not_step() -> None:
     first, second = (engine.submit(p, max_new_tokens=10) for p in make_prompts()[:2])
     engine.step()
     actions.append(engine.step)
-    with pytest.raises(RuntimeError, match=r"step\(\) was called inside of the model's forward"):
+    with pytest.raises(RuntimeError, match=r"step\(\) was called inside of a step"):
         engine.step()
     engine.step()
     actions.append(first.cancel)
@@ -174,3 +175,48 @@ def test_cancelling_outside_of_steps_keeps_no_events() -> None:
     first = engine.step()
     handle.cancel()
     assert (len(first), engine.step(), engine._loop._heard) == (1, [], [])
+
+
+RUNS: dict[str, Callable[[pykvcache.Engine], object]] = {
+    **ACTIONS,
+    "score": lambda engine: engine.score([5, 6], [[7]]),
+    "result": lambda engine: engine.submit([5], max_new_tokens=2).result(),
+}
+
+
+@pytest.mark.parametrize("caught", [False, True])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_processor_may_not_run_the_engine(name: str, caught: bool) -> None:
+    """That ends its request, or nothing happens; others go on in a pool where they preempt."""
+    engine = make_engine(num_blocks=14, head_room=0.0)
+    heard: list[int] = []
+
+    def run(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        before = len(heard)
+        if not caught:
+            RUNS[name](engine)
+        with contextlib.suppress(RuntimeError):
+            RUNS[name](engine)
+        assert len(heard) == before  # no callback inside of a step
+        return scores
+
+    def hear(event: Event) -> None:
+        heard.append(event.token_id or 0)
+        engine.step()  # callbacks may
+
+    guilty = engine.submit(make_prompts()[0], Sampling(max_new_tokens=10, processors=[run]))
+    handles = [
+        engine.submit(prompt, Sampling(max_new_tokens=10, logprobs=0), on_token=hear)
+        for prompt in make_prompts()[1:4]
+    ]
+    finish(engine, [guilty, *handles])
+    assert [h.outputs[0].token_ids for h in handles] == expected("llama")[1:4]
+    assert engine.stats().preemptions > 0
+    if caught:
+        assert guilty.outputs[0].token_ids == expected("llama")[0]
+    else:
+        with pytest.raises(RuntimeError, match=r"step\(\) was called inside of a step"):
+            guilty.result()
+    while engine.stats().waiting or engine.stats().running:
+        engine.step()  # what `result` had submitted
+    assert_empty(engine)

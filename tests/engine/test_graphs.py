@@ -93,6 +93,18 @@ def test_models_that_cannot_be_captured_go_on_without() -> None:
     assert graphs.failure == "operation not permitted when stream is capturing"
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "diffllama", "jetmoe"])
+def test_models_that_gather_keys_are_not_captured(family: str) -> None:
+    """How many there are differs from step to step, and a graph has one number."""
+    engine, record = make_engine(family), Recorder()
+    graphs = with_graphs(engine, record)
+    outputs = engine.generate(make_prompts(), max_new_tokens=NEW_TOKENS)
+    assert [output.token_ids for output in outputs] == expected(family)
+    assert graphs.failure is not None and "code touches keys" in graphs.failure
+    assert (graphs.captures, record.replays) == (0, 0)
+    assert_empty(engine)
+
+
 @pytest.mark.parametrize("covered", [False, True])
 def test_a_capture_that_finds_no_memory_is_tried_again_later(covered: bool) -> None:
     class Short(Recorder):
