@@ -44,6 +44,9 @@ def _check_caches(model: PreTrainedModel) -> None:
     refusal = f"{name} has no attention with a key-value cache to page"
     if not any(_takes_cache(module) for module in model.modules()):
         raise ValueError(refusal)  # recurrent models, or caches of their own (XLNet, RWKV)
+    takes_dynamic = getattr(model, "_supports_default_dynamic_cache", None)
+    if takes_dynamic is not None and not takes_dynamic():
+        raise ValueError(f"{refusal}: it makes a cache of its own")
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
     if not (model.can_generate() or (causal and _takes_cache(model))):
         raise ValueError(refusal)

@@ -37,6 +37,12 @@ def _set_implementation(model: PreTrainedModel, implementations: Implementations
     name = EAGER_NAME if implementations.original(text) in ("eager", EAGER_NAME) else SDPA_NAME
     parts = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
     model.set_attn_implementation({parts[0]: name} if parts else name)
+    if not parts:  # its layers may have another config object, which 5.17 passes over
+        for part in model.modules():
+            if isinstance(part, PreTrainedModel) and type(part.config) is type(model.config):
+                part.config._attn_implementation_internal = (
+                    model.config._attn_implementation_internal
+                )
 
 
 def _is_fresh(cache: Any) -> bool:

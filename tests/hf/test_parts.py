@@ -157,7 +157,7 @@ def test_inner_model_that_is_patched_otherwise() -> None:
     assert set(implementations(model)) == {"sdpa"}
 
 
-@pytest.mark.parametrize("name", ["Rwkv", "XLNet", "OpenAIGPT", "Mamba", "Bert"])
+@pytest.mark.parametrize("name", ["Rwkv", "XLNet", "OpenAIGPT", "Mamba", "Bert", "MiniMax"])
 def test_models_without_a_cache(name: str) -> None:
     arguments = {
         "Rwkv": {"attention_hidden_size": 32},
@@ -165,9 +165,10 @@ def test_models_without_a_cache(name: str) -> None:
         "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4},
         "Mamba": {"state_size": 4},
         "Bert": {},
+        "MiniMax": {"layer_types": ["full_attention", "linear_attention"], "head_dim": 8},
     }[name]
     config = getattr(transformers, f"{name}Config")(**{**TEXT, **arguments})
-    ending = {"Rwkv": "ForCausalLM", "Mamba": "ForCausalLM"}.get(name, "LMHeadModel")
+    ending = "ForCausalLM" if name in ("Rwkv", "Mamba", "MiniMax") else "LMHeadModel"
     model = getattr(transformers, name + ending)(config)
     before = attributes(model), implementations(model)
     with pytest.raises(ValueError, match=f"{name}.* has no attention with a key-value") as caught:
