@@ -192,3 +192,32 @@ def test_equal_prompts_find_each_other_and_other_salts_do_not() -> None:
     for request in requests:
         scheduler.finish(request)
     assert blocks.allocator.num_free == 50 and not blocks.kept and not blocks._families
+
+
+def test_blocks_are_taken_from_families_behind_of_which_nobody_runs() -> None:
+    blocks = RequestBlocks(BlockAllocator(50, 4))
+    scheduler = Scheduler(blocks, Options(max_running=2))
+    urgent = Request(np.arange(20), 30, 0, 0, priority=1)
+    ahead, behind = ([Request(np.arange(n), n + 9, 0, 0) for _ in range(2)] for n in (8, 12))
+    for request in (*ahead, *behind):
+        scheduler.submit(request)
+    step = scheduler.plan()
+    assert step is not None and scheduler.num_running == 2
+    for leader, heir in (ahead, behind):
+        assert blocks.prompt_computed(leader) == [heir]
+        heir.tokens = np.append(heir.tokens, 1)
+    families = [ahead[0].family, behind[0].family]
+    assert blocks.kept == families and [f.running for f in families if f] == [1, 1]
+    scheduler.submit(urgent)
+    assert scheduler._drop_kept(urgent, 1, False) == 0  # both run
+    scheduler.finish(behind[0])
+    assert scheduler._drop_kept(behind[1], 1, False) == 0  # its own
+    assert scheduler._drop_kept(urgent, 4, False) == 0  # not enough
+    assert blocks.kept == families
+    assert scheduler._drop_kept(urgent, 3, False) == 3
+    assert blocks.kept == families[:1]
+    scheduler.finish(ahead[0])
+    assert scheduler._drop_kept(behind[1], 1, True) == 2
+    for request in (ahead[1], behind[1], urgent):
+        scheduler.finish(request)
+    assert blocks.allocator.num_free == 50 and not blocks._families
