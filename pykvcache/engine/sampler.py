@@ -157,7 +157,8 @@ def _processed(
             raise ValueError(
                 f"processor {name} must return scores {list(shape)}, got {list(scores.shape)}"
             )
-    if not greedy and not float(scores.max()) > -math.inf:  # nan is the largest
+    best = float(scores.max())  # nan if there is one
+    if math.isnan(best) or (best == -math.inf and not greedy):
         raise ValueError("processors leave no token to draw: all scores are -inf, or one is nan")
     return scores
 

@@ -32,9 +32,13 @@ def test_what_is_no_scores_ends_its_request(
     _refused(Sampling(processors=[none, *after], temperature=temperature), message)
 
 
-@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
-def test_scores_from_which_nothing_can_be_drawn_end_their_request(value: float) -> None:
-    fill = Sampling(processors=[lambda ids, s: torch.full_like(s, value)], temperature=1.0)
+@pytest.mark.parametrize(
+    ("value", "temperature"), [(float("nan"), 1.0), (float("nan"), None), (-float("inf"), 1.0)]
+)
+def test_scores_from_which_nothing_can_be_drawn_end_their_request(
+    value: float, temperature: float | None
+) -> None:
+    fill = Sampling(processors=[lambda ids, s: torch.full_like(s, value)], temperature=temperature)
     _refused(fill, "processors leave no token to draw: all scores are -inf, or one is nan")
 
 
