@@ -140,7 +140,5 @@ def decode_kernel(
             tl.store(part_lse + place, row_lse, mask=kept)
             store_rows(values1, factor, part_values, place * V_DIM, kept, V_DIM, 0, V_DIM1)
             if V_DIM2 > 0:
-                store_rows(
-                    values2, factor, part_values, place * V_DIM, kept, V_DIM, V_DIM1, V_DIM2
-                )
+                store_rows(values2, factor, part_values, place * V_DIM, kept, V_DIM, V_DIM1, V_DIM2)
         unit = unit + programs if FIXED else unit_end

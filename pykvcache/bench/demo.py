@@ -38,6 +38,15 @@ class Run:
     waste: float
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after the unpatched run, which is kept."""
+
+    def __init__(self, prompt_lengths: list[int], new_tokens: int, unpatched: Run) -> None:
+        super().__init__()
+        self.prompt_lengths, self.new_tokens = prompt_lengths, new_tokens
+        self.unpatched = unpatched
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first token that differs, in order of time.
@@ -108,6 +117,7 @@ def compare(
 
     Raises:
         ValueError, TypeError: the model cannot be patched; the message says why.
+        Interrupted: on Ctrl-C in the patched run.
     """
     config = model.config.get_text_config(decoder=True)
     pad_token = getattr(config, "pad_token_id", None) or 0
@@ -119,8 +129,11 @@ def compare(
     held, needed = dense_bytes(cache, row_lengths)
     new = new_tokens * len(lengths)
     unpatched = Run(seconds, new / seconds, held, 1 - needed / held)
-    with pykvcache.patched(model, block_size=block_size):
-        tokens, cache, seconds = _timed_generate(model, inputs, new_tokens, pad_token, advance)
+    try:
+        with pykvcache.patched(model, block_size=block_size):
+            tokens, cache, seconds = _timed_generate(model, inputs, new_tokens, pad_token, advance)
+    except KeyboardInterrupt:
+        raise Interrupted(lengths, new_tokens, unpatched) from None
     stats = cache.stats()
     waste = 1 - stats["percent"]["live"] / 100
     patched = Run(seconds, new / seconds, stats["used_blocks"] * stats["block_bytes"], waste)
