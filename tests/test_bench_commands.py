@@ -16,9 +16,18 @@ import torch
 import pykvcache
 from pykvcache import cli
 from pykvcache.bench import allocator as allocator_code
-from pykvcache.bench import cases, kernels, models, peaks, peers, plots, throughput, timing
+from pykvcache.bench import (
+    cases,
+    kernels,
+    models,
+    peaks,
+    peers,
+    plots,
+    throughput,
+    timing,
+    transformers_paged,
+)
 from pykvcache.bench import generate as generate_code
-from pykvcache.bench import transformers_paged
 from pykvcache.bench.cases import Case, Heads
 from pykvcache.bench.compare import compare, duration, read_results, times_of
 from pykvcache.bench.models import build_llama
@@ -115,7 +124,7 @@ def test_interrupt_keeps_what_is_done(
 def test_interrupt_keeps_the_samples_of_a_workload(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, stop: int
 ) -> None:
-    """After 5 of 20 runs there are 3 and 2 samples of the two variants; after 1, nothing to show."""
+    """After 5 runs there are 3 and 2 samples of the two variants; after 1, nothing to show."""
     runs = 0
 
     def generate(*_: object) -> None:

@@ -335,6 +335,12 @@ def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str
             ["line 1", "hash_ids"],
         ),
         ("a.jsonl", "[" * 200_000 + "\n", ["line 1", "JSON object"]),
+        ("a.jsonl", "[1]\n", ["line 1", "JSON object", "ContextTokens"]),
+        ("a.csv", "input_length,output_length\n1_000,2\n", ["line 2", "'1_000'"]),
+        ("a.csv", "input_length,output_length\n\u0661,2\n", ["line 2", "prompt"]),
+        ("a.csv", "input_length,output_length\n1.5,2\n", ["line 2", "'1.5'"]),
+        ("a.csv", "input_length,output_length,input_length\n1,2,3\n", ["line 1", "2 times"]),
+        ("a.csv", "arrival,input_length,output_length\n1_0,1,1\n", ["line 2", "'1_0'"]),
     ],
 )
 def test_bad_traces_are_one_line(
@@ -356,6 +362,9 @@ def test_bad_traces_are_one_line(
         ("UP.CSV", "input_length,output_length\n10,5\n"),
         ("bom.jsonl", '\ufeff{"input_length": 10, "output_length": 5}\n'),
         ("empty.jsonl", '{"input_length": 10, "output_length": 5}\n\n'),
+        ("float.csv", "input_length,output_length\n10.0,+5\n"),
+        ("azure.jsonl", '{"ContextTokens": 10, "GeneratedTokens": 5}\n'),
+        ("burst.jsonl", '{"Request tokens": 10, "Response tokens": 5}\n'),
         ("float.jsonl", '{"input_length": 10.0, "output_length": 5}\n'),
     ],
 )
@@ -419,6 +428,16 @@ def test_arrivals_that_go_back_are_an_error(run, tmp_path: Path) -> None:
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "a.csv, line 3: arrives 1 s before" in err
     assert run("--trace", str(path), "--policy", "paged", "--block-size", "16")[0] == 0
+
+
+def test_a_row_without_arrival_has_its_line_number(run, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    row = '{"input_length": 5, "output_length": 5'
+    path.write_text(f'{row}, "arrival": 1}}\n{row}}}\n')
+    code, out, err = run("--trace", str(path), "--arrivals", "trace")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "a.jsonl, line 2: does not say when it arrives" in err
+    assert run("--trace", str(path), "--policy", "max")[0] == 0
 
 
 def test_ctrl_c_keeps_what_is_done(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
