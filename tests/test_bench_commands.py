@@ -6,16 +6,31 @@ import importlib
 import json
 import sys
 import warnings
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+import pykvcache
 from pykvcache import cli
 from pykvcache.bench import allocator as allocator_code
-from pykvcache.bench import cases, kernels, peaks, peers, plots, transformers_paged
+from pykvcache.bench import (
+    cases,
+    kernels,
+    models,
+    peaks,
+    peers,
+    plots,
+    throughput,
+    timing,
+    transformers_paged,
+)
+from pykvcache.bench import generate as generate_code
 from pykvcache.bench.cases import Case, Heads
 from pykvcache.bench.compare import compare, duration, read_results, times_of
+from pykvcache.bench.models import build_llama
 from pykvcache.bench.timing import WrongResult
 
 kernels_command = importlib.import_module("pykvcache.cli.bench.kernels")  # not the function
@@ -105,6 +120,53 @@ def test_interrupt_keeps_what_is_done(
     assert {row["batch"] for row in rows} == {1}
 
 
+@pytest.mark.parametrize(("command", "stop"), [("generate", 5), ("generate", 1), ("engine", 4)])
+def test_interrupt_keeps_the_samples_of_a_workload(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, stop: int
+) -> None:
+    """After 5 runs there are 3 and 2 samples of the two variants; after 1, nothing to show."""
+    runs = 0
+
+    def generate(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+        if runs > stop:
+            raise KeyboardInterrupt
+
+    def take_turns(contenders, *arguments):
+        return timing.take_turns(dict.fromkeys(contenders, generate), *arguments)
+
+    monkeypatch.setattr(generate_code, "take_turns", take_turns)
+    monkeypatch.setattr(throughput, "take_turns", take_turns)
+    monkeypatch.setattr(throughput, "check_tokens", lambda *_: None)
+    monkeypatch.setattr(models, "build_llama", lambda *_: build_llama(32, 64, 1, 2, 1, 4096))
+    workload = "step" if command == "generate" else "mixed"
+    code, out, err = run(command, "--workload", workload, "--repeats", "9", "--json", "-")
+    assert code == 130
+    rows = json.loads(out)["results"]
+    if stop == 1:
+        assert rows == [] and "nothing was measured yet" in err
+        return
+    assert "what was measured so far" in err
+    counts = [found["samples"] for found in rows[0]["timings"].values()]
+    assert sorted(counts) == [stop // 2, stop - stop // 2]
+
+
+def test_steps_are_measured_with_as_many_rows_as_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running = []
+    step = pykvcache.Engine.step
+
+    def watched(engine: pykvcache.Engine, *arguments: object) -> object:
+        running.append(engine._scheduler.num_running)
+        return step(engine, *arguments)
+
+    monkeypatch.setattr(pykvcache.Engine, "step", watched)
+    throughput.measure_overhead(300, 10)
+    assert running[-1] == 300
+
+
 def test_allocator_command(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = dict(list(allocator_code.CALLS.items())[:2])
     monkeypatch.setattr(allocator_code, "CALLS", few)
@@ -170,6 +232,17 @@ def test_peers_that_cannot_run_say_why() -> None:
     case = Case("decode", SMALL, torch.float32, 1, 32)
     workload = kernels.Workload(case, [16], peers=("sdpa-backends", "flashinfer"))
     assert workload.missing == {"sdpa-backends": "needs a GPU", "flashinfer": "needs a GPU"}
+
+    monkeypatch = pytest.MonkeyPatch()
+    library = ModuleType("flashinfer")
+    library.__spec__ = ModuleSpec("flashinfer", None)
+    library.BatchDecodeWithPagedKVCacheWrapper = SimpleNamespace  # takes no such arguments
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    half = kernels.Workload(Case("decode", SMALL, torch.bfloat16, 1, 32), [16])
+    half.device = SimpleNamespace(type="cuda")
+    with pytest.raises(peers.Missing, match="does not run here"):
+        peers.flashinfer(half)
+    monkeypatch.undo()
 
     def broken(*args: object, **kwargs: object) -> object:
         raise RuntimeError("no compiler\nlong story")

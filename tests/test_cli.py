@@ -149,6 +149,33 @@ def test_demo_reports_tokens_that_differ(
     assert "logit margin" in out
 
 
+def test_ctrl_c_in_the_demo_keeps_the_unpatched_run(
+    run, tiny_model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    generate = bench_demo._timed_generate
+
+    def interrupted(model, *arguments):
+        if "_pykvcache_patch" in vars(model):
+            raise KeyboardInterrupt
+        return generate(model, *arguments)
+
+    monkeypatch.setattr(bench_demo, "_timed_generate", interrupted)
+    saved = tmp_path / "rows.json"
+    code, out, err = run("demo", *TINY, "--json", str(saved))
+    assert code == 130 and err == "pykvcache: interrupted\n"
+    assert "unpatched" in out and "last blocks" not in out
+    row = json.loads(saved.read_text())["results"][0]
+    assert row["unpatched"]["seconds"] > 0 and "patched" not in row
+
+
+def test_no_ctrl_c_is_silent(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_demo, "load_model", stops)
+    assert run("demo", *TINY) == (130, "", "pykvcache: interrupted\n")
+
+
 def test_demo_takes_a_model_from_a_folder(run, tmp_path: Path) -> None:
     models.build_llama(32, 64, 1, 2, 1, 64).save_pretrained(tmp_path)
     code, out, _ = run("demo", "--model", str(tmp_path), *TINY)
@@ -256,6 +283,10 @@ def test_demo_of_a_model_that_fails_is_one_line(run, tiny_model, monkeypatch) ->
         (["demo", "--bath", "3"], ["--bath"]),
         (["demo", "--batch", "many"], ["--batch", "integer"]),
         (["demo", "--batch", "0"], ["--batch", "1"]),
+        (["demo", "--batch", "100000000"], ["--batch", "1024"]),
+        (["bench", "allocator", "--num-blocks", "99999999999999"], ["--num-blocks"]),
+        (["bench", "engine", "--overhead", "--rows", "1,100000000"], ["--rows", "4096"]),
+        (["bench", "generate", "--block-size", "65537"], ["--block-size", "65536"]),
         (["demo", "--block-size", "0"], ["--block-size", "1"]),
         (["demo", "--dtype", "int8"], ["--dtype", "float32", "int8"]),
         (["demo", "--model", "/no/such/folder"], ["--model", "/no/such/folder"]),

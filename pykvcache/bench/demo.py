@@ -39,6 +39,15 @@ class Run:
     waste: float
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after the unpatched run, which is kept."""
+
+    def __init__(self, prompt_lengths: list[int], new_tokens: int, unpatched: Run) -> None:
+        super().__init__()
+        self.prompt_lengths, self.new_tokens = prompt_lengths, new_tokens
+        self.unpatched = unpatched
+
+
 @dataclass(frozen=True)
 class Difference:
     """The first token that differs, in order of time.
@@ -131,6 +140,7 @@ def compare(
     Raises:
         ValueError, TypeError: the model cannot be patched, or cannot generate so much; the message
             says why.
+        Interrupted: on Ctrl-C in the patched run.
     """
     with pykvcache.patched(model, block_size=block_size):
         pass  # an unsuitable model fails here, before the long run
@@ -146,8 +156,11 @@ def compare(
         raise ValueError(f"{type(model).__name__} has generated without a key-value cache")
     new = new_tokens * len(lengths)
     unpatched = Run(seconds, new / seconds, held, 1 - needed / held)
-    with pykvcache.patched(model, block_size=block_size):
-        tokens, cache, seconds = _timed_generate(model, inputs, new_tokens, advance)
+    try:
+        with pykvcache.patched(model, block_size=block_size):
+            tokens, cache, seconds = _timed_generate(model, inputs, new_tokens, advance)
+    except KeyboardInterrupt:
+        raise Interrupted(lengths, new_tokens, unpatched) from None
     cache = _self_attention(cache)
     if not isinstance(cache, pykvcache.PagedCache):
         raise ValueError(

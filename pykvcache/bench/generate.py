@@ -17,7 +17,7 @@ import torch
 
 import pykvcache
 from pykvcache.bench import models
-from pykvcache.bench.timing import Timing, WrongResult, take_turns
+from pykvcache.bench.timing import Timing, WrongResult, keeping, take_turns
 
 NO_OP = "pykvcache_benchmark_no_op"
 CHECKED_ROWS, CHECKED_TOKENS = 4, 8
@@ -83,6 +83,7 @@ def measure(
 
     Raises:
         WrongResult: patched and unpatched tokens differ in float32; nothing was timed.
+        Interrupted: on Ctrl-C, with the Result so far.
     """
     lengths = workload.prompt_lengths()
     model = models.build_llama(512, 1536, 8, 8, 2, 32_000, torch.bfloat16)
@@ -106,17 +107,22 @@ def measure(
 
     register_no_op()
     variants = {"unpatched": unpatched, "patched": patched, "no attention": without_attention}
-    timings = take_turns(variants, repeats, time.process_time, advance)
-    stats = cache.stats()
-    slots = workload.batch * (max(lengths) + workload.output)
-    return Result(
-        workload.name,
-        torch.get_num_threads(),
-        timings,
-        stats["peak_bytes"],
-        stats["pool_bytes"],
-        slots * stats["block_bytes"] // block_size,
-    )
+
+    def result(timings: dict[str, Timing]) -> Result:
+        stats = cache.stats()
+        slots = workload.batch * (max(lengths) + workload.output)
+        return Result(
+            workload.name,
+            torch.get_num_threads(),
+            timings,
+            stats["peak_bytes"],
+            stats["pool_bytes"],
+            slots * stats["block_bytes"] // block_size,
+        )
+
+    with keeping(result):
+        timings = take_turns(variants, repeats, time.process_time, advance)
+    return result(timings)
 
 
 def measure_step(
@@ -125,6 +131,9 @@ def measure_step(
     """Seconds a token of `generate` at batch 1, on a 2-layer Llama of hidden size 256 in float32.
 
     STEP_TOKENS steps after a prompt of STEP_PROMPT tokens, whose prefill is counted with them.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the timings so far.
     """
     model = models.build_llama(256, 768, 2, 4, 2, 4_096)
     inputs = models.random_prompts([STEP_PROMPT], model.config.vocab_size)
@@ -136,9 +145,13 @@ def measure_step(
         with pykvcache.patched(model, block_size=block_size):
             generate(model, inputs, STEP_TOKENS)
 
+    def result(timings: dict[str, Timing]) -> dict[str, Timing]:
+        return {name: timing.over(STEP_TOKENS) for name, timing in timings.items()}
+
     variants = {"unpatched": unpatched, "patched": patched}
-    timings = take_turns(variants, repeats, time.process_time, advance)
-    return {name: timing.over(STEP_TOKENS) for name, timing in timings.items()}
+    with keeping(result):
+        timings = take_turns(variants, repeats, time.process_time, advance)
+    return result(timings)
 
 
 def generate(model: Any, inputs: dict[str, Any], new_tokens: int) -> Any:

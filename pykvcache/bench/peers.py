@@ -104,11 +104,22 @@ def flashinfer(workload: Workload) -> dict[str, Contender]:
         raise Missing("needs a GPU")
     if importlib.util.find_spec("flashinfer") is None:
         raise Missing("is not installed")
-    import flashinfer as library
-
-    case, heads, device = workload.case, workload.case.heads, workload.device
-    if case.dtype == torch.float32:
+    if workload.case.dtype == torch.float32:
         raise Missing("takes no float32")
+    try:
+        import flashinfer as library
+
+        run = _plan_flashinfer(library, workload)
+        run(0)
+    except Exception as error:  # no kernel for this GPU, no compiler, another version's signature
+        raise Missing(f"does not run here: {_one_line(error)}") from error
+    return {"flashinfer": run}
+
+
+def _plan_flashinfer(library: Any, workload: Workload) -> Contender:
+    """A planned wrapper for each copy; they run one after the other and share a workspace."""
+    case, heads, device = workload.case, workload.case.heads, workload.device
+    workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
     pages = -(-case.length // FLASHINFER_PAGE)
     shape = (case.batch * pages, heads.num_kv_heads, FLASHINFER_PAGE, heads.head_dim)
     indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * pages
@@ -126,7 +137,6 @@ def flashinfer(workload: Workload) -> dict[str, Contender]:
                 parts = padded.view(heads.num_kv_heads, pages, FLASHINFER_PAGE, heads.head_dim)
                 cache[blocks] = parts.transpose(0, 1)
             sides.append(cache)
-        workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
         sizes = (heads.num_heads, heads.num_kv_heads, heads.head_dim, FLASHINFER_PAGE)
         dtypes = {"q_data_type": case.dtype, "kv_data_type": case.dtype}
         if case.phase == "decode":
@@ -146,7 +156,7 @@ def flashinfer(workload: Workload) -> dict[str, Contender]:
         found: Tensor = wrappers[copy].run(workload.packed_q, caches[copy])
         return found
 
-    return {"flashinfer": run}
+    return run
 
 
 def transformers(workload: Workload) -> dict[str, Contender]:

@@ -23,7 +23,7 @@ import torch
 import pykvcache
 from pykvcache.bench import models
 from pykvcache.bench.generate import Workload, generate
-from pykvcache.bench.timing import Timing, WrongResult, take_turns
+from pykvcache.bench.timing import Timing, WrongResult, keeping, take_turns
 from pykvcache.bench.traces import read_trace
 
 SHORTEST_OUTPUT = {"mixed": 16, "long": 32}
@@ -70,6 +70,7 @@ def measure(
 
     Raises:
         WrongResult: tokens differ in float32; nothing was timed.
+        Interrupted: on Ctrl-C, with the Result so far.
     """
     lengths, outputs = workload.prompt_lengths(), output_lengths(workload)
     model = models.build_llama(512, 1536, 8, 8, 2, 32_000, torch.bfloat16)
@@ -86,8 +87,10 @@ def measure(
     }
     if with_generate_batch:
         contenders["generate_batch"] = lambda _: generate_batch(model, prompts, outputs)
-    timings = take_turns(contenders, repeats, time.process_time, advance)
-    return Result(workload.name, torch.get_num_threads(), sum(lengths), sum(outputs), timings)
+    threads, tokens = torch.get_num_threads(), (sum(lengths), sum(outputs))
+    with keeping(lambda timings: Result(workload.name, threads, *tokens, timings)):
+        timings = take_turns(contenders, repeats, time.process_time, advance)
+    return Result(workload.name, threads, *tokens, timings)
 
 
 def check_tokens(model: Any, prompts: list[list[int]]) -> None:
@@ -163,7 +166,13 @@ def _stopwatch(owner: Any, name: str, times: list[float]) -> Iterator[None]:
 def measure_overhead(rows: int, steps: int = 200) -> Overhead:
     """Median costs of decode steps with so many rows, on a one-layer model."""
     model = models.build_llama(64, 96, 1, 2, 1, 1000)
-    engine = pykvcache.Engine(model, num_blocks=rows * (steps // 8 + 4), prefix_cache=False)
+    engine = pykvcache.Engine(
+        model,
+        num_blocks=rows * (steps // 8 + 4),
+        prefix_cache=False,
+        max_running=max(256, rows),
+        token_budget=max(2048, 4 * rows),
+    )
     for row in range(rows):
         engine.submit([row % 900 + 1, 5, 7], max_new_tokens=steps + 20)
     for _ in range(4):  # prompts, and rows that are not plain yet

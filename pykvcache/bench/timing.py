@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,14 @@ MIN_ROUNDS = 3
 
 class WrongResult(RuntimeError):
     """A contender's output is not what it must be, so its time means nothing."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C in the middle of a measurement; `kept` is its result by what was timed before."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self.kept = kept
 
 
 @dataclass(frozen=True)
@@ -100,15 +109,33 @@ def take_turns(
         rounds: samples of each contender.
         clock: seconds; `time.process_time` for CPU time.
         advance: called after each sample.
+
+    Raises:
+        Interrupted: on Ctrl-C, with the timings so far, if every contender has a sample; before
+            that a plain KeyboardInterrupt.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        for name in _turn_order(contenders, number):
-            start = clock()
-            contenders[name](number)
-            samples[name].append(clock() - start)
-            advance()
+    try:
+        for number in range(rounds):
+            for name in _turn_order(contenders, number):
+                start = clock()
+                contenders[name](number)
+                samples[name].append(clock() - start)
+                advance()
+    except KeyboardInterrupt:
+        if not all(samples.values()):
+            raise
+        raise Interrupted({name: Timing.of(samples[name]) for name in contenders}) from None
     return {name: Timing.of(samples[name]) for name in contenders}
+
+
+@contextmanager
+def keeping(finish: Callable[[Any], Any]) -> Iterator[None]:
+    """Make what an Interrupted from inside has kept a result: finish(kept)."""
+    try:
+        yield
+    except Interrupted as stopped:
+        raise Interrupted(finish(stopped.kept)) from None
 
 
 def _turn_order(contenders: Mapping[str, Contender], number: int) -> list[str]:

@@ -1,8 +1,8 @@
 """Reads request traces: how long prompts and outputs were, and when they arrived.
 
 Four public traces are packaged (`traces/README.md` has their sources and licences). A CSV file
-(`.csv`, `.csv.gz`) has one of the pairs of columns in CSV_COLUMNS, a JSON-lines file (`.jsonl`,
-`.jsonl.gz`) the keys `input_length` and `output_length`. Either may say when requests arrived, by
+(`.csv`, `.csv.gz`) has one of the pairs of columns in LENGTHS, a JSON-lines file (`.jsonl`,
+`.jsonl.gz`) one of these pairs of keys. Either may say when requests arrived, by
 one of ARRIVALS, and what prompts have in common, by `hash_ids`. Files are streamed, so a trace of
 any length takes no memory.
 """
@@ -15,7 +15,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -30,12 +30,15 @@ TRACES = {
     "sharegpt": "sharegpt_8k_lengths.csv",
 }
 PREFIX_BLOCK = 512
-CSV_COLUMNS = (
+LENGTHS = (
     ("ContextTokens", "GeneratedTokens"),
     ("num_prefill_tokens", "num_decode_tokens"),
     ("input_length", "output_length"),
     ("Request tokens", "Response tokens"),
 )
+
+
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,21 @@ def _seconds_of_date(text: str) -> float:
     return date.timestamp() + float(match[2] or 0)
 
 
+def _number(value: Any) -> float:
+    """A number, or text of one in digits and a point; float() alone reads more."""
+    if isinstance(value, bool) or (isinstance(value, str) and not NUMBER.fullmatch(value)):
+        raise ValueError(f"not a number: {value!r}")
+    return float(value)
+
+
 Row: TypeAlias = "tuple[str, Any, Any, Mapping[str, Any]]"
 """Where it stands (for messages), prompt, output, and all that the line has."""
 
 ARRIVALS: dict[str, Callable[[Any], float]] = {
-    "arrival": float,
-    "arrived_at": float,
-    "Timestamp": float,
-    "timestamp": lambda value: float(value) / 1000,
+    "arrival": _number,
+    "arrived_at": _number,
+    "Timestamp": _number,
+    "timestamp": lambda value: _number(value) / 1000,
     "TIMESTAMP": _seconds_of_date,
 }
 """Columns and keys with the time of arrival: seconds (also Vidur's and BurstGPT's), milliseconds
@@ -78,7 +88,7 @@ ARRIVALS: dict[str, Callable[[Any], float]] = {
 def read_trace(trace: str | Path, ordered: bool = False) -> Iterator[Request]:
     """Stream the requests of a packaged trace (a name in TRACES) or of a file.
 
-    ordered: a request that arrives before the one in front of it is an error.
+    ordered: a request that arrives before the one in front, or does not say when, is an error.
 
     Raises:
         ValueError: the name is unknown, a column is missing, or a row is no pair of counts; the
@@ -101,7 +111,10 @@ def _read_file(path: Path, ordered: bool) -> Iterator[Request]:
     with _open_text(path) as lines:
         for where, prompt, output, row in reader(path, lines):
             arrival = _arrival(row, where)
-            if ordered and arrival is not None:
+            if ordered:
+                if arrival is None:
+                    names = ", ".join(ARRIVALS)
+                    raise ValueError(f"{where}: does not say when it arrives, by one of {names}")
                 if arrival < latest:
                     raise ValueError(
                         f"{where}: arrives {latest - arrival:.6g} s before the one above"
@@ -174,12 +187,13 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 def _csv_rows(path: Path, lines: TextIO) -> Iterator[Row]:
     reader = csv.DictReader(lines)
     present = reader.fieldnames or []
-    for prompt, output in CSV_COLUMNS:
-        if prompt in present and output in present:
-            break
-    else:
-        wanted = " or ".join(",".join(pair) for pair in CSV_COLUMNS)
-        raise ValueError(f"{path.name} must have the columns {wanted}, got {','.join(present)}")
+    pair = _lengths_in(present)
+    if pair is None:
+        raise ValueError(f"{path.name} must have the columns {_wanted()}, got {','.join(present)}")
+    prompt, output = pair
+    for name in (prompt, output, *ARRIVALS, "hash_ids"):
+        if (times := present.count(name)) > 1:
+            raise ValueError(f"{path.name}, line 1: column {name} is there {times} times")
     for row in reader:
         yield f"{path.name}, line {reader.line_num}", row[prompt], row[output], row
 
@@ -191,13 +205,24 @@ def _json_rows(path: Path, lines: TextIO) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-            prompt, output = row["input_length"], row["output_length"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{where}: must be a JSON object with input_length and output_length "
-                f"({type(error).__name__}: {error})"
+                f"{where}: must be a JSON object ({type(error).__name__}: {error})"
             ) from None
-        yield where, prompt, output, row
+        pair = _lengths_in(row) if isinstance(row, dict) else None
+        if pair is None:
+            got = f"{line.strip():.60}"
+            raise ValueError(f"{where}: must be a JSON object with {_wanted()}, got {got}")
+        yield where, row[pair[0]], row[pair[1]], row
+
+
+def _lengths_in(names: Collection[str]) -> tuple[str, str] | None:
+    """The pair of LENGTHS that is there."""
+    return next((pair for pair in LENGTHS if pair[0] in names and pair[1] in names), None)
+
+
+def _wanted() -> str:
+    return " or ".join(",".join(pair) for pair in LENGTHS)
 
 
 READERS = {".csv": _csv_rows, ".jsonl": _json_rows, ".json": _json_rows}
@@ -223,6 +248,8 @@ def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
     try:
         if any(isinstance(value, (float, bool)) for value in ids):
             raise TypeError
+        if any(isinstance(value, str) and not NUMBER.fullmatch(value) for value in ids):
+            raise ValueError
         return tuple(int(value) for value in ids)
     except (TypeError, ValueError):
         raise ValueError(f"{where}: hash_ids must be integers, got {ids!r}") from None
@@ -230,8 +257,8 @@ def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
 
 def _count(value: Any, what: str, where: str) -> int:
     try:
-        is_whole = type(value) is str or (value % 1 == 0 and type(value) is not bool)
-        count = int(value) if is_whole else -1
+        number = _number(value)
+        count = int(number) if number % 1 == 0 else -1
     except (TypeError, ValueError, OverflowError):
         count = -1
     if count < 0:

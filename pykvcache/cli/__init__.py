@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
+INTERRUPTED = 130
+
 
 def main() -> int:
     """Run the command in sys.argv and return its exit code."""
     try:
         from pykvcache.cli.app import app  # seconds go by here
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     return run(app)
 
 
@@ -34,9 +36,10 @@ def run(app: typer.Typer) -> int:
 
     command = typer.main.get_command(app)
     try:
-        return command(standalone_mode=False) or 0
+        code: int = command(standalone_mode=False) or 0
+        return _fail("interrupted", code) if code == INTERRUPTED else code  # typer's own is silent
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except WrongResult as error:
         return _fail(str(error), 1)
     except OSError as error:  # such as a full disk; wrong files are found before the work

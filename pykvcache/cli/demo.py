@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def demo(
         str | None,
         typer.Option(help="Name or folder of a model that reads text; a small random Llama."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts in the batch.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, max=1024, help="Prompts in the batch.")] = 16,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each prompt.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -50,6 +51,9 @@ def demo(
         loaded = bench.load_model(model, bench.DTYPES[dtype])
         with task_progress("generating", 2 * max_new_tokens) as advance:
             found = bench.compare(loaded, lengths, max_new_tokens, block_size, advance)
+    except bench.Interrupted as stopped:
+        keep_unpatched(stopped, json, {"dtype": dtype, "model": model})
+        raise typer.Abort from None
     except (OSError, TypeError, ValueError) as error:
         prefix = f"--model {model}: " if model else ""
         raise typer.BadParameter(prefix + str(error).partition("\n")[0]) from error
@@ -67,7 +71,17 @@ def demo(
         raise typer.Exit(1)
 
 
-def demo_table(found: bench.Comparison) -> Table:
+def keep_unpatched(stopped: bench.Interrupted, json: str | None, beside: dict[str, object]) -> None:
+    """Show and save the run that was complete at Ctrl-C."""
+    console = tables.open_console(stderr=json == "-")
+    console.print("interrupted; the unpatched run was complete:")
+    console.print(demo_table(stopped))
+    if json is not None:
+        row = {"prompt_lengths": stopped.prompt_lengths, "new_tokens": stopped.new_tokens}
+        tables.save_json(json, [row | {"unpatched": asdict(stopped.unpatched)} | beside])
+
+
+def demo_table(found: bench.Comparison | bench.Interrupted) -> Table:
     """One line a run."""
     lengths = found.prompt_lengths
     title = (
@@ -78,7 +92,9 @@ def demo_table(found: bench.Comparison) -> Table:
     table.add_column("")
     for column in ("seconds", "tokens/s", "KV MiB", "of it waste"):
         table.add_column(column, justify="right")
-    runs = (("unpatched", found.unpatched, "padding"), ("patched", found.patched, "last blocks"))
+    runs = [("unpatched", found.unpatched, "padding")]
+    if isinstance(found, bench.Comparison):
+        runs.append(("patched", found.patched, "last blocks"))
     for name, run, reason in runs:
         table.add_row(
             name,

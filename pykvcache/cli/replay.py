@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json as json_module
 import sys
 from pathlib import Path
@@ -26,13 +25,20 @@ from pykvcache.bench.replay.paper import (
 )
 from pykvcache.bench.replay.plan import Budget, Plan
 from pykvcache.bench.replay.report import notes, regime, replay_tables
-from pykvcache.bench.replay.rules import Rules
+from pykvcache.bench.replay.rules import Rules, default_buddy_rest
 from pykvcache.bench.replay.synthetic import DEFAULT_COUNT, SYNTHETIC
 from pykvcache.bench.replay.totals import Result
 from pykvcache.bench.replay.workload import Workload
 from pykvcache.bench.traces import TRACES
+from pykvcache.cli.replay_options import (
+    Given,
+    check_cost,
+    check_files,
+    check_paper,
+    choose_scheduler,
+    unused,
+)
 
-PICTURES = (".png", ".svg", ".pdf", ".jpg")
 TRACE_NAMES = ", ".join([*TRACES, *SYNTHETIC])
 ARRIVALS = ("saturated", "trace")
 
@@ -56,7 +62,8 @@ def replay(
     ] = None,
     policy: Annotated[list[str] | None, typer.Option(help=f"{', '.join(POLICIES)}; all.")] = None,
     block_size: Annotated[
-        list[str] | None, typer.Option(help="Of the paged policy, with commas; 1, 2, 4 to 256.")
+        list[str] | None,
+        typer.Option(help="Of paged, any, with commas; 1, 2, 4 to 256."),
     ] = None,
     head_room: Annotated[
         float, typer.Option(help="Share of blocks kept free at admission.")
@@ -66,7 +73,10 @@ def replay(
     order: Annotated[str, typer.Option(help="fcfs; or shortest prompt first.")] = "fcfs",
     buddy_rest: Annotated[
         str | None,
-        typer.Option(help="A rest of the memory below max-len: used or lost; lost with --max-len."),
+        typer.Option(
+            help="A rest of the memory below max-len: used or lost; used, but lost with --paper "
+            "and with --max-len on a synthetic trace."
+        ),
     ] = None,
     scheduler: Annotated[
         str, typer.Option(help="prefill-first; or engine, for paged: the engine's own.")
@@ -97,16 +107,17 @@ def replay(
     ] = False,
 ) -> None:
     """Replay a trace of requests under every way to give them memory; no model is run."""
+    given = Given(context)
     if paper:
         trace, memory, model_config, tokens = "sharegpt-like", MEMORY, MODEL, None
         max_len, policy = MAX_LEN, [case.policy for case in PUBLISHED]
         block_size, requests = ["16"], requests or DEFAULT_COUNT
     try:
         if paper:
-            check_paper(context)
+            check_paper(given)
         if arrivals not in ARRIVALS:
             raise ValueError(f"arrivals must be one of {', '.join(ARRIVALS)}, got {arrivals!r}")
-        check_files(plot, json)
+        check_files(plot, json, trace, model_config)
         check_cost(step_ms=step_ms, kv_ns=kv_ns, prefill_us=prefill_us, swap_us=swap_us)
         cost = StepCost(step_ms / 1e3, kv_ns / 1e9, prefill_us / 1e6, swap_us / 1e6)
         rules = Rules(
@@ -116,8 +127,8 @@ def replay(
             victim,
             preemption,
             order,
-            buddy_rest or ("used" if max_len is None else "lost"),
-            "engine" if prefix_cache else scheduler,
+            buddy_rest or default_buddy_rest(trace, max_len),
+            choose_scheduler(given, scheduler, prefix_cache, victim, preemption),
             token_budget,
             max_running,
             prefix_cache,
@@ -130,6 +141,8 @@ def replay(
     console = tables.open_console(stderr=json == "-")
     for line in plan.describe():
         console.print(line, style="dim")
+    for line in unused(given, plan.cases, trace, rules.scheduler, preemption):
+        console.print(line)
     results, finished = run(plan)
     show(console, results)
     if paper and finished and requests:
@@ -199,7 +212,7 @@ def save(
         except OSError as error:
             errors.append(f"--plot: {error}")
     if errors:
-        raise typer.BadParameter("; ".join(errors))
+        raise OSError("; ".join(errors))
 
 
 def save_rows(path: str, results: list[Result]) -> None:
@@ -209,54 +222,6 @@ def save_rows(path: str, results: list[Result]) -> None:
         sys.stdout.write(text)
     else:
         Path(path).write_text(text)
-
-
-def check_files(plot: Path | None, json: str | None) -> None:
-    """Raise ValueError when a result could not be written after all the work."""
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'pykvcache[plot]'")
-    if plot is not None and plot.suffix.lower() not in PICTURES:
-        raise ValueError(f"--plot must end in {', '.join(PICTURES)}, got {plot.name!r}")
-    for option, file in (("--plot", plot), ("--json", json)):
-        if file is None or str(file) == "-":
-            continue
-        path = Path(file).absolute()
-        try:
-            if not path.parent.is_dir():
-                raise ValueError(f"{option}: there is no folder {path.parent}")
-            if path.is_dir() or not str(file):
-                raise ValueError(f"{option}: {str(file)!r} is a folder")
-            try_to_open(path)
-        except OSError as error:
-            raise ValueError(f"{option}: {path} cannot be written: {error.strerror}") from None
-
-
-def try_to_open(path: Path) -> None:
-    """Raise OSError unless `path` can be written; leaves it as it was."""
-    is_there = path.exists()
-    if is_there and not path.is_file():  # a pipe would end with its first writer
-        return
-    path.open("a").close()
-    if not is_there:
-        path.unlink()
-
-
-def check_cost(**options: float) -> None:
-    """Raise ValueError for a cost that is no amount, in the units in which it was given."""
-    for name, value in options.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 or more, got {value:g}")
-    if options["step_ms"] == 0:
-        raise ValueError("step_ms must be more than 0, or a step could take no time")
-
-
-def check_paper(context: typer.Context) -> None:
-    """Raise ValueError for an option that --paper would overrule."""
-    for name in ("trace", "memory", "model_config", "tokens", "max_len", "policy", "block_size"):
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise ValueError(f"--paper says what is replayed: leave out --{option}")
 
 
 def split(values: list[str] | None) -> list[str]:

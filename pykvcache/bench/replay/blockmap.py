@@ -22,6 +22,7 @@ from pykvcache.bench.replay.totals import SHARES
 
 LIVE, RESERVED, INTERNAL, ROUNDING, EXTERNAL = range(len(SHARES))
 LINES, COLUMNS = 360, 240
+FEWEST_SLOTS = 16  # of a picture; one slot may have many lines
 
 Cells: TypeAlias = NDArray[np.uint8]
 
@@ -40,6 +41,11 @@ class BlockMap:
     cells: Cells
 
     @property
+    def unit(self) -> int:
+        """Slots that the axis counts as one."""
+        return 1000 if self.slots >= 10_000 else 1
+
+    @property
     def used(self) -> int:
         """The first line above which nobody ever had a slot."""
         lines = (self.cells != EXTERNAL).any(axis=1).nonzero()[0]
@@ -56,9 +62,9 @@ def draw_maps(plan: Plan, cases: Sequence[Case], seconds: float) -> list[BlockMa
     while True:
         maps = [draw_map(plan, case, seconds, slots) for case in cases]
         used = max(drawn.used for drawn in maps)
-        if used > LINES // 2 or slots <= LINES:
+        if used > LINES // 2 or slots <= FEWEST_SLOTS:
             return maps
-        slots = max(LINES, -(-slots * 11 * max(1, used) // (10 * LINES)))
+        slots = max(FEWEST_SLOTS, -(-slots * 11 * max(1, used) // (10 * LINES)))
 
 
 def draw_map(plan: Plan, case: Case, seconds: float, slots: int) -> BlockMap:

@@ -85,7 +85,7 @@ def make_replay(
     if case.block_size is not None and rules.scheduler == "engine":
         from pykvcache.bench.replay.scheduled import ScheduledReplay  # loads transformers
 
-        size = case.block_size
+        size, result.by_engine = case.block_size, True
         return ScheduledReplay(workload, slots, size, result, rules, advance, observe)
     space = make_space(case, slots, max_len, rules)
     return Replay(workload, space, result, rules, advance, observe)

@@ -56,14 +56,13 @@ def load_config(name: str) -> ModelConfig:
         row = table[name.lower()]
         elements = row.get("latent_dim") or 2 * row["kv_heads"] * row["head_dim"]
         return ModelConfig(name.lower(), row["layers"], elements, row["dtype_bytes"])
-    path = Path(name)
-    path = path / "config.json" if path.is_dir() else path
+    path = config_file(name)
     if not path.is_file():
         raise ValueError(
             f"model config must be a config.json or one of {', '.join(table)}, got {name!r}"
         )
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text("utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(fields, dict):
@@ -72,6 +71,12 @@ def load_config(name: str) -> ModelConfig:
     if not isinstance(text, dict):
         raise ValueError(f"{path}: text_config must be an object, got {text!r:.40}")
     return _from_fields(text, fields, path)
+
+
+def config_file(name: str) -> Path:
+    """The file that a name outside of the table means: itself, or config.json of a folder."""
+    path = Path(name)
+    return path / "config.json" if path.is_dir() else path
 
 
 def _from_fields(fields: dict[str, Any], outer: dict[str, Any], path: Path) -> ModelConfig:
@@ -88,7 +93,7 @@ def _from_fields(fields: dict[str, Any], outer: dict[str, Any], path: Path) -> M
 
     layers = get("num_hidden_layers")
     if fields.get("kv_lora_rank"):
-        elements = get("kv_lora_rank") + get("qk_rope_head_dim", 0)
+        elements = get("kv_lora_rank") + get("qk_rope_head_dim")
     else:
         heads = get("num_attention_heads")
         head_dim = get("head_dim", 0) or get("hidden_size") // heads

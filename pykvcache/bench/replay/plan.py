@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pykvcache.bench.replay.cases import BLOCK_SIZES, BUDDIES, Case, choose_cases, run_case
+from pykvcache.bench.replay.cases import BLOCK_SIZES, BUDDIES, PAGED, Case, choose_cases, run_case
 from pykvcache.bench.replay.configs import ModelConfig, load_config
 from pykvcache.bench.replay.cost import StepCost
 from pykvcache.bench.replay.rules import Rules
@@ -136,39 +136,58 @@ class Plan:
         """Lines that say what the figures are of."""
         survey, rules, cost = self.survey, self.rules, self.rules.cost
         name = Path(self.workload.trace).name
-        cut = f", {survey.cut:,} requests cut to it" if survey.cut else ""
+        cut = f", {counted(survey.cut, 'request')} cut to it" if survey.cut else ""
         arrivals = "all requests waiting" if rules.saturated else "arrivals of the trace"
         return [
-            f"{name}: {survey.count:,} requests, mean {survey.prompt:,.0f} tokens in and "
+            f"{name}: {counted(survey.count, 'request')}, mean {survey.prompt:,.0f} tokens in and "
             f"{survey.output:,.0f} out, longest {survey.longest:,}; {arrivals}",
             f"{self.budget.describe()}; max-len {self.max_len:,}{cut}",
-            f"{describe_cost(cost)}; {ORDER_WORDS[rules.order]} first, prefill first, "
-            f"{rules.victim} preempted ({rules.preemption}), "
-            f"head-room {100 * rules.head_room:.3g} %",
+            f"{describe_cost(cost)}; {ORDER_WORDS[rules.order]} first{self._describe_order()}",
             *self._describe_rest(),
             *self._describe_engine(),
         ]
 
+    def _describe_order(self) -> str:
+        """What loop.py does, for the policies that it runs."""
+        rules, is_paged = self.rules, any(case.policy == PAGED for case in self.cases)
+        if is_paged and rules.scheduler == "engine":
+            others = any(case.policy != PAGED for case in self.cases)
+            return ", prefill first (not paged)" if others else ""
+        if not is_paged:
+            return ", prefill first"
+        swaps = f" and {1e6 * rules.cost.per_swapped_token:.4g} us a token one way"
+        return (
+            f", prefill first, {rules.victim} preempted ({rules.preemption}"
+            f"{swaps if rules.preemption == 'swap' else ''}), "
+            f"head-room {100 * rules.head_room:.3g} %"
+        )
+
     def _describe_rest(self) -> list[str]:
         slots = self.budget.slots
         rest = slots % (1 << min((self.max_len - 1).bit_length(), slots.bit_length() - 1))
-        if self.rules.buddy_rest == "used" or not 0 < rest < self.max_len:
+        if not rest or not any(case.policy in BUDDIES for case in self.cases):
             return []
-        if not any(case.policy in BUDDIES for case in self.cases):
-            return []
-        return [
-            f"buddies: a rest of {rest:,} slots, less than max-len, is not used (buddy-rest lost)"
-        ]
+        if rest >= self.max_len or self.rules.buddy_rest == "used":
+            fate = "used in smaller regions" + (" (buddy-rest used)" if rest < self.max_len else "")
+        else:
+            fate = "shorter than max-len and counts as lost (buddy-rest lost)"
+        return [f"buddies: the rest of {rest:,} slots behind the largest regions is {fate}"]
 
     def _describe_engine(self) -> list[str]:
         rules = self.rules
-        if rules.scheduler != "engine":
+        if rules.scheduler != "engine" or all(case.policy != PAGED for case in self.cases):
             return []
         prefixes = "prefixes shared" if rules.prefix_cache else "no prefixes shared"
         return [
             f"paged by the engine's scheduler: chunks beside decodes, {rules.token_budget:,} "
-            f"tokens a step, {rules.max_running:,} rows at most, cheapest preempted, {prefixes}"
+            f"tokens a step, {rules.max_running:,} rows at most, cheapest preempted, "
+            f"head-room {100 * rules.head_room:.3g} %, {prefixes}"
         ]
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 request", "2,000 requests"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def describe_cost(cost: StepCost) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 
 from pykvcache.bench.replay.blockmap import BlockMap, draw_maps
 from pykvcache.bench.replay.cases import PADDED, PAGED, Case
-from pykvcache.bench.replay.plan import Plan
+from pykvcache.bench.replay.plan import Plan, counted
+from pykvcache.bench.replay.report import labels_of
 from pykvcache.bench.replay.totals import SHARES, Result
 
 COLOURS = {  # Okabe and Ito's, which colour-blind readers can tell apart
@@ -76,7 +77,7 @@ def title_of(plan: Plan) -> str:
     if len(trace) > LONGEST_NAME:
         trace = f"{trace[: LONGEST_NAME // 2]}...{trace[-LONGEST_NAME // 2 :]}"
     return (
-        f"{trace}, {plan.survey.count:,} requests, {plan.budget.slots:,} token slots, "
+        f"{trace}, {counted(plan.survey.count, 'request')}, {plan.budget.slots:,} token slots, "
         f"max-len {plan.max_len:,}"
     )
 
@@ -103,20 +104,27 @@ def draw_bars(axes: Any, results: Sequence[Result], title: str) -> None:
         )  # fmt: skip
         text = f"{result.throughput:,.0f} tokens/s, batch {result.mean_batch:.1f}"
         axes.text(101, line, text, va="center", fontsize=9)
-    axes.set_yticks(lines, [result.label for result in results])
+    axes.set_yticks(lines, labels_of(results))
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel(
-        "share of the KV cache, averaged over the time in which requests wait (%)"
-        if any(result.waiting.seconds for result in results)
-        else "share of the allocated part of the KV cache; no request had to wait (%)"
-    )
+    axes.set_xlabel(axis_label(results))
     axes.set_title(title, loc="left", fontsize=11, pad=30)
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(SHARES), frameon=False, fontsize=9,
         borderaxespad=0.2, handlelength=1.2, columnspacing=1.2,
     )  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def axis_label(results: Sequence[Result]) -> str:
+    """What the bars are shares of, also where that is not the same for all."""
+    calm = [not result.waiting.seconds for result in results]
+    if all(calm):
+        return "share of the allocated part of the KV cache; no request had to wait (%)"
+    label = "share of the KV cache, averaged over the time in which requests wait (%)"
+    if any(calm):
+        label += "\n* share of the allocated part only; no request had to wait"
+    return label
 
 
 def draw_panels(part: Any, plan: Plan, maps: Sequence[BlockMap]) -> None:
@@ -127,7 +135,8 @@ def draw_panels(part: Any, plan: Plan, maps: Sequence[BlockMap]) -> None:
         is_engine = drawn.case.policy == PAGED and plan.rules.scheduler == "engine"
         draw_cells(axes, drawn)
         axes.set_title(drawn.case.label + (", engine" if is_engine else ""), fontsize=10)
-    panels[0].set_ylabel("token slot (thousands)")
+    panels[0].set_ylabel("token slot (thousands)" if maps[0].unit > 1 else "token slot")
+    part.get_layout_engine().set(wspace=0.04)  # tick labels of neighbours stay apart
     if maps[0].slots < slots:
         shown = f"the lowest {maps[0].slots:,} of {slots:,} token slots"
         part.suptitle(f"{shown}; in this time all others are free", fontsize=10)
@@ -140,6 +149,7 @@ def draw_cells(axes: Any, drawn: BlockMap) -> None:
     axes.imshow(
         drawn.cells, cmap=ListedColormap([COLOURS[name] for name in SHARES]),
         vmin=-0.5, vmax=len(SHARES) - 0.5, origin="lower", aspect="auto",
-        interpolation="nearest", extent=(0, drawn.seconds, 0, drawn.slots / 1000),
+        interpolation="nearest", extent=(0, drawn.seconds, 0, drawn.slots / drawn.unit),
     )  # fmt: skip
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("time since the start (s)")

@@ -8,9 +8,11 @@ from rich.table import Table
 
 from pykvcache.bench.replay.cases import PAGED
 from pykvcache.bench.replay.columns import tables
+from pykvcache.bench.replay.plan import counted
 from pykvcache.bench.replay.totals import SHARES, Result
 
 HARDLY, CLEARLY = 1.2, 2.0
+STAR = " *"
 PARTS = {
     "base": "the fixed cost of a step, which more rows share",
     "kv": "reading cached tokens, which costs every row the same however many there are",
@@ -21,8 +23,11 @@ PARTS = {
 
 
 def replay_tables(results: Sequence[Result], width: int) -> list[Table]:
-    """A line a policy, shares in percent of the budget; two tables or more in a narrow terminal."""
-    shares = [result.shares() for result in results]
+    """A line a policy, shares in percent; two tables or more in a narrow terminal.
+
+    A table of the waste of a sequence follows where there are paged rows.
+    """
+    shares = [result.printed_shares() for result in results]
     first = results[0].throughput
     columns = [
         ("batch", [f"{r.mean_batch:.1f}" for r in results]),
@@ -33,9 +38,29 @@ def replay_tables(results: Sequence[Result], width: int) -> list[Table]:
         ("tokens/s", [f"{r.throughput:,.0f}" for r in results]),
         ("x", [f"{r.throughput / first:.2f}" if first else "" for r in results]),
     ]
-    parts = [(name, [f"{share[name]:.1f}" for share in shares]) for name in SHARES]
-    labels = [result.label for result in results]
-    return tables(labels, [("% of the budget", parts), ("", columns)], width)
+    parts = [(name, [share[name] for share in shares]) for name in SHARES]
+    heading = "% of the budget" if any(r.waiting.seconds for r in results) else "% of allocated"
+    found = tables(labels_of(results), [(heading, parts), ("", columns)], width)
+    return [*found, *waste_tables([r for r in results if r.policy == PAGED], width)]
+
+
+def labels_of(results: Sequence[Result]) -> list[str]:
+    """Labels, with a star on rows whose shares are of something else than those of other rows."""
+    calm = [not result.waiting.seconds for result in results]
+    is_mixed = any(calm) and not all(calm)
+    return [r.label + STAR * (c and is_mixed) for r, c in zip(results, calm, strict=True)]
+
+
+def waste_tables(results: Sequence[Result], width: int) -> list[Table]:
+    """What sequences hold and waste, beside the closed form for the end of a last block."""
+    if not results:
+        return []
+    columns = [
+        ("measured", [f"{r.waste_per_sequence:.1f}" for r in results]),
+        ("(block - 1) / 2", [f"{((r.block_size or 1) - 1) / 2:.1f}" for r in results]),
+        ("live", [f"{r.tokens_per_sequence:,.0f}" for r in results]),
+    ]
+    return tables(labels_of(results), [("slots wasted a sequence", columns)], width)
 
 
 def notes(results: Sequence[Result]) -> list[str]:
@@ -44,15 +69,17 @@ def notes(results: Sequence[Result]) -> list[str]:
     for result in results:
         if result.refused:
             found.append(
-                f"{result.label} refused {result.refused:,} requests that it could not "
+                f"{result.label} refused {counted(result.refused, 'request')} that it could not "
                 "hold even alone"
             )
     idle = [r for r in results if not r.waiting.seconds]
     if idle:
         some = "waited for " + ", ".join(result.label for result in idle)
-        what = "ever waited" if len(idle) == len(results) else some
+        what, whose = ("ever waited", "") if len(idle) == len(results) else (some, "*")
+        their = "its" if len(idle) == 1 else "their"
         found.append(
-            f"no request {what}: its shares are of the memory in use, there was enough of it"
+            f"{whose}{' ' * bool(whose)}no request {what}: {their} shares are of the memory in "
+            "use, there was enough of it"
         )
     return found
 
@@ -74,7 +101,7 @@ def regime(results: Sequence[Result]) -> str | None:
         "lowers" if gain < 0.995 else "hardly raises" if gain < HARDLY else
         "raises" if gain < CLEARLY else "greatly raises"
     )  # fmt: skip
-    subject = f"Better packing {verb}" if shares[1] > shares[0] else f"Paging {verb}"
+    subject = f"{subject_of(packed, shares[1] > shares[0])} {verb}"
     name, share = largest_part(packed if gain < HARDLY else loose)
     whose = packed if gain < HARDLY else loose
     return (
@@ -83,6 +110,14 @@ def regime(results: Sequence[Result]) -> str | None:
         f"{batches[0]:.1f} -> {batches[1]:.1f}, {gain:.2f}x the tokens a second. "
         f"{share:.0f} % of the time of {whose.label} goes to {PARTS[name]}."
     )
+
+
+def subject_of(packed: Result, is_denser: bool) -> str:
+    """What may have changed the throughput: packing only if nothing else differs."""
+    if not packed.by_engine:
+        return "Better packing" if is_denser else "Paging"
+    hits = f" and prefix hits of {packed.prefix_hit:.0f} %" if packed.hit_tokens else ""
+    return f"Paging with the engine's scheduler{hits}, which is more than packing,"
 
 
 def compared(*results: Result) -> tuple[list[float], list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pykvcache.bench.replay.cost import StepCost
+from pykvcache.bench.replay.synthetic import SYNTHETIC
 
 VICTIMS = ("newest", "cheapest")
 PREEMPTIONS = ("recompute", "swap")
@@ -25,7 +26,8 @@ class Rules:
         preemption: "recompute" what a preempted row had cached, or "swap" it out and in.
         order: "fcfs", first come first served, or "shortest", see Queue.
         buddy_rest: what buddies do with a rest of the memory in which a request of max-len has no
-            place: "used" for shorter ones, or "lost", as it is for slots of max-len.
+            place: "used" for shorter ones, or "lost", as it is for slots of max-len. See
+            default_buddy_rest.
         scheduler: "prefill-first" is loop.py for every policy; "engine" runs the paged ones with
             the engine's scheduler, which chooses victims itself.
         token_budget, max_running, prefix_cache: of the engine's scheduler.
@@ -37,7 +39,7 @@ class Rules:
     victim: str = "newest"
     preemption: str = "recompute"
     order: str = "fcfs"
-    buddy_rest: str = "lost"
+    buddy_rest: str = "used"
     scheduler: str = "prefill-first"
     token_budget: int = 2048
     max_running: int = 256
@@ -59,3 +61,11 @@ class Rules:
         for name in ("token_budget", "max_running"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def default_buddy_rest(trace: str, max_len: int | None) -> str:
+    """ "used"; "lost" in the setting of the published figure, which counts that rest as lost.
+
+    The setting is a synthetic trace with a maximum length that was named. See paper.py.
+    """
+    return "lost" if trace in SYNTHETIC and max_len is not None else "used"

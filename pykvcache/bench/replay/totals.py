@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ KEYS = (
     *("policy", "block_size", *SHARES, "mean_batch", "peak_batch", "preemptions"),
     *("recomputed_tokens", "prefix_hit", "throughput"),
 )
+BESIDE = ("waste_per_sequence", "tokens_per_sequence")
 UNIT = 2**20
 
 
@@ -96,6 +98,7 @@ class Result:
     peak_batch: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    by_engine: bool = False  # paged by the engine's scheduler
 
     @property
     def label(self) -> str:
@@ -120,6 +123,19 @@ class Result:
         units = {k: max(0, round(100 * UNIT * v / slots)) if slots else 0 for k, v in parts.items()}
         return {"live": 100 - sum(units.values()) / UNIT} | {k: v / UNIT for k, v in units.items()}
 
+    def printed_shares(self) -> dict[str, str]:
+        """The shares with one decimal that sum to 100.0 as they are printed.
+
+        `live` is rounded; of the others those with the largest remainders are rounded up.
+        """
+        tenths = {name: 10 * share for name, share in self.shares().items()}
+        printed = {name: math.floor(share) for name, share in tenths.items()}
+        printed["live"] = math.floor(tenths["live"] + 0.5)
+        others = sorted(SHARES[1:], key=lambda name: printed[name] - tenths[name])
+        for name in others[: 1000 - sum(printed.values())]:
+            printed[name] += 1
+        return {name: f"{count / 10:.1f}" for name, count in printed.items()}
+
     @property
     def mean_batch(self) -> float:
         """Rows that generate, averaged over the same time as the shares."""
@@ -130,6 +146,11 @@ class Result:
         """Slots that a row has and that hold no live token, averaged over rows and time."""
         window = self.window
         return (window.allocated - window.live) / window.rows if window.rows else 0.0
+
+    @property
+    def tokens_per_sequence(self) -> float:
+        """Live tokens of a row, averaged over rows and time."""
+        return self.window.live / self.window.rows if self.window.rows else 0.0
 
     @property
     def waste_of_allocated(self) -> float:
@@ -148,7 +169,8 @@ class Result:
         return 100 * self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The row, with exactly KEYS; `shares_of` is added where shares are not of the budget."""
-        found = self.shares() | {key: getattr(self, key) for key in KEYS if key not in SHARES}
-        row = {key: found[key] for key in KEYS}
+        """The row: KEYS, then BESIDE, and `shares_of` where shares are not of the budget."""
+        keys = (*KEYS, *BESIDE)
+        found = self.shares() | {key: getattr(self, key) for key in keys if key not in SHARES}
+        row = {key: found[key] for key in keys}
         return row if self.waiting.seconds else row | {"shares_of": "allocated"}

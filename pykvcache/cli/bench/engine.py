@@ -23,8 +23,10 @@ from pykvcache.bench.throughput import (
     measure_capacity,
     measure_overhead,
 )
+from pykvcache.bench.timing import Interrupted
 from pykvcache.cli.bench.options import MOST_THREADS, Compare, FailAbove, Json, Output, integers
 
+MOST_ROWS, MOST_STEPS = 4096, 100_000
 CAPACITIES = ((500, 65_536), (2000, 262_144))  # requests, tokens of the pool
 
 
@@ -85,7 +87,9 @@ def engine(
     capacity: Annotated[bool, typer.Option(help="Count requests at once instead.")] = False,
     overhead: Annotated[bool, typer.Option(help="Time a step outside the model instead.")] = False,
     rows: Annotated[str, typer.Option(help="With --overhead: numbers of rows.")] = "1,8,32,256",
-    steps: Annotated[int, typer.Option(min=10, help="With --overhead: steps of each.")] = 200,
+    steps: Annotated[
+        int, typer.Option(min=10, max=MOST_STEPS, help="With --overhead: steps of each.")
+    ] = 200,
     json: Json = None,
     compare: Compare = None,
     fail_above: FailAbove = None,
@@ -96,7 +100,7 @@ def engine(
         raise typer.BadParameter(f"--workload is one of {names}, all; got {workload!r}")
     if capacity and overhead:
         raise typer.BadParameter("--capacity and --overhead are two measurements; give one")
-    counts = integers("--rows", rows)
+    counts = row_counts(rows)
     torch.set_num_threads(threads)
     output = Output(json, compare, fail_above)
     if capacity:
@@ -110,13 +114,21 @@ def engine(
 
 def overhead(
     rows: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,8,32,256",
-    steps: Annotated[int, typer.Option(min=10, help="Steps of each.")] = 200,
+    steps: Annotated[int, typer.Option(min=10, max=MOST_STEPS, help="Steps of each.")] = 200,
     json: Json = None,
 ) -> None:
     """Measure the engine's own code."""
-    counts = integers("--rows", rows)
+    counts = row_counts(rows)
     torch.set_num_threads(1)
     measure_overheads(Output(json), counts, steps)
+
+
+def row_counts(text: str) -> list[int]:
+    """Raise BadParameter for more rows than a step is measured with."""
+    counts = integers("--rows", text)
+    if max(counts) > MOST_ROWS:
+        raise typer.BadParameter(f"--rows must be at most {MOST_ROWS}, got {max(counts)}")
+    return counts
 
 
 def measure_throughput(
@@ -129,10 +141,13 @@ def measure_throughput(
         with task_progress("running", total) as advance:
             for name in workloads:
                 results.append(measure(WORKLOADS[name], repeats, generate_batch, advance))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         complete = False
-        output.interrupted()
-    output.console.print(result_table(results))
+        if isinstance(stopped, Interrupted):
+            results.append(stopped.kept)
+        output.interrupted(results)
+    if results:
+        output.console.print(result_table(results))
     if not generate_batch:
         output.console.print(
             "not measured: transformers' generate_batch, which takes minutes; --generate-batch"
@@ -150,8 +165,9 @@ def measure_capacities(output: Output) -> None:
                 advance()
     except KeyboardInterrupt:
         complete = False
-        output.interrupted()
-    output.console.print(capacity_table(found))
+        output.interrupted(found)
+    if found:
+        output.console.print(capacity_table(found))
     output.finish([asdict(entry) for entry in found], complete)
 
 
@@ -165,6 +181,7 @@ def measure_overheads(output: Output, counts: list[int], steps: int) -> None:
                 advance()
     except KeyboardInterrupt:
         complete = False
-        output.interrupted()
-    output.console.print(overhead_table(found))
+        output.interrupted(found)
+    if found:
+        output.console.print(overhead_table(found))
     output.finish([asdict(entry) for entry in found], complete)

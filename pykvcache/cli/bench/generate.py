@@ -16,7 +16,8 @@ from rich.table import Table
 
 from pykvcache.bench.generate import WORKLOADS, Result, measure, measure_step
 from pykvcache.bench.progress import task_progress
-from pykvcache.bench.timing import Timing
+from pykvcache.bench.timing import Interrupted, Timing
+from pykvcache.cache import MAX_BLOCK_SIZE
 from pykvcache.cli.bench.options import MOST_THREADS, Compare, FailAbove, Json, Output
 
 STEP_RUNS = 10
@@ -58,7 +59,7 @@ def generate(
     workload: Annotated[str, typer.Option(help="mixed, long, step or all.")] = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS)] = 1,
-    block_size: Annotated[int, typer.Option(min=1)] = 16,
+    block_size: Annotated[int, typer.Option(min=1, max=MAX_BLOCK_SIZE)] = 16,
     json: Json = None,
     compare: Compare = None,
     fail_above: FailAbove = None,
@@ -81,9 +82,14 @@ def generate(
                     step = measure_step(STEP_RUNS * repeats, block_size, advance)
                 else:
                     results.append(measure(WORKLOADS[name], repeats, block_size, advance))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         complete = False
-        output.interrupted()
+        if isinstance(stopped, Interrupted):
+            if name == "step":
+                step = stopped.kept
+            else:
+                results.append(stopped.kept)
+        output.interrupted(results or step)
     if results:
         output.console.print(workload_table(results))
         output.console.print(

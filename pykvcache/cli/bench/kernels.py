@@ -93,7 +93,7 @@ def kernels(
                 advance(title=case.name)
     except KeyboardInterrupt:
         complete = False
-        output.interrupted()
+        output.interrupted(results)
     for phase in ("decode", "prefill"):
         if of_phase := [result for result in results if result.case.phase == phase]:
             output.console.print(tables.kernel_table(of_phase), soft_wrap=True)

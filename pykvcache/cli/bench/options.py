@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,14 +56,16 @@ class Output:
         line = tables.environment_line(environment.describe())
         self.console.print(line, soft_wrap=True)
 
-    def interrupted(self) -> None:
-        self.console.print("interrupted; what was measured so far:")
+    def interrupted(self, found: object) -> None:
+        """Say it, and whether anything comes."""
+        what = "what was measured so far:" if found else "nothing was measured yet"
+        self.console.print(f"interrupted; {what}")
 
     def finish(self, rows: Sequence[dict[str, Any]], complete: bool = True) -> None:
         """Save and compare; exit code 1 beyond --fail-above or with nothing to compare, 130 after
         Ctrl-C.
         """
-        if self._json is not None and rows:
+        if self._json == "-" or (self._json is not None and rows):  # no old file becomes empty
             tables.save_json(self._json, rows)
         is_slower = self._old is not None and bool(rows) and self._compare(rows)
         if not complete:
@@ -102,12 +104,27 @@ def check_output(option: str, file: str | Path) -> None:
         if path.is_dir():
             raise typer.BadParameter(f"{option}: {path} is a folder")
         if not path.exists():
+            path = Path(os.path.realpath(path))  # of a link that leads nowhere yet
             path.open("x").close()
             path.unlink()
         elif not os.access(path, os.W_OK):
             raise typer.BadParameter(f"{option}: {path} cannot be written")
     except OSError as error:
         raise typer.BadParameter(f"{option}: {path} cannot be written: {error.strerror}") from None
+
+
+def check_apart(option: str, file: str | Path, others: Mapping[str, str | Path | None]) -> None:
+    """Raise BadParameter if `file` is also what another option names."""
+    for other, name in others.items():
+        if name is None:
+            continue
+        if os.path.isfile(file) and os.path.isfile(name):
+            is_same = os.path.samefile(file, name)
+        else:  # a terminal or a pipe takes both
+            is_new = not os.path.exists(file)
+            is_same = is_new and os.path.realpath(file) == os.path.realpath(name)
+        if is_same:
+            raise typer.BadParameter(f"{option} and {other} are the same file, {file}")
 
 
 def check_picture(file: Path, option: str = "--plot") -> None:

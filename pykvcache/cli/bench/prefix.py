@@ -54,7 +54,7 @@ def prefix(
                 replays.append(replay(requests, size or None, advance))
     except KeyboardInterrupt:
         complete = False
-        output.interrupted()
+        output.interrupted(replays)
     if replays:
         output.console.print(replay_table(replays, trace), soft_wrap=True)
     rows = [asdict(result) | {"hit_rate": result.hit_rate} for result in replays]
