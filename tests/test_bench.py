@@ -50,7 +50,7 @@ def test_traces_of_the_user(tmp_path: Path) -> None:
         ("a.csv", "input_length,other\n1,2\n", "a.csv must have the columns .*input_length,other"),
         ("a.csv", "input_length,output_length\n1,2\n3,-4\n", "line 3: output .* got '-4'"),
         ("a.csv", "input_length,output_length\n1\n", "line 2: output .* got None"),
-        ("a.jsonl", '{"input_length": 1, "output_length": 2}\n{}\n', "a.jsonl, line 2: .*KeyError"),
+        ("a.jsonl", '{"input_length": 1, "output_length": 2}\n{}\n', "a.jsonl, line 2: must be"),
         ("a.jsonl", '{"input_length": "x", "output_length": 2}\n', "line 1: prompt .* got 'x'"),
         ("a.jsonl", "input\n", "a.jsonl, line 1: must be a JSON object"),
     ],

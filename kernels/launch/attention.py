@@ -175,7 +175,7 @@ def paged_attention(
         merge_kernel[(rows, groups * part_rows)](
             part_values, part_lse, cu_seqlens_q, plan, sinks, out, lse, rows, programs,
             part_rows, groups, group, v_head_dim, width, MERGED_PIECES, deterministic,
-            num_warps=max(width // 128, 1),
+            num_warps=max(width // 64, 1),
         )  # fmt: skip
     if max_seqlen_q * group > most_rows:
         choice = choose("prefill", arch, dim, size)

@@ -61,7 +61,7 @@ def test_weights_of_experts(tmp_path: Path) -> None:
     [
         ({"hidden_size": 4}, "hidden_size must be at least num_attention_heads, got 4 and 8"),
         ({"kv_lora_rank": "x"}, "kv_lora_rank must be a positive integer, got 'x'"),
-        ({"kv_lora_rank": 512, "qk_rope_head_dim": None}, "latents"),
+        ({"kv_lora_rank": 512, "qk_rope_head_dim": None}, "has no qk_rope_head_dim"),
         ({"text_config": "x"}, "text_config must be an object, got 'x'"),
         ({"intermediate_size": [1, 2]}, r"intermediate_size must be a positive integer, got \[1"),
         ({"vocab_size": "x"}, "vocab_size must be a positive integer, got 'x'"),
