@@ -263,7 +263,9 @@ def show_explanation(spec: CallSpec, device: str, json: str | None, backend: str
     try:
         found: Explanation = explain_call(spec, device=device, backend=backend)
     except KeyboardInterrupt:
-        console.print("interrupted; nothing was measured yet")
+        console.print("interrupted before the end; nothing is kept of one call")
+        if json == STANDARD_OUTPUT:
+            tables.save_json(json, [])
         raise typer.Abort from None
     for name, text in [*found.lines(), ("launch table", used_table())]:
         console.print(f"{name:14}{text}", soft_wrap=True)

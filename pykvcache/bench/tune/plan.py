@@ -105,6 +105,7 @@ class Tuning:
             "live": demand.live,
             "waste": demand.waste,
             "mean_batch": demand.mean_batch,
+            "averaged_over": "the whole replay",
             "throughput": self.objective.value(size, decode),
         }
 

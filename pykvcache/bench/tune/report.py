@@ -15,7 +15,8 @@ def tuning_table(found: Tuning) -> Table:
     request = found.request
     title = (
         f"{request.shape.name}, {request.shape.dtype}, {request.memory} of KV cache; tokens/s of "
-        "attention and weights alone, to compare block sizes"
+        "attention and weights alone, to compare block sizes; waste of what is allocated, live of "
+        "the memory and batch over the whole replay"
     )
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
