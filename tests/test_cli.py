@@ -256,7 +256,7 @@ def test_demo_of_an_encoder_decoder_model(run, tmp_path: Path, monkeypatch) -> N
 def test_demo_of_unsuitable_models_is_one_line(
     run, tmp_path: Path, monkeypatch, name: str, arguments: dict[str, object], words: str
 ) -> None:
-    monkeypatch.setattr(logging, "raiseExceptions", False)  # transformers' handler has an old stderr
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # transformers keeps a stderr
     code, out, err = run("demo", "--model", save_tiny(tmp_path, name, **arguments), *TINY)
     assert (code, out) == (2, "")
     last = err.strip().splitlines()[-1]  # transformers may have warned
