@@ -264,6 +264,12 @@ def test_demo_of_unsuitable_models_is_one_line(
     assert "Traceback" not in err
 
 
+def test_demo_of_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
+    code, out, err = run("demo", "--model", str(tmp_path / "nowhere"), *TINY)
+    assert (code, out) == (2, "")
+    assert "nowhere: there is no such folder" in err and err.count("\n") == 1
+
+
 def test_demo_of_a_model_that_fails_is_one_line(run, tiny_model, monkeypatch) -> None:
     """Code 1 is for tokens that differ."""
     from transformers import LlamaForCausalLM

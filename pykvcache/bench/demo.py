@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def load_model(name: str | None, dtype: torch.dtype) -> Any:
         return models.build_llama(512, 1536, 4, 8, 2, 8_192, dtype)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError("there is no such folder")
     try:
         config = AutoConfig.from_pretrained(name)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
