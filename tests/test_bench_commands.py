@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 import warnings
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -25,13 +26,14 @@ from pykvcache.bench import (
     plots,
     throughput,
     timing,
+    transformers_batching,
     transformers_paged,
 )
 from pykvcache.bench import generate as generate_code
 from pykvcache.bench.cases import Case, Heads
 from pykvcache.bench.compare import compare, duration, read_results, times_of
 from pykvcache.bench.models import build_llama
-from pykvcache.bench.timing import WrongResult
+from pykvcache.bench.timing import Missing, WrongResult
 
 kernels_command = importlib.import_module("pykvcache.cli.bench.kernels")  # not the function
 
@@ -133,12 +135,16 @@ def test_interrupt_keeps_the_samples_of_a_workload(
         if runs > stop:
             raise KeyboardInterrupt
 
+    def missing(*_: object) -> None:
+        raise Missing("is not looked for")
+
     def take_turns(contenders, *arguments):
         return timing.take_turns(dict.fromkeys(contenders, generate), *arguments)
 
     monkeypatch.setattr(generate_code, "take_turns", take_turns)
     monkeypatch.setattr(throughput, "take_turns", take_turns)
     monkeypatch.setattr(throughput, "check_tokens", lambda *_: None)
+    monkeypatch.setattr(throughput, "check_batching", missing)
     monkeypatch.setattr(models, "build_llama", lambda *_: build_llama(32, 64, 1, 2, 1, 4096))
     workload = "step" if command == "generate" else "mixed"
     code, out, err = run(command, "--workload", workload, "--repeats", "9", "--json", "-")
@@ -150,6 +156,58 @@ def test_interrupt_keeps_the_samples_of_a_workload(
     assert "what was measured so far" in err
     counts = [found["samples"] for found in rows[0]["timings"].values()]
     assert sorted(counts) == [stop // 2, stop - stop // 2]
+
+
+@pytest.fixture
+def tiny_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench engine` on three requests of a model that takes milliseconds."""
+    workload = generate_code.Workload("mixed", 3, 8, 20, 18)
+    monkeypatch.setitem(generate_code.WORKLOADS, "mixed", workload)
+    monkeypatch.setattr(models, "build_llama", lambda *_: build_llama(32, 64, 1, 2, 1, 4096))
+
+
+def test_generate_batch_is_a_checked_contender(
+    run, tiny_requests: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("engine", "--workload", "mixed", "--repeats", "2", "--json", "-")
+    code, out, err = run(*command)
+    assert code == 0, err
+    timings = json.loads(out)["results"][0]["timings"]
+    assert set(timings) == {"padded generate", "engine", "generate_batch"}
+
+    complete = transformers_batching.complete
+
+    def without(*arguments):
+        code, out, err = run(*command)
+        assert code == 0 and "generate_batch" not in json.loads(out)["results"][0]["timings"]
+        return " ".join(err.split())
+
+    def wrong(*arguments):
+        return [[*tokens[:-1], tokens[-1] + 1] for tokens in complete(*arguments)]
+
+    monkeypatch.setattr(transformers_batching, "complete", wrong)
+    assert "generate_batch on mixed gives other tokens than generate" in without()
+    monkeypatch.setattr(transformers_batching, "complete", lambda *_: 1 / 0)
+    assert "generate_batch on mixed does not run here: division by zero" in without()
+
+
+def test_generate_batch_that_takes_too_long_or_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_llama(32, 64, 1, 2, 1, 100)
+    start = time.perf_counter()
+    with pytest.raises(Missing, match="longer than --longest-run"):
+        transformers_batching.complete(model, [[1, 2, 3]], [5000], 0.5)
+    assert time.perf_counter() - start < 20
+    assert [len(row) for row in transformers_batching.complete(model, [[1, 2], [3]], [3, 5])] == [
+        3,
+        5,
+    ]
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(model, "forward", broken)
+    with pytest.raises(Missing, match="stops at an error: no kernel"):
+        transformers_batching.complete(model, [[1, 2, 3]], [5])
 
 
 def test_steps_are_measured_with_as_many_rows_as_asked_for(
@@ -240,7 +298,7 @@ def test_peers_that_cannot_run_say_why() -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", library)
     half = kernels.Workload(Case("decode", SMALL, torch.bfloat16, 1, 32), [16])
     half.device = SimpleNamespace(type="cuda")
-    with pytest.raises(peers.Missing, match="does not run here"):
+    with pytest.raises(Missing, match="does not run here"):
         peers.flashinfer(half)
     monkeypatch.undo()
 
@@ -249,7 +307,7 @@ def test_peers_that_cannot_run_say_why() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda *args, **kwargs: broken)
-        with pytest.raises(peers.Missing, match=r"does not run here: no compiler$"):
+        with pytest.raises(Missing, match=r"does not run here: no compiler$"):
             peers.flex(workload)
 
 

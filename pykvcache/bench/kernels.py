@@ -23,7 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pykvcache import ops
 from pykvcache.bench import environment, peaks
 from pykvcache.bench.cases import Case
-from pykvcache.bench.timing import Contender, Timing, WrongResult, interleave
+from pykvcache.bench.timing import Contender, Missing, Timing, WrongResult, interleave
 from pykvcache.storage import allocate
 
 COLD_BYTES = 256 * 2**20
@@ -165,7 +165,7 @@ class Workload:
 
     def _add_peers(self, names: Sequence[str]) -> None:
         """Those of peers.PEERS that run here; a peer that fails is no reason to stop."""
-        from pykvcache.bench.peers import PEERS, Missing
+        from pykvcache.bench.peers import PEERS
 
         for name in names:
             try:

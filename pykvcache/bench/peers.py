@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from pykvcache.bench.timing import Contender
+from pykvcache.bench.timing import Contender, Missing, one_line
 
 if TYPE_CHECKING:
     from pykvcache.bench.kernels import Workload
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 FLASHINFER_PAGE = 16
 FLASHINFER_WORKSPACE = 128 * 2**20
 SDPA_BACKENDS = {"sdpa flash": "FLASH_ATTENTION", "sdpa cudnn": "CUDNN_ATTENTION"}
-
-
-class Missing(Exception):
-    """Why a peer cannot run."""
 
 
 def flex(workload: Workload) -> dict[str, Contender]:
@@ -63,7 +59,7 @@ def flex(workload: Workload) -> dict[str, Contender]:
     try:
         run(0)
     except Exception as error:  # a compiler's failure has any type
-        raise Missing(f"does not run here: {_one_line(error)}") from error
+        raise Missing(f"does not run here: {one_line(error)}") from error
     return {"flex": run}
 
 
@@ -112,7 +108,7 @@ def flashinfer(workload: Workload) -> dict[str, Contender]:
         run = _plan_flashinfer(library, workload)
         run(0)
     except Exception as error:  # no kernel for this GPU, no compiler, another version's signature
-        raise Missing(f"does not run here: {_one_line(error)}") from error
+        raise Missing(f"does not run here: {one_line(error)}") from error
     return {"flashinfer": run}
 
 
@@ -167,10 +163,10 @@ def transformers(workload: Workload) -> dict[str, Contender]:
 
     try:
         return {"transformers paged": transformers_paged.paged(workload)}
-    except transformers_paged.DoesNotRun as error:
-        raise Missing(str(error)) from error
+    except Missing:
+        raise
     except Exception as error:  # what it uses is private there and changes between versions
-        raise Missing(f"does not run here: {_one_line(error)}") from error
+        raise Missing(f"does not run here: {one_line(error)}") from error
 
 
 PEERS: dict[str, Callable[[Workload], dict[str, Contender]]] = {
@@ -179,8 +175,3 @@ PEERS: dict[str, Callable[[Workload], dict[str, Contender]]] = {
     "flashinfer": flashinfer,
     "transformers": transformers,
 }
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:160]

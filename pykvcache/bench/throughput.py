@@ -22,12 +22,14 @@ import torch
 
 import pykvcache
 from pykvcache.bench import models
+from pykvcache.bench import transformers_batching as batching
 from pykvcache.bench.generate import Workload, generate
-from pykvcache.bench.timing import Timing, WrongResult, keeping, take_turns
+from pykvcache.bench.timing import Missing, Timing, WrongResult, keeping, one_line, take_turns
 from pykvcache.bench.traces import read_trace
 
 SHORTEST_OUTPUT = {"mixed": 16, "long": 32}
 CHECKED_ROWS, CHECKED_TOKENS = 6, 8
+CONTENDERS = 3
 POOL = "2GiB"
 
 
@@ -63,10 +65,18 @@ def output_lengths(workload: Workload) -> list[int]:
 def measure(
     workload: Workload,
     repeats: int,
-    with_generate_batch: bool = False,
-    advance: Callable[[], object] = lambda: None,
+    longest_run: float,
+    missing: dict[str, str],
+    advance: Callable[..., object] = lambda steps=1: None,
 ) -> Result:
-    """Time the contenders in turns, `repeats` times; calls `advance` after each run.
+    """Time the contenders in turns.
+
+    Args:
+        workload: the requests.
+        repeats: runs of each contender.
+        longest_run: seconds; `generate_batch` is left out if it takes longer.
+        missing: gets the reason when `generate_batch` is left out.
+        advance: called after each run; with a number of runs for those that are left out.
 
     Raises:
         WrongResult: tokens differ in float32; nothing was timed.
@@ -76,7 +86,7 @@ def measure(
     model = models.build_llama(512, 1536, 8, 8, 2, 32_000, torch.bfloat16)
     inputs = models.random_prompts(lengths, model.config.vocab_size)
     prompts = [row[-n:].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
-    check_tokens(model, prompts)
+    checked = check_tokens(model, prompts)
     sampling = [pykvcache.Sampling(max_new_tokens=n) for n in outputs]
     engine = pykvcache.Engine(model, memory=POOL)
 
@@ -85,45 +95,74 @@ def measure(
         # another salt each time: prefixes of the run before are not found
         "engine": lambda run: engine.generate(prompts, sampling, salt=run, progress=False),
     }
-    if with_generate_batch:
-        contenders["generate_batch"] = lambda _: generate_batch(model, prompts, outputs)
+    try:
+        check_batching(model, checked, longest_run)
+        batching.complete(model, prompts, outputs, longest_run)
+        contenders["generate_batch"] = lambda _: batching.complete(model, prompts, outputs)
+    except Missing as error:
+        missing[f"generate_batch on {workload.name}"] = str(error)
+        advance(repeats)
     threads, tokens = torch.get_num_threads(), (sum(lengths), sum(outputs))
     with keeping(lambda timings: Result(workload.name, threads, *tokens, timings)):
         timings = take_turns(contenders, repeats, time.process_time, advance)
     return Result(workload.name, threads, *tokens, timings)
 
 
-def check_tokens(model: Any, prompts: list[list[int]]) -> None:
-    """Compare the engine's greedy tokens with `generate`, prompt by prompt, in float32."""
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Weights that were bfloat16 are float32 inside; nothing is lost."""
     model.float()
+    try:
+        yield
+    finally:
+        model.to(torch.bfloat16)
+
+
+def check_tokens(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    """Compare the engine's greedy tokens with `generate`, prompt by prompt, in float32.
+
+    Returns:
+        The prompts that were compared, and what follows each.
+
+    Raises:
+        WrongResult: they differ.
+    """
     some = sorted(prompts, key=len)[:CHECKED_ROWS]
-    engine = pykvcache.Engine(model, num_blocks=500, token_budget=100)
-    outputs = engine.generate(some, max_new_tokens=CHECKED_TOKENS, progress=False)
-    for prompt, output in zip(some, outputs, strict=True):
-        with torch.no_grad():
-            tokens = model.generate(
-                torch.tensor([prompt]), max_new_tokens=CHECKED_TOKENS, do_sample=False
-            )
-        if tokens[0, len(prompt) :].tolist() != output.token_ids:
-            raise WrongResult(f"tokens of a prompt of {len(prompt)} tokens differ from generate's")
-    model.to(torch.bfloat16)
+    expected = []
+    with in_float32(model):
+        engine = pykvcache.Engine(model, num_blocks=500, token_budget=100)
+        outputs = engine.generate(some, max_new_tokens=CHECKED_TOKENS, progress=False)
+        for prompt, output in zip(some, outputs, strict=True):
+            with torch.no_grad():
+                tokens = model.generate(
+                    torch.tensor([prompt]), max_new_tokens=CHECKED_TOKENS, do_sample=False
+                )
+            expected.append(tokens[0, len(prompt) :].tolist())
+            if expected[-1] != output.token_ids:
+                raise WrongResult(
+                    f"tokens of a prompt of {len(prompt)} tokens differ from generate's"
+                )
+    return list(zip(some, expected, strict=True))
 
 
-def generate_batch(model: Any, prompts: list[list[int]], outputs: list[int]) -> None:
-    """transformers' own continuous batching, every request with its own length."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+def check_batching(
+    model: Any, checked: list[tuple[list[int], list[int]]], most_seconds: float
+) -> None:
+    """Compare `generate_batch` with the same tokens.
 
-    batching = ContinuousBatchingConfig(num_blocks=200, page_size=256, max_batch_tokens=2048)
-    with model.continuous_batching_context_manager(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
-        continuous_batching_config=batching,
-    ) as manager:
-        for prompt, count in zip(prompts, outputs, strict=True):
-            manager.add_request(prompt, max_new_tokens=count)
-        finished = 0
-        while finished < len(prompts):
-            if manager.get_result(timeout=600) is not None:
-                finished += 1
+    Raises:
+        Missing: they differ, or it fails.
+    """
+    prompts, expected = (list(each) for each in zip(*checked, strict=True))
+    with in_float32(model):
+        try:
+            found = batching.complete(model, prompts, [CHECKED_TOKENS] * len(prompts), most_seconds)
+        except Missing:
+            raise
+        except Exception as error:  # no continuous batching, or that of another version
+            raise Missing(f"does not run here: {one_line(error)}") from error
+    if found != expected:
+        raise Missing("gives other tokens than generate")
 
 
 # What the engine's own code costs.

@@ -26,6 +26,10 @@ class WrongResult(RuntimeError):
     """A contender's output is not what it must be, so its time means nothing."""
 
 
+class Missing(Exception):
+    """A peer cannot be timed; says why in one line."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in the middle of a measurement; `kept` is its result by what was timed before."""
 
@@ -127,6 +131,12 @@ def take_turns(
             raise
         raise Interrupted({name: Timing.of(samples[name]) for name in contenders}) from None
     return {name: Timing.of(samples[name]) for name in contenders}
+
+
+def one_line(error: BaseException) -> str:
+    """The start of what an error says."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pykvcache.bench.timing import Missing
+
 if TYPE_CHECKING:
     from pykvcache.bench.kernels import Workload
 
@@ -26,10 +28,6 @@ PAGE = 256  # tokens; the default of transformers
 KIND = "full_attention"
 MOST_MASK_ELEMENTS = 2**28
 MOST_CALL_SECONDS = 5.0
-
-
-class DoesNotRun(Exception):
-    """One line that says why."""
 
 
 @dataclass
@@ -46,14 +44,14 @@ def paged(workload: Workload) -> Callable[[int], Tensor]:
     """A call of the contender; it returns [T, HQ, D].
 
     Raises:
-        DoesNotRun: too large or too slow for a benchmark. Anything else: other versions.
+        Missing: too large or too slow for a benchmark. Anything else: other versions.
     """
     case = workload.case
     if case.phase == "chunk":
-        raise DoesNotRun("is measured for decode and prefill only")
+        raise Missing("is measured for decode and prefill only")
     queries, keys = case.batch * case.query_len, case.batch * case.length
     if queries * keys > MOST_MASK_ELEMENTS:
-        raise DoesNotRun(f"would need a mask of {queries:,} x {keys:,} in {case.name}")
+        raise Missing(f"would need a mask of {queries:,} x {keys:,} in {case.name}")
     cache = make_cache(workload)
     reads, writes = fill(cache, workload)
     mask = block_mask(workload)
@@ -87,7 +85,7 @@ def paged(workload: Workload) -> Callable[[int], Tensor]:
         run(0)
         seconds = time.perf_counter() - began
     if seconds > MOST_CALL_SECONDS:
-        raise DoesNotRun(f"takes {seconds:.1f} s a call in {case.name}")
+        raise Missing(f"takes {seconds:.1f} s a call in {case.name}")
     return torch.no_grad()(run)
 
 
@@ -137,7 +135,7 @@ def fill(cache: Any, workload: Workload) -> tuple[list[Tensor], list[Tensor]]:
     order = list(itertools.chain.from_iterable(ids))
     for place in torch.randperm(len(order)).tolist():
         if not cache.can_store_request_tokens(Row(order[place]), case.length):
-            raise DoesNotRun("has no room for all copies")
+            raise Missing("has no room for all copies")
     reads, writes = [], []
     allocator = next(iter(cache.cache_allocators.values()))
     for copy, rows in enumerate(ids):

@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 EXAMPLE = "Example: python -m pykvcache bench"
 app.command(epilog=f"{EXAMPLE} kernels --quick --json now.json --compare before.json")(kernels)
-app.command(epilog=f"{EXAMPLE} engine --workload mixed --generate-batch")(engine)
+app.command(epilog=f"{EXAMPLE} engine --workload mixed --repeats 5")(engine)
 app.command(epilog=f"{EXAMPLE} generate --workload mixed --repeats 5")(generate)
 app.command(epilog=f"{EXAMPLE} allocator --compare before.json --fail-above 1.2")(allocator)
 app.command(epilog=f"{EXAMPLE} prefix --num-blocks 10000 --num-blocks 0")(prefix)

@@ -16,6 +16,7 @@ from rich.table import Table
 from pykvcache.bench.generate import WORKLOADS
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.throughput import (
+    CONTENDERS,
     Capacity,
     Overhead,
     Result,
@@ -81,9 +82,9 @@ def engine(
     workload: Annotated[str, typer.Option(help="mixed, long or all.")] = "all",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each contender.")] = 3,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS)] = 1,
-    generate_batch: Annotated[
-        bool, typer.Option(help="Also transformers' generate_batch, which takes minutes.")
-    ] = False,
+    longest_run: Annotated[
+        float, typer.Option(min=1, help="Seconds; generate_batch is left out if a run takes more.")
+    ] = 60,
     capacity: Annotated[bool, typer.Option(help="Count requests at once instead.")] = False,
     overhead: Annotated[bool, typer.Option(help="Time a step outside the model instead.")] = False,
     rows: Annotated[str, typer.Option(help="With --overhead: numbers of rows.")] = "1,8,32,256",
@@ -94,7 +95,7 @@ def engine(
     compare: Compare = None,
     fail_above: FailAbove = None,
 ) -> None:
-    """Compare the engine with a padded batch, tokens checked first."""
+    """Compare the engine with a padded batch and generate_batch, tokens checked first."""
     if workload not in ("all", *WORKLOADS):
         names = ", ".join(WORKLOADS)
         raise typer.BadParameter(f"--workload is one of {names}, all; got {workload!r}")
@@ -109,7 +110,7 @@ def engine(
         measure_overheads(output, counts, steps)
     else:
         chosen = list(WORKLOADS) if workload == "all" else [workload]
-        measure_throughput(output, chosen, repeats, generate_batch)
+        measure_throughput(output, chosen, repeats, longest_run)
 
 
 def overhead(
@@ -132,15 +133,16 @@ def row_counts(text: str) -> list[int]:
 
 
 def measure_throughput(
-    output: Output, workloads: list[str], repeats: int, generate_batch: bool
+    output: Output, workloads: list[str], repeats: int, longest_run: float
 ) -> None:
     results: list[Result] = []
+    missing: dict[str, str] = {}
     complete = True
     try:
-        total = len(workloads) * repeats * (2 + generate_batch)
-        with task_progress("running", total) as advance:
+        with task_progress("running", len(workloads) * repeats * CONTENDERS) as advance:
             for name in workloads:
-                results.append(measure(WORKLOADS[name], repeats, generate_batch, advance))
+                advance(0, f"running {name}")
+                results.append(measure(WORKLOADS[name], repeats, longest_run, missing, advance))
     except KeyboardInterrupt as stopped:
         complete = False
         if isinstance(stopped, Interrupted):
@@ -148,10 +150,8 @@ def measure_throughput(
         output.interrupted(results)
     if results:
         output.console.print(result_table(results))
-    if not generate_batch:
-        output.console.print(
-            "not measured: transformers' generate_batch, which takes minutes; --generate-batch"
-        )
+    for name, reason in missing.items():
+        output.console.print(f"not measured: {name} {reason}", soft_wrap=True)
     output.finish([result.to_json() for result in results], complete)
 
 

@@ -94,7 +94,7 @@ def generate(
         output.console.print(workload_table(results))
         output.console.print(
             "not measured: transformers' generate_batch, which is no call of generate; "
-            "bench engine --generate-batch",
+            "bench engine times it",
             soft_wrap=True,
         )
     if step:
