@@ -112,7 +112,8 @@ def nvcc_flags(torch_dir: Path) -> str:
 def sources() -> list[tuple[Path, str, str]]:
     """(source, object name, extra flags) of `_C_cuda`; attention kernels once per class of dims."""
     folder = ROOT / "csrc" / "cuda"
-    found = [(folder / "module.cpp", "module", "")]
+    errors = ROOT / "csrc" / "python" / "errors.cpp"
+    found = [(folder / "module.cpp", "module", ""), (errors, "errors", "")]
     for source in sorted(folder.glob("*.cu")):
         if source.stem in ("decode_kernels", "prefill_kernels", "wgmma_kernels"):
             for dim in HEAD_DIMS:

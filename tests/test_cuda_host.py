@@ -20,6 +20,8 @@ from op_cases import BF16, F16, F32, Case
 from op_cases import build as build_case
 
 from pykvcache import operators, ops
+from pykvcache.bench import gpu
+from pykvcache.bench.tune.explain import CallSpec
 
 if operators.LOADERS["cuda"] is not build.load:
     pytest.skip("there is a GPU: nothing is emulated", allow_module_level=True)
@@ -45,6 +47,51 @@ def ctas() -> Iterator[None]:
     """Restores the number of CTAs that the emulated device runs at once."""
     yield
     build.control().kv_emulation_set_ctas(8)
+
+
+@pytest.mark.usefixtures("ctas")
+@pytest.mark.parametrize("count", [2, 6, 14, 100])
+def test_a_launch_is_explained(count: int) -> None:
+    """Units of 64 keys end to end, cut evenly over half of the CTAs: two KV heads."""
+    from pykvcache import _C_cuda
+
+    build.control().kv_emulation_set_ctas(count)
+    lengths, bf16 = [700, 64, 1, 2000], 2
+    units = [row for row, n in enumerate(lengths) for _ in range(-(-n // 64))]
+    programs = min(count // 2, len(units))
+    pieces = [set() for _ in lengths]
+    for index, row in enumerate(units):
+        begins = [program * len(units) // programs for program in range(programs)]
+        pieces[row].add(sum(begin <= index for begin in begins))
+    (found,) = _C_cuda.explain_launch(bf16, bf16, 8, 2, 128, 16, lengths, [1] * 4)
+    assert found == {
+        "kernel": "decode", "rows": 16, "tile": 64, "stages": 3, "threads": 128,
+        "ctas": 2 * programs,
+        "cut_rows": sum(len(numbers) > 1 for numbers in pieces),
+        "most_splits": max(map(len, pieces)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "kernel", "launch"),
+    [
+        ("B=2,L=300,HQ=8,HKV=2,D=128,q=100", "prefill", {"rows": 128, "tile": 64, "ctas": 16}),
+        ("B=2,L=300,HQ=8,HKV=2,D=512", "plain", {"rows": 1, "ctas": 16}),
+        ("B=2,L=300,HQ=8,HKV=2,D=64,dtype=fp32", "plain", {"rows": 1, "ctas": 16}),
+        ("B=2,L=300,HQ=8,HKV=2,D=256", "decode", {"tile": 32, "threads": 64}),
+    ],
+)
+def test_kernels_of_a_call_are_named(text: str, kernel: str, launch: dict[str, int]) -> None:
+    found, numbers = gpu.describe_launch(CallSpec.parse(text), torch.device("cuda"), "cuda")
+    assert found == f"{kernel} (csrc/cuda/{kernel}.cuh)"
+    assert (build.ROOT / "csrc/cuda" / f"{kernel}.cuh").exists()
+    assert launch.items() <= numbers.items()
+
+
+def test_wgmma_is_explained_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = CallSpec.parse("B=1,L=300,HQ=8,HKV=2,D=128,q=100")
+    monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "wgmma")
+    assert "wgmma_prefill" in gpu.describe_launch(call, torch.device("cuda"), "cuda")[0]
 
 
 @pytest.mark.usefixtures("ctas")

@@ -13,28 +13,29 @@ __global__ void __launch_bounds__(Decode<T, KV, KV_HEAD_DIM>::kThreads,
   Decode<T, KV, KV_HEAD_DIM>().run(params);
 }
 
-// function(kernel, threads, shared bytes)
+// function(kernel, shape)
 template <class Function>
 auto with_kernel(const KernelParams& params, Function&& function) {
   return dispatch_tensor_cores(params.attention, [&](auto q, auto kv) {
     using T = typename decltype(q)::type;
     using KV = typename decltype(kv)::type;
     using Kernel = Decode<T, KV, KV_HEAD_DIM>;
-    return function(&decode_kernel<T, KV>, Kernel::kThreads, Kernel::kSharedBytes);
+    return function(&decode_kernel<T, KV>, KernelShape{kRowTile, Kernel::kStep, Kernel::kStages,
+                                                       Kernel::kThreads, Kernel::kSharedBytes});
   });
 }
 
 }  // namespace
 
 template <>
-int HeadDim<KV_HEAD_DIM>::decode_shared_bytes(const KernelParams& params) {
-  return with_kernel(params, [](auto, int, int shared_bytes) { return shared_bytes; });
+KernelShape HeadDim<KV_HEAD_DIM>::decode_shape(const KernelParams& params) {
+  return with_kernel(params, [](auto, const KernelShape& shape) { return shape; });
 }
 
 template <>
 int HeadDim<KV_HEAD_DIM>::resident_decode_ctas(const KernelParams& params) {
-  return with_kernel(params, [](auto kernel, int threads, int shared_bytes) {
-    return resident_ctas(kernel, threads, shared_bytes);
+  return with_kernel(params, [](auto kernel, const KernelShape& shape) {
+    return resident_ctas(kernel, shape.threads, shape.shared_bytes);
   });
 }
 
@@ -43,8 +44,8 @@ void HeadDim<KV_HEAD_DIM>::decode(const KernelParams& params, Stream stream) {
   const dim3 grid{
       static_cast<unsigned>(params.programs),
       static_cast<unsigned>(params.attention.num_kv_heads * params.decode_rows / kRowTile)};
-  with_kernel(params, [&](auto kernel, int threads, int shared_bytes) {
-    launch(kernel, grid, threads, shared_bytes, stream, params);
+  with_kernel(params, [&](auto kernel, const KernelShape& shape) {
+    launch(kernel, grid, shape.threads, shape.shared_bytes, stream, params);
   });
 }
 

@@ -12,17 +12,27 @@ struct CopyParams;
 struct GatherParams;
 struct SlotMappingParams;
 
+// What a CTA of a kernel works on at once.
+struct KernelShape {
+  int rows;    // query rows
+  int keys;    // of a tile
+  int stages;  // tiles in its ring
+  int threads;
+  int shared_bytes;
+};
+
 // Tensor cores: kDim is 64, 128 or 256 and covers D and Dv. decode_kernels.cu and
 // prefill_kernels.cu (and wgmma_kernels.cu) are compiled once for each.
 template <int kDim>
 struct HeadDim {
   static int resident_decode_ctas(const KernelParams& params);
   static void decode(const KernelParams& params, Stream stream);
-  static int decode_shared_bytes(const KernelParams& params);
+  static KernelShape decode_shape(const KernelParams& params);
   static void prefill(const KernelParams& params, Stream stream);
-  static int prefill_shared_bytes(const KernelParams& params);
+  static KernelShape prefill_shape(const KernelParams& params);
   // wgmma_kernels.cu: whether this build and device can run it.
   static bool has_wgmma_prefill(const KernelParams& params);
+  static KernelShape wgmma_shape(const KernelParams& params);
   static void prefill_with_wgmma(const KernelParams& params, Stream stream);
 };
 

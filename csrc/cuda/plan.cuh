@@ -74,7 +74,8 @@ __device__ __forceinline__ void make_plan(const KernelParams& params) {
 }
 
 // Programs that have a share: no more than units, so that no slot of a cut row stays empty.
-__device__ __forceinline__ int32_t sharing_programs(const KernelParams& params, int32_t units) {
+__host__ __device__ __forceinline__ int32_t sharing_programs(const KernelParams& params,
+                                                             int32_t units) {
   const int32_t sharing = params.programs < units ? params.programs : units;
   return sharing > 1 ? sharing : 1;
 }
@@ -91,7 +92,7 @@ struct SlotRange {
   int32_t end;
 };
 
-__device__ __forceinline__ SlotRange row_slots(const KernelParams& params, int32_t row) {
+__host__ __device__ __forceinline__ SlotRange row_slots(const KernelParams& params, int32_t row) {
   const int32_t begin = params.plan[row], end = params.plan[row + 1];
   if (params.piece_units > 1 || begin == end) return {begin, end};
   const int32_t units = params.plan[params.attention.batch];

@@ -25,8 +25,12 @@ auto with_kernel(const KernelParams& params, Function&& function) {
 }  // namespace
 
 template <>
-int HeadDim<KV_HEAD_DIM>::prefill_shared_bytes(const KernelParams& params) {
-  return with_kernel(params, [](auto type, auto) { return decltype(type)::type::kSharedBytes; });
+KernelShape HeadDim<KV_HEAD_DIM>::prefill_shape(const KernelParams& params) {
+  return with_kernel(params, [](auto type, auto) {
+    using Kernel = typename decltype(type)::type;
+    return KernelShape{Kernel::kRows, Kernel::kTileKeys, Kernel::kStages, Kernel::kThreads,
+                       Kernel::kSharedBytes};
+  });
 }
 
 template <>

@@ -58,8 +58,8 @@ inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, in
                  if (kernel.head_dim == 0) return true;
                  if (kernel.head_dim > kLargestHeadDim) return false;
                  return dispatch_head_dim(kernel.head_dim, [&](auto dim) {
-                   return std::max(dim.decode_shared_bytes(s.params),
-                                   dim.prefill_shared_bytes(s.params)) <= limit;
+                   return std::max(dim.decode_shape(s.params).shared_bytes,
+                                   dim.prefill_shape(s.params).shared_bytes) <= limit;
                  });
                }).head_dim;
   if (s.head_dim == 0) return s;

@@ -54,6 +54,15 @@ bool HeadDim<KV_HEAD_DIM>::has_wgmma_prefill(const KernelParams& params) {
 }
 
 template <>
+KernelShape HeadDim<KV_HEAD_DIM>::wgmma_shape(const KernelParams& params) {
+  return with_kernel(params, [](auto type, auto) {
+    using Kernel = typename decltype(type)::type;
+    return KernelShape{Kernel::Stages::kRows, Kernel::kTileKeys, Kernel::Stages::kStages,
+                       Kernel::kThreads, Kernel::kSharedBytes};
+  });
+}
+
+template <>
 void HeadDim<KV_HEAD_DIM>::prefill_with_wgmma(const KernelParams& params, Stream stream) {
   const AttentionParams& p = params.attention;
   with_kernel(params, [&](auto type, auto kernel) {

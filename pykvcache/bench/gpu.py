@@ -152,9 +152,9 @@ def explain_on_gpu(
 def describe_launch(
     spec: CallSpec, device: torch.device, backend: str
 ) -> tuple[str, dict[str, int]]:
-    """Kernel and launch of a call on a GPU; what the compiled backend chooses is its own."""
-    if backend != "triton":
-        return f"{backend} on {torch.cuda.get_device_name(device)}", {}
+    """Kernel and launch of a call on a GPU, as the launchers find them."""
+    if backend == "cuda":
+        return _describe_compiled(spec)
     from pykvcache.bench.tune.shapes import DTYPES
     from pykvcache.kernels.launch import attention, table
 
@@ -171,3 +171,22 @@ def describe_launch(
     else:
         found["rows"] = choice.rows
     return f"{phase}_kernel (kernels/attention/{phase}.py), {arch}", found
+
+
+def _describe_compiled(spec: CallSpec) -> tuple[str, dict[str, int]]:
+    from pykvcache import _C_cuda
+    from pykvcache.bench.tune.explain import DTYPE_NUMBERS
+
+    dtype = DTYPE_NUMBERS[spec.dtype]
+    (report,) = _C_cuda.explain_launch(
+        dtype,
+        dtype,
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.head_dim,
+        spec.block_size,
+        [spec.length] * spec.batch,
+        [spec.query_len] * spec.batch,
+    )
+    kernel = report.pop("kernel")
+    return f"{kernel} (csrc/cuda/{kernel}.cuh)", {k: n for k, n in report.items() if n}

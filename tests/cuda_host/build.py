@@ -28,6 +28,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "cuda_host"
 HEAD_DIMS = (64, 128, 256)
+HOST_SOURCES = (
+    *(f"csrc/cuda/{name}" for name in ("attention.cu", "cache_ops.cu", "explain.cu", "module.cpp")),
+    "csrc/python/errors.cpp",
+)
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = "-std=c++20 -g1 -fPIC -fno-math-errno -Wall -Wextra -Wno-unknown-pragmas -DKV_CUDA_HOST"
 
@@ -91,7 +95,7 @@ def extension(defines: str = "") -> Path:
     torch_folder = Path(torch.__file__).parent
     sources = [
         *kernel_sources(HEAD_DIMS),
-        *((f"csrc/cuda/{name}", "") for name in ("attention.cu", "cache_ops.cu", "module.cpp")),
+        *((name, "") for name in HOST_SOURCES),
         ("tests/cuda_host/control.cpp", ""),
     ]
     flags = (

@@ -110,7 +110,7 @@ class Explanation:
         return [
             ("backend", self.backend),
             ("kernel", self.kernel),
-            ("launch", launch or "chosen by the compiled kernels, which do not report it"),
+            ("launch", launch),
             ("must move", f"{spec.bytes / 2**20:,.2f} MiB ({spec.bytes:,} bytes)"),
             ("must compute", f"{spec.flops / 1e9:,.3f} GFLOP ({spec.flops:,})"),
             ("intensity", f"{spec.flops / spec.bytes:.2f} FLOP a byte"),
