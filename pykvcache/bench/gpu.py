@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +125,11 @@ def copy_bandwidth(total_bytes: int) -> float:
 
 
 def explain_on_gpu(
-    spec: CallSpec, case: Case, seconds: float, backend: str = "auto"
+    spec: CallSpec,
+    case: Case,
+    seconds: float,
+    backend: str = "auto",
+    advance: Callable[..., object] = lambda steps=1, title=None: None,
 ) -> Explanation:
     """`tune.explain.explain` on the current GPU; "auto" is the best backend that is ready."""
     from pykvcache import ops
@@ -134,8 +138,11 @@ def explain_on_gpu(
 
     device = torch.device("cuda")
     backend = ops.table(backend, "cuda").backend
+    advance(title="filling the pool")
     workload = Workload(case, [spec.block_size], [backend], "cuda")
+    advance(title="checking")
     workload.check()
+    advance(title="timing")
     name = f"paged {spec.block_size}"
     contenders = {
         name: workload.contenders[name],

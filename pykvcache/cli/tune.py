@@ -20,11 +20,18 @@ from pykvcache import launch_table
 from pykvcache.bench import environment, tables
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.replay.workload import Workload
-from pykvcache.bench.tune.explain import CallSpec, Explanation
+from pykvcache.bench.tune.explain import EXPLAIN_STEPS, CallSpec
 from pykvcache.bench.tune.explain import explain as explain_call
 from pykvcache.bench.tune.measure import limits_of_calls, section_name
 from pykvcache.bench.tune.objective import Demand
-from pykvcache.bench.tune.plan import BLOCK_SIZES, Interrupted, Request, Tuning, restore_launches
+from pykvcache.bench.tune.plan import (
+    BLOCK_SIZES,
+    Interrupted,
+    Request,
+    Tuning,
+    progress_steps,
+    restore_launches,
+)
 from pykvcache.bench.tune.plan import tune as run_tuning
 from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
 from pykvcache.bench.tune.search import LITTLE_WASTE
@@ -125,7 +132,7 @@ def tune(
         )
         console = tables.open_console(stderr=STANDARD_OUTPUT in (out, json))
         console.print(tables.environment_line(environment.describe()), soft_wrap=True)
-        with task_progress("tuning", round(seconds)) as advance:
+        with task_progress("tuning", progress_steps(request)) as advance:
             found = run_tuning(request, advance)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(" ".join(str(error).split())) from error
@@ -188,10 +195,11 @@ def save(
 
 def save_demands(console: Console, demands: Mapping[int, Demand], json: str | None) -> None:
     """What the replay had found when Ctrl-C came."""
-    if not demands:
-        return
-    console.print("interrupted before the kernels were compared; the replay found:")
-    console.print(demand_table(demands))
+    if demands:
+        console.print("interrupted before the kernels were compared; the replay found:")
+        console.print(demand_table(demands))
+    else:
+        console.print("interrupted before anything was found")
     if json is not None:
         rows = [asdict(demand) | {"interrupted": True} for demand in demands.values()]
         tables.save_json(json, rows)
@@ -261,7 +269,8 @@ def who_reads(path: Path) -> str:
 def show_explanation(spec: CallSpec, device: str, json: str | None, backend: str) -> None:
     console = tables.open_console(stderr=json == STANDARD_OUTPUT)
     try:
-        found: Explanation = explain_call(spec, device=device, backend=backend)
+        with task_progress("explaining", EXPLAIN_STEPS) as advance:
+            found = explain_call(spec, device=device, backend=backend, advance=advance)
     except KeyboardInterrupt:
         console.print("interrupted before the end; nothing is kept of one call")
         if json == STANDARD_OUTPUT:

@@ -114,6 +114,19 @@ def test_interrupted_tune_keeps_what_is_known(run, tmp_path: Path, monkeypatch) 
     assert explain()["tile"] == 16
 
 
+def test_tune_interrupted_before_it_has_anything(run, monkeypatch) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "run_case", stop)
+    code, out, err = run(*QUICK, "--json", "-")
+    assert code == 130 and json.loads(out)["results"] == [] and "before anything" in err
+    monkeypatch.setattr(kernels.Workload, "check", stop)
+    code, out, err = run("--explain", "L=300,HQ=8,HKV=2,D=64", "--device", "cpu", "--json", "-")
+    assert code == 130 and json.loads(out)["results"] == []
+    assert "nothing is kept of one call" in err
+
+
 def test_a_tiny_call_in_large_blocks_takes_little_memory() -> None:
     """Its copies were so many that their blocks were 68 GB."""
     case = Call("decode", Heads("call", 1, 1, 64), torch.bfloat16, 1, 1)

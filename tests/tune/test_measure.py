@@ -156,11 +156,22 @@ def test_calls_that_cannot_be_explained(text: str, message: str) -> None:
         CallSpec.parse(text)
 
 
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("block_size", [16, 64, 256])
-def test_a_cycle_reads_enough_to_be_cold(monkeypatch: pytest.MonkeyPatch, block_size: int) -> None:
+def test_a_cycle_reads_enough_to_be_cold(
+    monkeypatch: pytest.MonkeyPatch, block_size: int, phase: str
+) -> None:
     monkeypatch.setattr(measure, "COLD_BYTES", 2**22)
     bench = Bench(SMALL, [90] * 20, 64, block_size=256)
-    call = bench._call("decode", block_size)
+    call = bench._call(phase, block_size)
     read = len(call.tables) * call.cached_tokens * SMALL.token_bytes
     assert read > 0.8 * 2**22
-    assert bench.storage.nbytes <= 2**22 * 256 / 90
+    assert bench.storage.nbytes <= 2**22 * 256 / 64
+
+
+def test_what_rows_make_of_a_prompt() -> None:
+    """A tile never holds more queries than the prompt has."""
+    bench = Bench(SMALL, [90], 300)
+    found = {rows: bench.prefill_items(16, rows) for rows in (0, 32, 64, 4096)}
+    assert found[32][0] == 16 and found[64][0] == 32 and found[4096][0] == 300
+    assert found[32][1] > found[64][1] > found[4096][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from pykvcache.bench.timing import Timing, interleave
 from pykvcache.bench.tune.shapes import DTYPES
 
 FIELDS = {"B": 1, "L": None, "HQ": None, "HKV": None, "D": None, "block_size": 16, "q": 1}
+EXPLAIN_STEPS = 3
 DTYPE_NUMBERS = {"fp32": 0, "fp16": 1, "bf16": 2}
 
 
@@ -144,11 +146,11 @@ class Explanation:
         }
 
 
-def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
-    """Kernel and launch of a call on the CPU, as the launcher itself finds them."""
+def cpu_report(spec: CallSpec) -> dict[str, int]:
+    """What the launcher of the CPU kernels would do with a call; see csrc/cpu/launches.h."""
     from pykvcache import _C
 
-    report = _C.explain_launch(
+    return _C.explain_launch(
         DTYPE_NUMBERS[spec.dtype],
         spec.num_heads,
         spec.num_kv_heads,
@@ -157,6 +159,11 @@ def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
         [spec.length] * spec.batch,
         [spec.query_len] * spec.batch,
     )
+
+
+def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
+    """Kernel and launch of a call on the CPU, as the launcher itself finds them."""
+    report = cpu_report(spec)
     isa = environment.cpu_isa()
     kept: tuple[str, ...]
     if report["decode_items"]:
@@ -169,9 +176,15 @@ def describe_launch(spec: CallSpec) -> tuple[str, dict[str, int]]:
 
 
 def explain(
-    spec: CallSpec, seconds: float = 2.0, device: str = "cpu", backend: str = "auto"
+    spec: CallSpec,
+    seconds: float = 2.0,
+    device: str = "cpu",
+    backend: str = "auto",
+    advance: Callable[..., object] = lambda steps=1, title=None: None,
 ) -> Explanation:
     """Check the call against the reference, then time it cold beside the peaks.
+
+    advance(title=...) is called before each of EXPLAIN_STEPS.
 
     Raises:
         WrongResult: the kernel is wrong. RuntimeError: no kernels for this device.
@@ -184,11 +197,14 @@ def explain(
     if device != "cpu":
         from pykvcache.bench.gpu import explain_on_gpu
 
-        return explain_on_gpu(spec, case, seconds, backend)
+        return explain_on_gpu(spec, case, seconds, backend, advance)
     if ops.backends()["cpu"] != "ready":
         raise RuntimeError(f"backend 'cpu' is not available: {ops.backends()['cpu']}")
+    advance(title="filling the pool")
     workload = Workload(case, [spec.block_size])
+    advance(title="checking")
     workload.check()
+    advance(title="timing")
     name = f"paged {spec.block_size}"
     read, gemm = peaks.read_contenders(), peaks.gemm_contenders(case.dtype)
     timings = interleave({name: workload.contenders[name]} | read | gemm, seconds)

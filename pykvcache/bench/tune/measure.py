@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pykvcache import launch_table, ops
 from pykvcache.bench.timing import WrongResult
+from pykvcache.bench.tune.explain import CallSpec, cpu_report
 from pykvcache.bench.tune.search import DEFAULT, Candidate, Launch
 from pykvcache.bench.tune.shapes import Shape
 from pykvcache.storage import allocate
@@ -89,7 +90,8 @@ class Bench:
         )
         self.prompt = min(prompt, PREFILL_TOKENS)
         generator = torch.Generator().manual_seed(0)
-        elements = storage_bytes(self.lengths, block_size) // shape.torch_dtype.itemsize
+        needed = [storage_bytes(rows, block_size) for rows in (self.lengths, [self.prompt])]
+        elements = max(needed) // shape.torch_dtype.itemsize
         base = torch.randn(2**20, generator=generator).to(shape.torch_dtype)
         self.storage = allocate(1, elements, shape.torch_dtype, self.device)[0]
         for part in self.storage.split(base.numel()):
@@ -109,6 +111,14 @@ class Bench:
         """Seconds for one prompt token."""
         self._use(DEFAULT, rows)
         return self._sample("prefill", block_size) / self.prompt
+
+    def prefill_items(self, block_size: int, rows: int) -> tuple[int, int]:
+        """What `rows` make of the prompt on a CPU: queries of an item, and items."""
+        self._use(DEFAULT, rows)
+        shape, prompt = self.shape, self.prompt
+        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        report = cpu_report(CallSpec(1, prompt, *heads, block_size, prompt, shape.dtype))
+        return min(report["query_tile"], prompt), report["items"]
 
     def check(self, candidates: Sequence[Candidate], rows: Sequence[int] = (0,)) -> None:
         """Raise WrongResult unless every launch gives the reference's result on short rows."""

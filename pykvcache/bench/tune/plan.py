@@ -110,8 +110,13 @@ class Tuning:
         }
 
 
+def progress_steps(request: Request) -> int:
+    """Seconds of the race, and a step for each replay."""
+    return round(request.seconds) + len(request.block_sizes)
+
+
 def tune(request: Request, advance: Advance = lambda *a, **k: None) -> Tuning:
-    """Measure and decide; `advance(seconds, title=...)` hears of time gone by.
+    """Measure and decide; `advance(steps, title=...)` hears of each of progress_steps(request).
 
     Raises:
         ValueError: an argument; one line. WrongResult: a kernel is wrong; nothing was timed.
@@ -233,6 +238,7 @@ def replay_demands(
         if not result.output_tokens:
             raise ValueError(f"no request of the trace fits {request.memory}")
         demands[case.block_size] = Demand.of(result, cost)
+        advance(1)
     middle = Case(PAGED, min(plan.cases, key=lambda c: abs((c.block_size or 0) - 16)).block_size)
     run_case(middle, plan.workload, slots, plan.max_len, plan.rules, observe=observe)
     positive = [length for length in lengths if length > 0]
@@ -277,11 +283,11 @@ def measure_prefill(bench: Bench, sizes: Sequence[int]) -> dict[int, float]:
 def choose_rows(bench: Bench, block_size: int, rows: Sequence[int]) -> int:
     """Query rows of the general kernel; another than its own choice only if faster beyond doubt.
 
-    Of the counts that hold a whole prompt the least stands for all.
+    Of the counts that cut the prompt alike the first stands for all.
     """
-    whole = bench.prompt * bench.shape.num_heads // bench.shape.num_kv_heads
-    enough = min((count for count in rows if count >= whole), default=0)
-    rows = [count for count in rows if count < whole or count == enough]
+    if len(rows) > 1:
+        alike = {bench.prefill_items(block_size, count): count for count in reversed(rows)}
+        rows = sorted(alike.values(), key=rows.index)
     if len(rows) < 2:
         return 0
     samples = {count: Samples() for count in rows}
