@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <span>
@@ -18,37 +17,13 @@
 #include "cpu/launch.h"
 #include "cpu/launches.h"
 #include "cpu/partition.h"
+#include "cpu/thread_buffer.h"
 #include "registration.h"
 
 namespace pykvcache {
 namespace {
 
 constexpr Place kCpu{"cpu"};
-
-// Memory of one thread that lives as long as the thread and only grows.
-class ThreadBuffer {
- public:
-  ThreadBuffer() = default;
-  ThreadBuffer(const ThreadBuffer&) = delete;
-  ThreadBuffer& operator=(const ThreadBuffer&) = delete;
-  ~ThreadBuffer() { std::free(data_); }
-
-  void* at_least(int64_t bytes) {
-    if (bytes <= size_) return data_;
-    std::free(data_);
-    size_ = (bytes + 4095) / 4096 * 4096;
-    data_ = std::aligned_alloc(4096, static_cast<size_t>(size_));
-    if (data_ == nullptr) {
-      size_ = 0;
-      throw std::bad_alloc();
-    }
-    return data_;
-  }
-
- private:
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 #include "cpu/kernels.h"
 #include "cpu/launches.h"
 #include "cpu/layer_step.h"
+#include "cpu/linear.h"
 #include "cpu/pages.h"
 #include "cpu/probe.h"
 #include "python/types.h"
@@ -140,6 +141,29 @@ PyObject* read_memory(PyObject*, PyObject* args) {
   });
 }
 
+PyObject* most_linear_rows(PyObject*, PyObject*) { return PyLong_FromLongLong(linear_rows()); }
+
+// (x, weight, bias or 0, out, rows, inputs, outputs): addresses of contiguous bfloat16.
+PyObject* run_linear(PyObject*, PyObject* args) {
+  return guarded([&] {
+    long long x, weight, bias, out, rows, inputs, outputs;
+    if (!PyArg_ParseTuple(args, "LLLLLLL", &x, &weight, &bias, &out, &rows, &inputs, &outputs))
+      throw ErrorIsSet{};
+    const LinearParams p{reinterpret_cast<const void*>(x),
+                         reinterpret_cast<const void*>(weight),
+                         reinterpret_cast<const void*>(bias),
+                         reinterpret_cast<void*>(out),
+                         rows,
+                         inputs,
+                         outputs};
+    {
+      const WithoutGil released;
+      linear(p);
+    }
+    return none();
+  });
+}
+
 // Integers of LaunchEntry, entry after entry.
 PyObject* replace_launches(PyObject*, PyObject* integers) {
   return guarded([&] {
@@ -193,6 +217,8 @@ PyObject* explain(PyObject*, PyObject* args) {
 PyMethodDef functions[] = {
     {"set_launches", replace_launches, METH_O, "Replace the launch table of the CPU kernels."},
     {"explain_launch", explain, METH_VARARGS, "How a call of paged_attention is launched."},
+    {"linear", run_linear, METH_VARARGS, "A linear layer of few rows in bfloat16."},
+    {"linear_rows", most_linear_rows, METH_NOARGS, "Most rows that linear takes; 0: none."},
     {"prefer_huge_pages", advise_huge_pages, METH_VARARGS,
      "Ask for huge pages in untouched memory."},
     {"read_regions", read_memory, METH_VARARGS, "Plain loads of memory regions, for measuring."},

@@ -3,6 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef KV_X86
+#include <cpuid.h>
+#endif
+
 namespace pykvcache {
 namespace {
 
@@ -36,6 +40,16 @@ CpuIsa choose() {
 CpuIsa cpu_isa() {
   static const CpuIsa chosen = choose();
   return chosen;
+}
+
+bool has_matrix_tiles() {
+#ifdef KV_X86
+  constexpr unsigned kAmxBf16 = 1u << 22;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBf16) != 0;
+#else
+  return false;
+#endif
 }
 
 const char* cpu_isa_name() { return kNames[static_cast<int>(cpu_isa())]; }

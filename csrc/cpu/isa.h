@@ -10,4 +10,7 @@ enum class CpuIsa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 CpuIsa cpu_isa();
 const char* cpu_isa_name();
 
+// AMX for bfloat16, which the kernels do not use and libraries may.
+bool has_matrix_tiles();
+
 }  // namespace pykvcache

@@ -10,7 +10,10 @@
    isa::prefill_scratch_bytes, \
    isa::prefill_query_tile,    \
    isa::merge_splits,          \
-   isa::read}
+   isa::read,                  \
+   isa::linear_rows,           \
+   isa::linear_pack,           \
+   isa::linear_outputs}
 
 namespace pykvcache {
 

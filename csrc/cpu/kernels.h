@@ -31,6 +31,20 @@ struct DecodeShape {
   int64_t stages;
 };
 
+// A linear layer in bfloat16, everything contiguous: x [rows, inputs], weight [outputs, inputs],
+// bias [outputs] or nullptr, out [rows, outputs].
+struct LinearParams {
+  const void* x;
+  const void* weight;
+  const void* bias;
+  void* out;
+  int64_t rows;
+  int64_t inputs;  // a multiple of kLinearInputs
+  int64_t outputs;
+};
+constexpr int64_t kLinearInputs = 32;
+constexpr int64_t kLinearPanelBytes = 128;  // of `panel`, an input
+
 struct KernelTable {
   // Few query rows per KV head (q_len * G <= kMaxDecodeRows), K, V and q of one dtype, no bias and
   // no scales. Streams all heads of the item block by block.
@@ -46,6 +60,11 @@ struct KernelTable {
   void (*merge_splits)(const AttentionParams&, const AttentionItem&, const float* partial_out,
                        const float* partial_lse, int64_t num_splits);
   float (*read)(const float*, int64_t count);  // the sum
+  // Linear layers: most rows (0: not with this instruction set); x into `panel`; then outputs
+  // [begin, end), where begin is a multiple of 16.
+  int64_t (*linear_rows)();
+  void (*linear_pack)(const LinearParams&, float* panel);
+  void (*linear_outputs)(const LinearParams&, const float* panel, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kMaxDecodeRows = 24;
@@ -62,6 +81,9 @@ const KernelTable& kernels();
   void merge_splits(const AttentionParams&, const AttentionItem&, const float*, const float*, \
                     int64_t);                                                                 \
   float read(const float*, int64_t);                                                          \
+  int64_t linear_rows();                                                                      \
+  void linear_pack(const LinearParams&, float*);                                              \
+  void linear_outputs(const LinearParams&, const float*, int64_t, int64_t);                   \
   }
 
 KV_DECLARE_KERNELS(portable)

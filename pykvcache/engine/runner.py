@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from pykvcache.batch import Batch, Int64Array
 from pykvcache.engine.graphs import Bucket, CudaRecorder, DecodeGraphs
+from pykvcache.engine.linears import Linears
 from pykvcache.engine.request import ranges
 from pykvcache.engine.step import Step
 from pykvcache.hf.packed import PackedCache
@@ -52,6 +53,7 @@ class ModelRunner:
         self.model, self.device = model, model.device
         self.cache = PackedCache(model, **settings)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._linears = Linears(model)
         self._batch: Batch | None = None
         self._revision = -1
         self.graphs: DecodeGraphs | None = None
@@ -108,7 +110,7 @@ class ModelRunner:
         kwargs: dict[str, Any] = {}
         if keep is not None and self._keeps:
             kwargs["logits_to_keep"] = keep
-        with packed_attention(self.model) as eager:
+        with packed_attention(self.model) as eager, self._linears:
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,
