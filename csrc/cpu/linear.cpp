@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "cpu/isa.h"
 #include "cpu/thread_buffer.h"

@@ -26,6 +26,7 @@ constexpr int kOutputs = kWidth;
 constexpr int kInputs = 2 * kWidth;  // of a vector
 
 static_assert(kLinearInputs % kInputs == 0);
+static_assert(kLinearPanelBytes == kPanel * sizeof(float) / 2);
 
 KV_INLINE const BFloat16* weight_row(const LinearParams& p, int64_t output) {
   return static_cast<const BFloat16*>(p.weight) + min_of(output, p.outputs - 1) * p.inputs;
