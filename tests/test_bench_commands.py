@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import warnings
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 import pykvcache
-from pykvcache import cli
 from pykvcache.bench import allocator as allocator_code
 from pykvcache.bench import (
     cases,
@@ -42,16 +42,9 @@ SMALL = Heads("gqa", 4, 2, 16)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run `pykvcache bench ...` in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pykvcache", "bench", *arguments])
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run_command):
+    """Run `pykvcache bench ...`: (exit code, standard output, standard error)."""
+    return partial(run_command, "bench")
 
 
 @pytest.fixture

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from pykvcache import cli
 from pykvcache.bench.replay import blockmap, paper, plots
 from pykvcache.bench.replay import plan as plan_module
 from pykvcache.bench.replay.cases import BLOCK_SIZES, CONTIGUOUS, POLICIES, Case
@@ -27,16 +26,9 @@ SMALL = ("--requests", "120")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run `replay` in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pykvcache", "replay", *arguments])
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run_command):
+    """Run `pykvcache replay ...`: (exit code, standard output, standard error)."""
+    return partial(run_command, "replay")
 
 
 def test_all_policies_as_json(run) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pykvcache import cli
 from pykvcache.bench.replay import plots
 from pykvcache.bench.replay.cases import BLOCK_SIZES
 from pykvcache.bench.replay.plan import Budget, Plan
@@ -21,16 +20,9 @@ SMALL = ("--requests", "120")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run `replay` in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pykvcache", "replay", *arguments])
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run_command):
+    """Run `pykvcache replay ...`: (exit code, standard output, standard error)."""
+    return partial(run_command, "replay")
 
 
 @pytest.mark.parametrize(
