@@ -1,28 +1,22 @@
-"""What `python -m pykvcache replay` says beside its shares: rules, waste, stars, notes."""
+"""The tables: rounding, the waste of a sequence, stars, notes, narrow terminals."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from pykvcache.bench.replay import plots
+from pykvcache.bench.replay import paper, plots
 from pykvcache.bench.replay.cases import BLOCK_SIZES
 from pykvcache.bench.replay.plan import Budget, Plan
+from pykvcache.bench.replay.report import replay_tables
 from pykvcache.bench.replay.rules import Rules
-from pykvcache.bench.replay.totals import SHARES, Result
+from pykvcache.bench.replay.totals import BESIDE, KEYS, SHARES, Result
 from pykvcache.bench.replay.workload import Workload
-
-SMALL = ("--requests", "120")
-
-
-@pytest.fixture
-def run(run_command):
-    """Run `pykvcache replay ...`: (exit code, standard output, standard error)."""
-    return partial(run_command, "replay")
 
 
 @pytest.mark.parametrize(
@@ -35,20 +29,20 @@ def run(run_command):
         (["--max-len", "2000", "--trace", "alpaca-like", "--buddy-rest", "used"], "used"),
     ],
 )
-def test_what_becomes_of_a_rest_is_told(run, arguments: list[str], rule: str) -> None:
-    code, out, _ = run(*SMALL, "--tokens", "9000", "--policy", "pow2,oracle", *arguments)
+def test_what_becomes_of_a_rest_is_told(run_small, arguments: list[str], rule: str) -> None:
+    code, out, _ = run_small("--tokens", "9000", "--policy", "pow2,oracle", *arguments)
     assert code == 0 and "rest of 808 slots" in out and f"(buddy-rest {rule})" in out
 
 
-def test_naming_the_default_of_max_len_changes_nothing(run) -> None:
-    arguments = (*SMALL, "--tokens", "30000", "--policy", "pow2,oracle", "--json", "-")
-    _, rows, err = run(*arguments)
+def test_naming_the_default_of_max_len_changes_nothing(run_small) -> None:
+    arguments = ("--tokens", "30000", "--policy", "pow2,oracle", "--json", "-")
+    _, rows, err = run_small(*arguments)
     longest = err.partition("max-len ")[2].split()[0].replace(",", "")
-    assert run(*arguments, "--max-len", longest)[1] == rows
+    assert run_small(*arguments, "--max-len", longest)[1] == rows
 
 
-def test_printed_rows_sum_to_100(run) -> None:
-    _, out, _ = run(*SMALL, "--tokens", "30000")
+def test_printed_rows_sum_to_100(run_small) -> None:
+    _, out, _ = run_small("--tokens", "30000")
     rows = [line.split() for line in out.splitlines() if line.startswith(("max-", "p", "oracle"))]
     shares = [row[2 if row[0] == "paged" else 1 :][:5] for row in rows if len(row) > 10]
     assert len(shares) == 4 + 1 + len(BLOCK_SIZES)
@@ -70,9 +64,9 @@ def test_rounding_moves_no_share_by_a_tenth(live: float) -> None:
     assert sum(int(share.replace(".", "")) for share in printed.values()) == 1000
 
 
-def test_the_waste_of_a_sequence_stands_beside_its_closed_form(run, tmp_path: Path) -> None:
+def test_the_waste_of_a_sequence_stands_beside_its_closed_form(run_small, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    _, out, _ = run(*SMALL, "--policy", "max,paged", "--block-size", "8,64", "--json", str(path))
+    _, out, _ = run_small("--policy", "max,paged", "--block-size", "8,64", "--json", str(path))
     for row in json.loads(path.read_text())[1:]:
         size, waste = row["block_size"], row["waste_per_sequence"]
         assert waste == pytest.approx((size - 1) / 2, rel=0.2)
@@ -98,43 +92,33 @@ def test_rows_of_another_denominator_are_marked(run, tmp_path: Path) -> None:
     assert "% of allocated" in out and "paged 16 *" not in out
 
 
-def test_more_than_packing_is_not_called_packing(run) -> None:
-    options = ("--requests", "60", "--trace", "mooncake-conv", "--memory", "40GiB")
-    options += ("--policy", "max,paged", "--block-size", "16")
-    _, out, _ = run(*options, "--prefix-cache")
-    text = " ".join(out.split())
-    assert "Better packing" not in out
-    assert "Paging with the engine's scheduler and prefix hits of" in text
-    assert "which is more than packing" in text
-    assert "Better packing" in run(*options)[1]
+def test_enough_memory_is_no_waste(run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    _, out, _ = run(
+        *("--trace", "azure-conv", "--requests", "20", "--arrivals", "trace"),
+        *("--policy", "paged", "--block-size", "16", "--memory", "80GiB", "--json", str(rows)),
+    )
+    assert "no request ever waited" in out
+    (row,) = json.loads(rows.read_text())
+    assert tuple(row) == (*KEYS, *BESIDE, "shares_of") and row["shares_of"] == "allocated"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--policy", "max", "--block-size", "77"], ["--block-size", "paged is not replayed"]),
-        (
-            ["--policy", "paged", "--block-size", "16", "--token-budget", "9"],
-            ["--scheduler engine"],
-        ),
-        (["--policy", "paged", "--block-size", "16", "--swap-us", "9"], ["--swap-us", "swapped"]),
-        (["--policy", "max", "--sigma", "2", "--seed", "1"], ["--seed, --sigma", "random"]),
-        (["--policy", "max", "--buddy-rest", "lost"], ["--buddy-rest", "no buddy"]),
-        (["--policy", "max", "--tokens", "9000", "--model-config", "opt-13b"], ["is the budget"]),
-    ],
-)
-def test_options_without_effect_are_named(run, arguments: list[str], words: list[str]) -> None:
-    code, out, _ = run(*SMALL, *arguments)
-    text = " ".join(out.split())
-    assert code == 0 and "without effect: --" in text
-    for word in words:
-        assert word in text
-
-
-def test_no_word_about_options_that_count(run) -> None:
-    options = ("--preemption", "swap", "--swap-us", "4", "--victim", "cheapest")
-    code, out, _ = run(*SMALL, "--policy", "paged", "--block-size", "16", *options)
-    assert code == 0 and "without effect" not in out
-    assert "cheapest preempted (swap and 4 us a token one way)" in " ".join(out.split())
-    code, out, _ = run(*SMALL, "--policy", "paged", "--block-size", "16", "--scheduler", "engine")
-    assert code == 0 and "newest" not in out and "cheapest preempted" in out
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 25])
+def test_no_figure_is_cut_in_a_narrow_terminal(width: int) -> None:
+    workload = Workload("azure-conv", limit=60)
+    plan = Plan.of(workload, Budget(30_000), paper.Rules(), ["max", "oracle-first-fit", "paged"])
+    results = list(plan.run())
+    regimes = [paper.Regime(f"sigma {i}", results[-4:]) for i in range(6)]
+    console = Console(width=width, file=io.StringIO())
+    made = replay_tables(results, width)
+    for table in [*made, *paper.paper_tables(regimes, width)]:
+        console.print(table)
+    text = console.file.getvalue()
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
+    words = text.split()
+    for result in results:
+        assert set(result.printed_shares().values()) < set(words)
+        assert f"{result.mean_batch:.1f}" in words
+        assert f"{result.throughput:,.0f}" in words and result.policy in words
+    assert {"live", "reserved", "external", "preempt", "tokens/s", "published"} <= set(words)
+    assert len(made) == {120: 2, 80: 3}.get(width, len(made))
