@@ -1,9 +1,10 @@
-"""For all tests: seeds, Triton and CUDA without a GPU, and tensors where a backend wants them."""
+"""For all tests: seeds, running a command, GPU backends without a GPU, tensors moved to a GPU."""
 
 from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ if not torch.cuda.is_available():
 from cuda_host import build
 from gpu_backends import GPU_BACKENDS
 
-from pykvcache import operators, ops
+from pykvcache import cli, operators, ops
 
 if not torch.cuda.is_available():
     operators.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
@@ -39,6 +40,21 @@ def _move_to_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         for name in operators.SCHEMAS:
             monkeypatch.setattr(ops, name, moving(getattr(ops, name), "cuda"))
+
+
+@pytest.fixture
+def run_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `pykvcache ...` in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pykvcache", *arguments])
+        code = cli.main()
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
 
 
 def moving(function: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -21,19 +21,6 @@ TINY = ("--batch", "3", "--max-new-tokens", "4")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run a command in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pykvcache", *arguments])
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's own model is too large for a unit test."""
     monkeypatch.setattr(
@@ -66,8 +53,8 @@ def test_interrupt_while_it_starts(monkeypatch, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "pykvcache: interrupted\n"
 
 
-def test_full_disk_is_one_line(run, tiny_model) -> None:
-    code, _, err = run("demo", *TINY, "--json", "/dev/full")
+def test_full_disk_is_one_line(run_command, tiny_model) -> None:
+    code, _, err = run_command("demo", *TINY, "--json", "/dev/full")
     assert code == 1 and "No space left" in err and err.count("\n") == 1
 
 
@@ -79,21 +66,23 @@ def test_full_disk_is_one_line(run, tiny_model) -> None:
         (("--plot", "/proc/x.png"), "--plot: /proc/x.png cannot be written"),
     ],
 )
-def test_demo_finds_wrong_files_first(run, arguments: tuple[str, ...], message: str) -> None:
-    code, _, err = run("demo", *arguments)
+def test_demo_finds_wrong_files_first(
+    run_command, arguments: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run_command("demo", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_info_names_every_backend_and_its_state(run) -> None:
-    code, out, _ = run("info")
+def test_info_names_every_backend_and_its_state(run_command) -> None:
+    code, out, _ = run_command("info")
     assert code == 0
     for name, status in ops.backends().items():
         assert f"backend {name}" in out
         assert status.split(";")[0] in out
 
 
-def test_info_json(run) -> None:
-    code, out, _ = run("info", "--json")
+def test_info_json(run_command) -> None:
+    code, out, _ = run_command("info", "--json")
     found = json.loads(out)
     assert code == 0
     assert found["backends"] == ops.backends()
@@ -101,9 +90,9 @@ def test_info_json(run) -> None:
     assert found["threads"] == torch.get_num_threads()
 
 
-def test_demo_compares_and_draws(run, tiny_model, tmp_path: Path) -> None:
+def test_demo_compares_and_draws(run_command, tiny_model, tmp_path: Path) -> None:
     picture = tmp_path / "blocks.png"
-    code, out, err = run("demo", *TINY, "--plot", str(picture))
+    code, out, err = run_command("demo", *TINY, "--plot", str(picture))
     assert code == 0
     assert "tokens identical: yes" in out
     assert "unpatched" in out and "patched" in out and "padding" in out
@@ -111,8 +100,8 @@ def test_demo_compares_and_draws(run, tiny_model, tmp_path: Path) -> None:
     assert err == ""  # no progress bar where there is no terminal
 
 
-def test_demo_json(run, tiny_model) -> None:
-    code, out, err = run("demo", *TINY, "--block-size", "8", "--json", "-")
+def test_demo_json(run_command, tiny_model) -> None:
+    code, out, err = run_command("demo", *TINY, "--block-size", "8", "--json", "-")
     saved = json.loads(out)
     row = saved["results"][0]
     assert code == 0
@@ -133,7 +122,7 @@ def test_demo_json(run, tiny_model) -> None:
 
 @pytest.mark.parametrize(("dtype", "expected_code"), [("float32", 1), ("bfloat16", 0)])
 def test_demo_reports_tokens_that_differ(
-    run, tiny_model, monkeypatch: pytest.MonkeyPatch, dtype: str, expected_code: int
+    run_command, tiny_model, monkeypatch: pytest.MonkeyPatch, dtype: str, expected_code: int
 ) -> None:
     generate = bench_demo._timed_generate
 
@@ -144,14 +133,14 @@ def test_demo_reports_tokens_that_differ(
         return tokens, cache, seconds
 
     monkeypatch.setattr(bench_demo, "_timed_generate", spoil_patched)
-    code, out, _ = run("demo", *TINY, "--dtype", dtype)
+    code, out, _ = run_command("demo", *TINY, "--dtype", dtype)
     assert code == expected_code
     assert "tokens identical: no; first at row 1, new token 2" in out
     assert "logit margin" in out
 
 
 def test_ctrl_c_in_the_demo_keeps_the_unpatched_run(
-    run, tiny_model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_command, tiny_model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     generate = bench_demo._timed_generate
 
@@ -162,24 +151,24 @@ def test_ctrl_c_in_the_demo_keeps_the_unpatched_run(
 
     monkeypatch.setattr(bench_demo, "_timed_generate", interrupted)
     saved = tmp_path / "rows.json"
-    code, out, err = run("demo", *TINY, "--json", str(saved))
+    code, out, err = run_command("demo", *TINY, "--json", str(saved))
     assert code == 130 and err == "pykvcache: interrupted\n"
     assert "unpatched" in out and "last blocks" not in out
     row = json.loads(saved.read_text())["results"][0]
     assert row["unpatched"]["seconds"] > 0 and "patched" not in row
 
 
-def test_no_ctrl_c_is_silent(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ctrl_c_is_silent(run_command, monkeypatch: pytest.MonkeyPatch) -> None:
     def stops(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_demo, "load_model", stops)
-    assert run("demo", *TINY) == (130, "", "pykvcache: interrupted\n")
+    assert run_command("demo", *TINY) == (130, "", "pykvcache: interrupted\n")
 
 
-def test_demo_takes_a_model_from_a_folder(run, tmp_path: Path) -> None:
+def test_demo_takes_a_model_from_a_folder(run_command, tmp_path: Path) -> None:
     models.build_llama(32, 64, 1, 2, 1, 64).save_pretrained(tmp_path)
-    code, out, _ = run("demo", "--model", str(tmp_path), *TINY)
+    code, out, _ = run_command("demo", "--model", str(tmp_path), *TINY)
     assert code == 0
     assert "tokens identical: yes" in out
 
@@ -211,22 +200,24 @@ def save_tiny(folder: Path, name: str, **arguments: object) -> str:
     return str(folder)
 
 
-def test_demo_fits_a_model_of_few_positions(run, tmp_path: Path) -> None:
+def test_demo_fits_a_model_of_few_positions(run_command, tmp_path: Path) -> None:
     """Prompts of the trace are longer."""
     folder = save_tiny(tmp_path, "GPT2", n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    code, out, _ = run("demo", "--model", folder, *TINY)
+    code, out, _ = run_command("demo", "--model", folder, *TINY)
     assert code == 0, out
     assert "note: prompts are cut to 60 tokens, those that GPT2LMHeadModel has positions" in out
     assert "to 60 tokens, 4 new tokens each" in out
     assert "tokens identical: yes" in out
-    code, out, err = run("demo", "--model", folder, "--batch", "2", "--max-new-tokens", "64")
+    code, out, err = run_command(
+        "demo", "--model", folder, "--batch", "2", "--max-new-tokens", "64"
+    )
     assert (code, out) == (2, "")
     assert "64 new tokens are too many: GPT2LMHeadModel has 64 positions" in err
 
 
-def test_demo_of_an_encoder_decoder_model(run, tmp_path: Path, monkeypatch) -> None:
+def test_demo_of_an_encoder_decoder_model(run_command, tmp_path: Path, monkeypatch) -> None:
     folder = save_tiny(tmp_path, "Bart", **BART, max_position_embeddings=48)
-    code, out, _ = run("demo", "--model", folder, *TINY)
+    code, out, _ = run_command("demo", "--model", folder, *TINY)
     assert code == 0
     assert "note: prompts are cut to 48 tokens" in out
     assert "note: an encoder reads the prompts" in out
@@ -240,7 +231,7 @@ def test_demo_of_an_encoder_decoder_model(run, tmp_path: Path, monkeypatch) -> N
         return tokens, cache, seconds
 
     monkeypatch.setattr(bench_demo, "_timed_generate", spoil_patched)
-    code, out, _ = run("demo", "--model", folder, *TINY)
+    code, out, _ = run_command("demo", "--model", folder, *TINY)
     assert code == 1
     assert "tokens identical: no; first at row 1, new token 2" in out
 
@@ -254,23 +245,23 @@ def test_demo_of_an_encoder_decoder_model(run, tmp_path: Path, monkeypatch) -> N
     ],
 )
 def test_demo_of_unsuitable_models_is_one_line(
-    run, tmp_path: Path, monkeypatch, name: str, arguments: dict[str, object], words: str
+    run_command, tmp_path: Path, monkeypatch, name: str, arguments: dict[str, object], words: str
 ) -> None:
     monkeypatch.setattr(logging, "raiseExceptions", False)  # transformers keeps a stderr
-    code, out, err = run("demo", "--model", save_tiny(tmp_path, name, **arguments), *TINY)
+    code, out, err = run_command("demo", "--model", save_tiny(tmp_path, name, **arguments), *TINY)
     assert (code, out) == (2, "")
     last = err.strip().splitlines()[-1]  # transformers may have warned
     assert last.startswith("pykvcache: ") and words in last
     assert "Traceback" not in err
 
 
-def test_demo_of_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
-    code, out, err = run("demo", "--model", str(tmp_path / "nowhere"), *TINY)
+def test_demo_of_a_folder_that_is_not_there(run_command, tmp_path: Path) -> None:
+    code, out, err = run_command("demo", "--model", str(tmp_path / "nowhere"), *TINY)
     assert (code, out) == (2, "")
     assert "nowhere: there is no such folder" in err and err.count("\n") == 1
 
 
-def test_demo_of_a_model_that_fails_is_one_line(run, tiny_model, monkeypatch) -> None:
+def test_demo_of_a_model_that_fails_is_one_line(run_command, tiny_model, monkeypatch) -> None:
     """Code 1 is for tokens that differ."""
     from transformers import LlamaForCausalLM
 
@@ -278,7 +269,7 @@ def test_demo_of_a_model_that_fails_is_one_line(run, tiny_model, monkeypatch) ->
         raise IndexError("index out of range in self")
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    code, out, err = run("demo", *TINY)
+    code, out, err = run_command("demo", *TINY)
     assert (code, out) == (2, "")
     assert "LlamaForCausalLM cannot generate: IndexError: index out of range in self" in err
     assert err.count("\n") == 1
@@ -300,8 +291,8 @@ def test_demo_of_a_model_that_fails_is_one_line(run, tiny_model, monkeypatch) ->
         (["demo", "--model", "/no/such/folder"], ["--model", "/no/such/folder"]),
     ],
 )
-def test_wrong_arguments_are_one_line(run, arguments: list[str], words: list[str]) -> None:
-    code, out, err = run(*arguments)
+def test_wrong_arguments_are_one_line(run_command, arguments: list[str], words: list[str]) -> None:
+    code, out, err = run_command(*arguments)
     assert code == 2
     assert out == ""
     assert err.startswith("pykvcache: ") and err.count("\n") == 1
@@ -330,25 +321,29 @@ def test_wrong_arguments_of_benchmarks(module: str, arguments: list[str], words:
     assert words in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_wrong_result_is_one_line_and_exit_code_1(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_result_is_one_line_and_exit_code_1(
+    run_command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def compare(*_: object) -> None:
         raise WrongResult("decode is off by 0.5, allowed 0.1")
 
     monkeypatch.setattr(bench_demo, "compare", compare)
     monkeypatch.setattr(bench_demo, "load_model", lambda *_: None)
-    code, out, err = run("demo", *TINY)
+    code, out, err = run_command("demo", *TINY)
     assert (code, out) == (1, "")
     assert err == "pykvcache: decode is off by 0.5, allowed 0.1\n"
 
 
-def test_plot_without_matplotlib_says_what_to_install(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_without_matplotlib_says_what_to_install(
+    run_command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import importlib.util
 
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name)
     )
-    code, _, err = run("demo", "--plot", "blocks.png")
+    code, _, err = run_command("demo", "--plot", "blocks.png")
     assert code == 2
     assert (
         err == "pykvcache: Invalid value: --plot needs matplotlib: pip install 'pykvcache[plot]'\n"
@@ -356,7 +351,7 @@ def test_plot_without_matplotlib_says_what_to_install(run, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("command", ["info", "demo", ""])
-def test_help_has_an_example(run, command: str) -> None:
-    code, out, _ = run(*command.split(), "--help")
+def test_help_has_an_example(run_command, command: str) -> None:
+    code, out, _ = run_command(*command.split(), "--help")
     assert code == 0
     assert f"Example: python -m pykvcache {command}" in out

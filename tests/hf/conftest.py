@@ -1,7 +1,8 @@
-"""Quiet transformers, one thread, tests that can import each other's helpers."""
+"""Quiet transformers, one thread, tests that can import each other's helpers, a fresh model."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from families import make_model
+
 BACKEND = os.environ.get("PYKVCACHE_TEST_BACKEND", "auto")
 
 
@@ -24,3 +28,9 @@ def _quiet_single_thread() -> None:
 def backend() -> str:
     """Backend under test: PYKVCACHE_TEST_BACKEND, or the best one."""
     return BACKEND
+
+
+@pytest.fixture
+def llama() -> transformers.PreTrainedModel:
+    """A fresh tiny Llama."""
+    return copy.deepcopy(make_model("llama"))

@@ -25,6 +25,14 @@ DECODER = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
 ALTERNATING = ["sliding_attention", "full_attention"]
 
 

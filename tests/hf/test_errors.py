@@ -39,12 +39,6 @@ BAD_SETTINGS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.fixture
-def llama() -> PreTrainedModel:
-    """A fresh tiny Llama."""
-    return copy.deepcopy(make_model("llama"))
-
-
 def greedy(model: PreTrainedModel, **options: Any) -> torch.Tensor:
     """Greedy tokens of the padded batch."""
     inputs = inputs_for(model)

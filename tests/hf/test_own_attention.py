@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import make_model, randomize
+from families import VISION, make_model, randomize
 from test_identity import assert_same
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,14 +23,6 @@ from pykvcache import OutOfBlocks
 from pykvcache.hf import PagedCache, counters
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
-}
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "git": (
         "GitConfig",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, make_model, randomize
+from families import FAMILIES, VISION, make_model, randomize
 from transformers import PreTrainedModel
 
 import pykvcache
@@ -24,14 +24,6 @@ TEXT = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
 }
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}
 Inputs = dict[str, Any]

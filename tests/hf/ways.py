@@ -40,6 +40,13 @@ def inputs_for(model: PreTrainedModel, rows: int = len(PADS)) -> dict[str, Tenso
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
+def greedy_tokens(model: PreTrainedModel, **options: Any) -> Tensor:
+    """Greedy tokens of the padded batch."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | options
+    tokens: Tensor = model.generate(**inputs_for(model), **options)
+    return tokens
+
+
 def _random_ids(seed: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 97, (len(PADS), tokens), generator=generator)

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from tune_samples import SPEC, explain, write
 
-from pykvcache import cli, launch_table
+from pykvcache import launch_table
 from pykvcache.bench import kernels
 from pykvcache.bench.cases import Case as Call
 from pykvcache.bench.cases import Heads
 from pykvcache.bench.tune import measure, plan
 from pykvcache.bench.tune import plots as tune_plots
 from pykvcache.bench.tune.explain import CallSpec, Explanation
-from pykvcache.bench.tune.search import (
-    DEFAULT,
-)
-
-tune_command = importlib.import_module("pykvcache.cli.tune")  # not the function
+from pykvcache.bench.tune.search import DEFAULT
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run `pykvcache tune` over small memory: (exit code, standard output, standard error)."""
+def run(run_command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Run `pykvcache tune ...` over small memory: (exit code, standard output, standard error)."""
     monkeypatch.setattr(measure, "COLD_BYTES", 2**24)
     monkeypatch.setattr(measure, "CALL_BYTES", 2**20)
     monkeypatch.setattr(measure, "MIN_SAMPLE_SECONDS", 1e-4)
     monkeypatch.setattr(plan, "read_bandwidth", lambda device: 2e10)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pykvcache", "tune", *arguments])
-        code = cli.main()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_command, "tune")
 
 
 QUICK = ("--model-config", "gpt2", "--requests", "100", "--seconds", "0.1", "--memory", "256MiB",

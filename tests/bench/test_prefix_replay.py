@@ -8,14 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from pykvcache.bench.prefix import replay
 from pykvcache.bench.traces import read_prefix_blocks
-from pykvcache.cli import single
-from pykvcache.cli.bench.prefix import prefix
-
-app = single(prefix)
 
 
 def simulate(requests: list[list[int]], num_blocks: int | None) -> int:
@@ -60,14 +55,14 @@ def test_random_conversations(num_blocks: int | None) -> None:
     assert replay(requests, num_blocks).hits == simulate(requests, num_blocks)
 
 
-def test_the_command_prints_and_saves(tmp_path: Path) -> None:
+def test_the_command_prints_and_saves(run, tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     rows = [{"hash_ids": ids} for ids in ([0, 1, 2], [0, 1, 3], [], [0, 1, 2])]
     trace.write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--trace", str(trace), "--num-blocks", "3", "--num-blocks", "0", "--json"]
-    result = CliRunner().invoke(app, [*arguments, str(tmp_path / "out.json")])
-    assert result.exit_code == 0, result.output
-    assert "4 requests, 9 block references" in result.output
+    code, out, err = run("prefix", *arguments, str(tmp_path / "out.json"))
+    assert code == 0, err
+    assert "4 requests, 9 block references" in out
     saved = json.loads((tmp_path / "out.json").read_text())["results"]
     assert [(row["num_blocks"], row["hits"]) for row in saved] == [(3, 4), (None, 5)]
 
@@ -82,12 +77,11 @@ def test_the_command_prints_and_saves(tmp_path: Path) -> None:
     ],
 )
 def test_a_trace_without_blocks_is_refused(
-    tmp_path: Path, content: str | None, message: str
+    run, tmp_path: Path, content: str | None, message: str
 ) -> None:
     trace = tmp_path / "trace.jsonl"
     if content is not None:
         trace.write_text(content)
     with pytest.raises(ValueError, match=message):
         list(read_prefix_blocks(trace))
-    result = CliRunner().invoke(app, ["--trace", str(trace)])
-    assert result.exit_code == 2
+    assert run("prefix", "--trace", str(trace))[0] == 2

@@ -1,0 +1,92 @@
+"""Benchmarks of kernels: the work of a case, complete results, and no figure of a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pykvcache.bench import cases, kernels, peaks
+from pykvcache.bench.cases import Case, Heads
+from pykvcache.bench.timing import WrongResult
+
+SMALL = Heads("small", 4, 2, 16)
+
+
+def test_work_of_a_case() -> None:
+    decode = Case("decode", cases.HEADS["gqa"], torch.bfloat16, 8, 4096)
+    assert decode.kv_bytes == 8 * 4096 * 2 * 8 * 128 * 2
+    prefill = Case("prefill", cases.HEADS["mha"], torch.float32, 1, 2048)
+    assert prefill.flops == 2 * 2048**2 * 64 * 16  # causal: 2 L^2 D HQ
+    assert {case.phase for case in cases.select(quick=True)} == {"decode", "prefill"}
+    assert len(cases.select()) > len(cases.select(quick=True))
+
+
+def test_chunks_are_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
+    case = Case("chunk", SMALL, torch.float32, 2, 100, 30)
+    kernels.Workload(case, [16]).check()
+    assert case.flops == 4 * 2 * sum(range(71, 101)) * 4 * 16
+
+
+@pytest.fixture
+def small_case(monkeypatch: pytest.MonkeyPatch):
+    """Cases that take milliseconds, over three copies."""
+    monkeypatch.setattr(peaks, "READ_BYTES", 2**20)
+    monkeypatch.setattr(peaks, "GEMM_SIZE", 64)
+
+    def make(phase: str, dtype: torch.dtype) -> Case:
+        case = Case(phase, SMALL, dtype, 2, 80)
+        monkeypatch.setattr(kernels, "COLD_BYTES", 3 * case.kv_bytes)
+        monkeypatch.setitem(cases.DTYPES, "test", dtype)
+        return case
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_kernel_results_are_checked_and_complete(small_case, phase: str, dtype) -> None:
+    results = list(kernels.measure(small_case(phase, dtype), [16, 32], [1], seconds=0.01))
+    names = [result.contender for result in results]
+    folded = ["folded"] if phase == "decode" else []
+    loads = ["loads in order", "loads 16", "loads 32"] if phase == "decode" else []
+    assert names == ["sdpa", *folded, "paged 16", "paged 32", *loads]
+    baseline = next(r for r in results if r.contender == ("folded" if folded else "sdpa"))
+    assert baseline.speedup == 1
+    for result in results:
+        work = result.case.kv_bytes if phase == "decode" else result.case.flops
+        assert result.rate == pytest.approx(work / result.timing.median)
+        assert result.to_json()["threads"] == 1
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_wrong_kernel_gets_no_figure(
+    small_case, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    attention = kernels.ops.paged_attention
+
+    def slightly_wrong(*arguments, backend, **options):
+        out, lse = attention(*arguments, backend=backend, **options)
+        if backend != "reference":
+            out[-1, -1, -1] += 0.01
+        return out, lse
+
+    monkeypatch.setattr(kernels.ops, "paged_attention", slightly_wrong)
+    results = kernels.measure(small_case(phase, torch.float32), [16], [1], seconds=0.01)
+    with pytest.raises(WrongResult, match=f"{phase} small .* paged 16 is off by 0.01"):
+        next(results)
+
+
+def test_nan_is_a_wrong_result(small_case, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = kernels.Workload(small_case("decode", torch.float32), [16])
+    workload.contenders["paged 16"] = lambda _: torch.full_like(workload.packed_q, torch.nan)
+    with pytest.raises(WrongResult, match="off by nan"):
+        workload.check()
+
+
+def test_paged_and_dense_copies_are_all_the_same(small_case) -> None:
+    workload = kernels.Workload(small_case("decode", torch.float32), [16])
+    assert workload.copies == 3
+    outputs = [workload.contenders["paged 16"](call) for call in range(3)]
+    for out in outputs[1:]:
+        assert torch.equal(out, outputs[0])

@@ -1,0 +1,101 @@
+"""Attention of other libraries as contenders: checked, or missing for a reason that is told."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from pykvcache.bench import kernels, peers, transformers_paged
+from pykvcache.bench.cases import Case, Heads
+from pykvcache.bench.timing import Missing, WrongResult
+
+SMALL = Heads("gqa", 4, 2, 16)
+
+
+def test_peers_that_cannot_run_say_why() -> None:
+    case = Case("decode", SMALL, torch.float32, 1, 32)
+    workload = kernels.Workload(case, [16], peers=("sdpa-backends", "flashinfer"))
+    assert workload.missing == {"sdpa-backends": "needs a GPU", "flashinfer": "needs a GPU"}
+
+    monkeypatch = pytest.MonkeyPatch()
+    library = ModuleType("flashinfer")
+    library.__spec__ = ModuleSpec("flashinfer", None)
+    library.BatchDecodeWithPagedKVCacheWrapper = SimpleNamespace  # takes no such arguments
+    monkeypatch.setitem(sys.modules, "flashinfer", library)
+    half = kernels.Workload(Case("decode", SMALL, torch.bfloat16, 1, 32), [16])
+    half.device = SimpleNamespace(type="cuda")
+    with pytest.raises(Missing, match="does not run here"):
+        peers.flashinfer(half)
+    monkeypatch.undo()
+
+    def broken(*args: object, **kwargs: object) -> object:
+        raise RuntimeError("no compiler\nlong story")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *args, **kwargs: broken)
+        with pytest.raises(Missing, match=r"does not run here: no compiler$"):
+            peers.flex(workload)
+
+
+@pytest.mark.parametrize(
+    ("phase", "batch", "length"), [("decode", 1, 64), ("decode", 3, 70), ("prefill", 2, 40)]
+)
+def test_paged_attention_of_transformers_is_a_checked_contender(
+    monkeypatch: pytest.MonkeyPatch, phase: str, batch: int, length: int
+) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**17)
+    case = Case(phase, SMALL, torch.float32, batch, length)
+    workload = kernels.Workload(case, [16], peers=("transformers",))
+    assert workload.missing == {} and workload.copies > 2
+    workload.check()
+    right = workload.contenders["transformers paged"](0)
+    assert right.shape == (batch * case.query_len, 4, 16)
+    workload.contenders["transformers paged"] = lambda call: 1.01 * right
+    with pytest.raises(WrongResult, match="transformers paged is off by"):
+        workload.check()
+
+
+def test_paged_attention_of_transformers_that_is_too_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("decode", SMALL, torch.float32, 2, 32)
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
+    monkeypatch.setattr(transformers_paged, "MOST_CALL_SECONDS", 0)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"].endswith("s a call in decode gqa fp32 B=2 L=32")
+    monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"].startswith("would need a mask of 2 x 64 in decode")
+    monkeypatch.setattr(transformers_paged, "paged", lambda workload: 1 / 0)
+    missing = kernels.Workload(case, [16], peers=("transformers",)).missing
+    assert missing["transformers"] == "does not run here: division by zero"
+
+
+def test_every_reason_of_a_missing_peer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 2**14)
+    monkeypatch.setattr(kernels, "_timed", lambda *args: [])
+    monkeypatch.setattr(transformers_paged, "MOST_MASK_ELEMENTS", 8)
+    missing: dict[str, str] = {}
+    for length in (32, 64, 64):
+        case = Case("decode", SMALL, torch.float32, 1, length)
+        names = ("transformers", "flashinfer")
+        list(kernels.measure(case, [16], [1], 0.0, peers=names, missing=missing))
+    assert missing["flashinfer"] == "needs a GPU"
+    assert missing["transformers"].count("would need a mask") == 2
+
+
+@pytest.mark.slow
+def test_flex_is_a_checked_contender_and_never_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for length in (160, 192):  # the second is beyond the limit, had the first not been forgotten
+        case = Case("decode", SMALL, torch.float32, 1, length)
+        workload = kernels.Workload(case, [16], peers=("flex",))
+        if "flex" in workload.missing:
+            pytest.skip(workload.missing["flex"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="flex_attention called without")
+            workload.check()
+        assert "flex" in workload.contenders

@@ -1,0 +1,43 @@
+"""Wrong arguments of `pykvcache bench ...` are one line; its help has examples."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("kernels", "--threads", "0"), "--threads must be positive integers"),
+        (("kernels", "--phases", "encode"), "--phases knows decode, prefill, got 'encode'"),
+        (("kernels", "--peers", "mine"), "--peers knows flex"),
+        (("kernels", "--device", "tpu"), "--device must be cpu or cuda"),
+        (("kernels", "--device", "cpu", "--wgmma"), "--wgmma needs a Hopper GPU"),
+        (("kernels", "--json", "/no/such/folder/x"), "--json: there is no folder"),
+        (("kernels", "--compare", "/no/such/file"), "--compare: /no/such/file cannot be read"),
+        (("kernels", "--fail-above", "1.1"), "--fail-above needs --compare"),
+        (("kernels", "--seconds", "nan"), "--seconds must be more than 0"),
+        (("kernels", "--block-sizes", "999999999"), "GiB are free"),
+        (("kernels", "--plot", "/proc/x"), "--plot: /proc/x is no folder"),
+        (("allocator", "--seconds", "-1"), "--seconds must be more than 0"),
+        (("allocator", "--json", "/tmp"), "--json: /tmp is a folder"),
+        (("allocator", "--json", ""), "--json needs the name of a file"),
+        (("allocator", "--json", "/proc/x"), "--json: /proc/x cannot be written"),
+        (("engine", "--workload", "x"), "--workload is one of"),
+        (("engine", "--capacity", "--overhead"), "two measurements"),
+        (("generate", "--workload", "x"), "--workload is one of"),
+        (("allocator", "--num-blocks", "3"), "200000"),
+        (("prefix", "--trace", "nothing"), "nothing"),
+        (("nothing",), "nothing"),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["kernels", "engine", "generate", "allocator", ""])
+def test_help_has_an_example(run, command: str) -> None:
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0 and "Example: python -m pykvcache bench" in out
