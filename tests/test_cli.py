@@ -53,6 +53,14 @@ def test_interrupt_while_it_starts(monkeypatch, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "pykvcache: interrupted\n"
 
 
+def test_interrupt_while_the_command_is_built(run_command, monkeypatch) -> None:
+    def interrupted(app: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.main.get_command", interrupted)
+    assert run_command("info") == (130, "", "pykvcache: interrupted\n")
+
+
 def test_full_disk_is_one_line(run_command, tiny_model) -> None:
     code, _, err = run_command("demo", *TINY, "--json", "/dev/full")
     assert code == 1 and "No space left" in err and err.count("\n") == 1

@@ -87,7 +87,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
         found = json.loads(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict) or not {"environment", "results"} <= set(found):
         raise ValueError(f"{path} must have environment and results, as --json saves them")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pykvcache.allocator import BlockAllocator
+from pykvcache.bench.traces import Numbers
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ def replay(
     if size is None:
         size = max(1, len({block for request in requests for block in request}))
     allocator = BlockAllocator(size, 1, prefix_cache=True)
+    numbers = Numbers()
+    prompts = [np.array([numbers[block] for block in request], np.int64) for request in requests]
     references = hits = 0
     start = time.perf_counter()
-    for request in requests:
-        blocks = np.asarray(request, np.int64)
+    for blocks in prompts:
         references += blocks.size
         prompt = blocks[:size]
         seqs, found = allocator.allocate_cached([prompt])

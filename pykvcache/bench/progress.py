@@ -14,7 +14,7 @@ def task_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Show a bar of `total` steps; the yielded `advance(steps=1, title=None)` moves it."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

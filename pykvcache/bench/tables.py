@@ -19,8 +19,8 @@ WIDTH_OF_A_FILE = 120
 
 def open_console(stderr: bool = False) -> Console:
     """A console as wide as the terminal; a file or pipe gets lines that hold every table."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, width=WIDTH_OF_A_FILE)
+    width = None if Console(stderr=stderr).is_terminal else WIDTH_OF_A_FILE
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def kernel_table(results: Sequence[Result]) -> Table:

@@ -30,6 +30,7 @@ TRACES = {
     "sharegpt": "sharegpt_8k_lengths.csv",
 }
 PREFIX_BLOCK = 512
+MOST_TOKENS = 10**9  # of a prompt or an answer
 LENGTHS = (
     ("ContextTokens", "GeneratedTokens"),
     ("num_prefill_tokens", "num_decode_tokens"),
@@ -56,11 +57,12 @@ class Request:
 
 def _seconds_of_date(text: str) -> float:
     """Seconds of "2023-11-16 18:17:03.9799600", with or without fraction and time zone."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\d[ T][\d:]{8})(\.\d+)?(?:Z|([+-]\d\d):(\d\d))?", text)
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d[ T][\d:]{8})(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))?", text)
     if match is None:
         raise ValueError(f"not a date and time: {text!r}")
-    zone = timedelta(hours=int(match[3] or 0), minutes=int(match[4] or 0))
-    date = datetime.fromisoformat(match[1]).replace(tzinfo=timezone(zone))
+    east = timedelta(hours=int(match[4] or 0), minutes=int(match[5] or 0))
+    zone = timezone(-east if match[3] == "-" else east)
+    date = datetime.fromisoformat(match[1]).replace(tzinfo=zone)
     return date.timestamp() + float(match[2] or 0)
 
 
@@ -169,6 +171,14 @@ def read_prefix_blocks(trace: str | Path) -> Iterator[list[int]]:
             yield ids
 
 
+class Numbers(dict[int, int]):
+    """Small numbers for ids of any size, in the order in which they are asked for."""
+
+    def __missing__(self, key: int) -> int:
+        self[key] = number = len(self)
+        return number
+
+
 def _find(trace: str | Path) -> Path:
     path = FOLDER / TRACES[trace] if trace in TRACES else Path(trace)
     if not path.is_file():
@@ -233,7 +243,7 @@ def _arrival(row: Mapping[str, Any], where: str) -> float | None:
         if name in row:
             try:
                 seconds = seconds_of(row[name])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 seconds = math.nan
             if not math.isfinite(seconds):
                 raise ValueError(f"{where}: {name} must be a time, got {row[name]!r}")
@@ -258,9 +268,11 @@ def _prefix(row: Mapping[str, Any], where: str) -> tuple[int, ...]:
 def _count(value: Any, what: str, where: str) -> int:
     try:
         number = _number(value)
-        count = int(number) if number % 1 == 0 else -1
+        count = int(number) if number % 1 == 0 and number <= MOST_TOKENS else -1
     except (TypeError, ValueError, OverflowError):
         count = -1
     if count < 0:
-        raise ValueError(f"{where}: {what} tokens must be a count, got {value!r}")
+        raise ValueError(
+            f"{where}: {what} tokens must be a count up to {MOST_TOKENS:,}, got {value!r:.40}"
+        )
     return count

@@ -30,11 +30,14 @@ def run(app: typer.Typer) -> int:
 
     2 = wrong arguments, 1 = wrong result or a file that could not be written, 130 = Ctrl-C.
     """
-    import typer
+    try:
+        import typer
 
-    from pykvcache.bench.timing import WrongResult
+        from pykvcache.bench.timing import WrongResult
 
-    command = typer.main.get_command(app)
+        command = typer.main.get_command(app)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
     try:
         code: int = command(standalone_mode=False) or 0
         return _fail("interrupted", code) if code == INTERRUPTED else code  # typer's own is silent

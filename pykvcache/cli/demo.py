@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from rich.table import Table
 from pykvcache.bench import demo as bench
 from pykvcache.bench import tables
 from pykvcache.bench.progress import task_progress
-from pykvcache.cli.bench.options import check_output, check_picture
+from pykvcache.cli.bench.options import check_output, check_picture, check_transformers
 
 
 def demo(
@@ -25,7 +24,7 @@ def demo(
     block_size: Annotated[int, typer.Option(min=1, help="Tokens a block.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="New tokens of each prompt.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    seed: Annotated[int, typer.Option(help="Chooses the prompt lengths.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the prompt lengths.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a picture of the block map.")
     ] = None,
@@ -44,8 +43,7 @@ def demo(
         check_picture(plot)
     if json is not None and json != "-":
         check_output("--json", json)
-    if importlib.util.find_spec("transformers") is None:
-        raise typer.BadParameter("demo needs transformers: pip install 'pykvcache[hf]'")
+    check_transformers("demo")
     lengths = bench.prompt_lengths(batch, seed)
     try:
         loaded = bench.load_model(model, bench.DTYPES[dtype])

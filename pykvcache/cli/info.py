@@ -20,7 +20,7 @@ def info(
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        Console(soft_wrap=True).print(info_table(found))
+        Console(soft_wrap=True, markup=False, emoji=False).print(info_table(found))
 
 
 def info_table(found: dict[str, Any]) -> Table:

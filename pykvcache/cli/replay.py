@@ -94,7 +94,7 @@ def replay(
     kv_ns: Annotated[float, typer.Option(help="Cost of a cached token a step, ns.")] = 45.0,
     prefill_us: Annotated[float, typer.Option(help="Cost of a prefill token, us.")] = 45.0,
     swap_us: Annotated[float, typer.Option(help="Cost of a token swapped one way, us.")] = 5.2,
-    seed: Annotated[int, typer.Option(help="Of synthetic traces.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of synthetic traces.")] = 0,
     sigma: Annotated[float, typer.Option(help="Of synthetic traces.")] = 1.0,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the shares and a block map.")
@@ -111,7 +111,8 @@ def replay(
     if paper:
         trace, memory, model_config, tokens = "sharegpt-like", MEMORY, MODEL, None
         max_len, policy = MAX_LEN, [case.policy for case in PUBLISHED]
-        block_size, requests = ["16"], requests or DEFAULT_COUNT
+        block_size = ["16"]
+        requests = DEFAULT_COUNT if requests is None else requests
     try:
         if paper:
             check_paper(given)

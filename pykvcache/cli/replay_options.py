@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import typer
 
 from pykvcache.bench.replay.cases import BUDDIES, PAGED, Case
-from pykvcache.bench.replay.configs import config_file
 from pykvcache.bench.replay.synthetic import SYNTHETIC
-from pykvcache.bench.traces import TRACES
-from pykvcache.cli.bench.options import check_apart, check_output, check_picture
+from pykvcache.cli.bench.options import check_output, check_picture, check_results, input_files
+
+MOST_COST = 1e9  # of a step or a token, in the unit of its option
 
 OF_PAPER = ("trace", "memory", "model_config", "tokens", "max_len", "policy", "block_size")
 OF_PAGED = (
@@ -86,23 +85,17 @@ def unused(
 
 def check_files(plot: Path | None, json: str | None, trace: str, model_config: str | None) -> None:
     """Raise BadParameter when a result could not be written, or only over an input."""
-    files: dict[str, str | Path | None] = {}
-    if trace not in (*TRACES, *SYNTHETIC):
-        files["--trace"] = trace
-    if model_config and os.path.exists(model_config):
-        files["--model-config"] = config_file(model_config)
     if plot is not None:
         check_picture(plot)
-        check_apart("--plot", plot, files)
     if json is not None and json != "-":
         check_output("--json", json)
-        check_apart("--json", json, files | {"--plot": plot})
+    check_results(input_files(trace, model_config), plot=plot, json=json)
 
 
 def check_cost(**options: float) -> None:
     """Raise ValueError for a cost that is no amount, in the units in which it was given."""
     for name, value in options.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 or more, got {value:g}")
+        if not 0 <= value <= MOST_COST:
+            raise ValueError(f"{name} must be 0 to {MOST_COST:g}, got {value:g}")
     if options["step_ms"] == 0:
         raise ValueError("step_ms must be more than 0, or a step could take no time")

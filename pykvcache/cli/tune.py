@@ -37,7 +37,14 @@ from pykvcache.bench.tune.report import demand_table, reasons, tuning_table
 from pykvcache.bench.tune.search import LITTLE_WASTE
 from pykvcache.bench.tune.shapes import load_shape
 from pykvcache.cli.bench.kernels import choose_device
-from pykvcache.cli.bench.options import MOST_THREADS, check_output, check_picture, integers
+from pykvcache.cli.bench.options import (
+    MOST_THREADS,
+    check_output,
+    check_picture,
+    check_results,
+    input_files,
+    integers,
+)
 
 STANDARD_OUTPUT = "-"
 
@@ -106,9 +113,12 @@ def tune(
         torch.set_num_threads(threads)
     try:
         if explain is not None:
+            if exhaustive:
+                raise ValueError("--explain explains one call; --exhaustive is for a tuning run")
             show_explanation(CallSpec.parse(explain), device, json, backend)
             return
         path = check_files(out, json, plot)
+        check_results(input_files(trace, model_config), out=path, json=json, plot=plot)
         if not 0 <= tolerance < 50:
             raise ValueError(f"tolerance must be 0 to 50 percent, got {tolerance}")
         if not 0 <= little_waste <= 100:

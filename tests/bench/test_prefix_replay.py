@@ -85,3 +85,10 @@ def test_a_trace_without_blocks_is_refused(
     with pytest.raises(ValueError, match=message):
         list(read_prefix_blocks(trace))
     assert run("prefix", "--trace", str(trace))[0] == 2
+
+
+def test_ids_of_any_size_are_told_apart() -> None:
+    """Unsigned 64-bit hashes, and ids that differ in their high bits only."""
+    requests = [[7 + i * 2**31, 2**64 - i] for i in range(20)]
+    assert replay(requests).hits == 0
+    assert replay(requests + requests).hits == 40

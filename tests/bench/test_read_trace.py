@@ -47,6 +47,12 @@ def test_traces_of_the_user(tmp_path: Path) -> None:
         ("a.jsonl", '{"input_length": 1, "output_length": 2}\n{}\n', "a.jsonl, line 2: must be"),
         ("a.jsonl", '{"input_length": "x", "output_length": 2}\n', "line 1: prompt .* got 'x'"),
         ("a.jsonl", "input\n", "a.jsonl, line 1: must be a JSON object"),
+        ("a.csv", "input_length,output_length\n1,1e300\n", "line 2: output .* up to 1,000,000,000"),
+        (
+            "a.jsonl",
+            f'{{"input_length": 1, "output_length": 2, "arrival": {"9" * 400}}}\n',
+            "line 1: arrival must be a time",
+        ),
     ],
 )
 def test_bad_traces_are_named_by_line(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -60,3 +66,13 @@ def test_bad_traces_are_named_by_line(tmp_path: Path, name: str, text: str, mess
 def test_unknown_trace_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"azure-code, .*sharegpt, got 'sharedgpt'"):
         list(read_trace("sharedgpt"))
+
+
+@pytest.mark.parametrize(
+    ("date", "hour"), [("12:00:00-03:30", 15.5), ("12:00:00+05:30", 6.5), ("12:00:00Z", 12.0)]
+)
+def test_time_zones(tmp_path: Path, date: str, hour: float) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 {date},1,2\n")
+    (request,) = read_trace(path)
+    assert request.arrival is not None and request.arrival % 86400 == 3600 * hour

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 
@@ -25,6 +28,7 @@ import pytest
         (("allocator", "--json", "/proc/x"), "--json: /proc/x cannot be written"),
         (("engine", "--workload", "x"), "--workload is one of"),
         (("engine", "--capacity", "--overhead"), "two measurements"),
+        (("engine", "--rows", "8"), "--rows and --steps need --overhead"),
         (("generate", "--workload", "x"), "--workload is one of"),
         (("allocator", "--num-blocks", "3"), "200000"),
         (("prefix", "--trace", "nothing"), "nothing"),
@@ -41,3 +45,26 @@ def test_wrong_arguments_are_one_line(run, arguments: tuple[str, ...], message: 
 def test_help_has_an_example(run, command: str) -> None:
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and "Example: python -m pykvcache bench" in out
+
+
+@pytest.mark.parametrize("command", ["generate", "engine", "engine --overhead"])
+def test_commands_that_run_models_say_what_they_need(
+    run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, package: str | None = None) -> object:
+        return None if name == "transformers" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    code, _, err = run(*command.split())
+    assert code == 2 and "needs transformers: pip install 'pykvcache[hf]'" in err
+    assert err.count("\n") == 1
+
+
+def test_a_trace_is_not_written_over(run, tmp_path: Path) -> None:
+    trace = tmp_path / "mine.jsonl"
+    trace.write_text('{"hash_ids": [1, 2]}\n')
+    code, _, err = run("prefix", "--trace", str(trace), "--json", str(trace))
+    assert code == 2 and "--json and --trace are the same file" in err
+    assert "hash_ids" in trace.read_text()

@@ -55,3 +55,15 @@ def test_a_full_disk_is_one_line_and_the_table_is_shown(run_small) -> None:
     code, out, err = run_small("--policy", "max", "--json", "/dev/full")
     assert code == 1 and "max-length" in out
     assert err.startswith("pykvcache: ") and err.count("\n") == 1 and "--json" in err
+
+
+def test_names_are_shown_and_drawn_as_they_are(run, tmp_path: Path) -> None:
+    """Brackets are no markup, colons no emoji, and dollars no formula."""
+    folder = tmp_path / "weird[bold]"
+    folder.mkdir()
+    trace, picture = folder / "a$x_{$:smile:[b].csv", folder / "p[italic].png"
+    trace.write_text("input_length,output_length\n10,5\n20,9\n")
+    options = ("--tokens", "100", "--policy", "max", "--plot", str(picture))
+    code, out, err = run("--trace", str(trace), *options)
+    assert code == 0, err
+    assert picture.exists() and picture.name in out and trace.name in out

@@ -133,3 +133,16 @@ def test_a_row_without_arrival_has_its_line_number(run, tmp_path: Path) -> None:
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "a.jsonl, line 2: does not say when it arrives" in err
     assert run("--trace", str(path), "--policy", "max")[0] == 0
+
+
+def test_prefixes_whose_ids_agree_in_their_low_bits_are_not_shared(run, tmp_path: Path) -> None:
+    trace = tmp_path / "a.jsonl"
+    rows = [
+        {"input_length": 512, "output_length": 1, "hash_ids": [7 + i * 2**31 * 2**32]}
+        for i in range(10)
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    options = ("--prefix-cache", "--policy", "paged", "--block-size", "16", "--tokens", "40960")
+    code, out, err = run("--trace", str(trace), *options, "--json", "-")
+    assert code == 0, err
+    assert json.loads(out)[0]["prefix_hit"] == 0

@@ -18,6 +18,7 @@ from pykvcache.bench.tune import measure, plan
 from pykvcache.bench.tune import plots as tune_plots
 from pykvcache.bench.tune.explain import CallSpec, Explanation
 from pykvcache.bench.tune.search import DEFAULT
+from pykvcache.bench.tune.shapes import load_shape
 
 
 @pytest.fixture
@@ -164,6 +165,7 @@ def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> Non
         (("--seconds", "nan"), "seconds must be more than 0"),
         (("--step-ms", "nan"), "step_ms must be 0 or more, got nan"),
         (("--explain", "L=1"), "explain needs HQ"),
+        (("--explain", "L=1", "--exhaustive"), "--exhaustive is for a tuning run"),
         (("--explain", "L=10,HQ=2,HKV=2,D=64,block_size=1000000000000"), "GiB are free"),
         (("--explain", "L=1000000000000,HQ=2,HKV=2,D=64"), "GiB are free"),
         (("--device", "tpu"), "--device must be cpu or cuda"),
@@ -206,3 +208,21 @@ def test_floor_is_the_larger_of_two() -> None:
     computing = Explanation(spec, "cpu", "k", {}, 1e15, 1e9, timing)
     assert (reading.floor, reading.bound) == (spec.bytes / 1e9, "reading")
     assert (computing.floor, computing.bound) == (spec.flops / 1e9, "arithmetic")
+
+
+def test_what_tune_reads_is_not_written_over(run, tmp_path: Path) -> None:
+    trace, config, table = (tmp_path / name for name in ("a.csv", "config.json", "launch.json"))
+    trace.write_text("input_length,output_length\n10,5\n")
+    config.write_text("{}")
+    for option, file in (("--trace", trace), ("--model-config", config)):
+        code, _, err = run(*QUICK, option, str(file), "--json", str(file))
+        assert code == 2 and f"--json and {option} are the same file" in err
+    code, _, err = run(*QUICK, "--out", str(table), "--json", str(table))
+    assert code == 2 and "--json and --out are the same file" in err
+    assert trace.read_text().startswith("input_length") and config.read_text() == "{}"
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path: Path) -> None:
+    fields = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields), "utf-8-sig")
+    assert load_shape(str(tmp_path), "bf16").head_dim == 16

@@ -63,7 +63,7 @@ def load_config(name: str) -> ModelConfig:
         )
     try:
         fields = json.loads(path.read_text("utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(fields).__name__}")

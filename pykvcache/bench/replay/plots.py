@@ -108,7 +108,7 @@ def draw_bars(axes: Any, results: Sequence[Result], title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel(axis_label(results))
-    axes.set_title(title, loc="left", fontsize=11, pad=30)
+    axes.set_title(title, loc="left", fontsize=11, pad=30, parse_math=False)
     axes.legend(
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(SHARES), frameon=False, fontsize=9,
         borderaxespad=0.2, handlelength=1.2, columnspacing=1.2,

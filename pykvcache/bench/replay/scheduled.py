@@ -21,7 +21,7 @@ from pykvcache.bench.replay.rows import Rows
 from pykvcache.bench.replay.rules import Rules
 from pykvcache.bench.replay.space import Usage
 from pykvcache.bench.replay.totals import Result
-from pykvcache.bench.traces import PREFIX_BLOCK, Request
+from pykvcache.bench.traces import PREFIX_BLOCK, Numbers, Request
 from pykvcache.engine import request as engine
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.family import Family
@@ -55,7 +55,7 @@ class ScheduledReplay:
         self.queue = Queue(requests, self._holds, rules.saturated, rules.order)
         self.result, self.cost = result, rules.cost
         self.clock = 0.0
-        self._prefixes = rules.prefix_cache
+        self._prefixes, self._numbers = rules.prefix_cache, Numbers()
         self._advance, self._observe = advance, observe
         self._due = math.inf if observe is None else 0.0
         self._submitted = self._reported = 0
@@ -102,7 +102,8 @@ class ScheduledReplay:
         if not self._prefixes:
             return np.zeros(job.prompt, np.int64)
         ids = np.full(job.prompt, -2 * self._submitted - 1)
-        known = np.repeat(np.array(job.prefix, np.int64) % 2**31, PREFIX_BLOCK)[: job.prompt]
+        numbers = np.array([self._numbers[block] for block in job.prefix], np.int64)
+        known = np.repeat(numbers, PREFIX_BLOCK)[: job.prompt]
         ids[: len(known)] = known
         return ids
 

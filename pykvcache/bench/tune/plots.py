@@ -32,6 +32,7 @@ def plot_tuning(found: Tuning, path: str | Path) -> None:
         f"block size {found.outcome.block_size} recommended for {model} ({shape.dtype}), "
         f"{found.request.memory} of KV cache, trace {trace}",
         fontsize=13,
+        parse_math=False,
     )
     figure.savefig(path)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from pykvcache.bench.replay.configs import ModelConfig, known_configs, load_config
+from pykvcache.bench.replay.configs import ModelConfig, config_file, known_configs, load_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,8 +66,7 @@ def load_shape(name: str, dtype: str) -> Shape:
 
 
 def _fields(name: str) -> dict[str, Any]:
-    path = Path(name)
-    fields = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    fields = json.loads(config_file(name).read_text("utf-8-sig"))
     text: dict[str, Any] = fields.get("text_config") or fields
     return text
 

@@ -25,9 +25,18 @@ from pykvcache.bench.throughput import (
     measure_overhead,
 )
 from pykvcache.bench.timing import Interrupted
-from pykvcache.cli.bench.options import MOST_THREADS, Compare, FailAbove, Json, Output, integers
+from pykvcache.cli.bench.options import (
+    MOST_THREADS,
+    Compare,
+    FailAbove,
+    Json,
+    Output,
+    check_transformers,
+    integers,
+)
 
 MOST_ROWS, MOST_STEPS = 4096, 100_000
+ROWS, STEPS = "1,8,32,256", 200
 CAPACITIES = ((500, 65_536), (2000, 262_144))  # requests, tokens of the pool
 
 
@@ -87,10 +96,13 @@ def engine(
     ] = 60,
     capacity: Annotated[bool, typer.Option(help="Count requests at once instead.")] = False,
     overhead: Annotated[bool, typer.Option(help="Time a step outside the model instead.")] = False,
-    rows: Annotated[str, typer.Option(help="With --overhead: numbers of rows.")] = "1,8,32,256",
+    rows: Annotated[
+        str | None, typer.Option(help=f"With --overhead: numbers of rows; {ROWS}.")
+    ] = None,
     steps: Annotated[
-        int, typer.Option(min=10, max=MOST_STEPS, help="With --overhead: steps of each.")
-    ] = 200,
+        int | None,
+        typer.Option(min=10, max=MOST_STEPS, help=f"With --overhead: steps of each; {STEPS}."),
+    ] = None,
     json: Json = None,
     compare: Compare = None,
     fail_above: FailAbove = None,
@@ -101,25 +113,29 @@ def engine(
         raise typer.BadParameter(f"--workload is one of {names}, all; got {workload!r}")
     if capacity and overhead:
         raise typer.BadParameter("--capacity and --overhead are two measurements; give one")
-    counts = row_counts(rows)
+    if not overhead and (rows is not None or steps is not None):
+        raise typer.BadParameter("--rows and --steps need --overhead")
+    counts = row_counts(rows or ROWS)
+    check_transformers("bench engine")
     torch.set_num_threads(threads)
     output = Output(json, compare, fail_above)
     if capacity:
         measure_capacities(output)
     elif overhead:
-        measure_overheads(output, counts, steps)
+        measure_overheads(output, counts, steps or STEPS)
     else:
         chosen = list(WORKLOADS) if workload == "all" else [workload]
         measure_throughput(output, chosen, repeats, longest_run)
 
 
 def overhead(
-    rows: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,8,32,256",
-    steps: Annotated[int, typer.Option(min=10, max=MOST_STEPS, help="Steps of each.")] = 200,
+    rows: Annotated[str, typer.Option(help="Numbers of rows.")] = ROWS,
+    steps: Annotated[int, typer.Option(min=10, max=MOST_STEPS, help="Steps of each.")] = STEPS,
     json: Json = None,
 ) -> None:
     """Measure the engine's own code."""
     counts = row_counts(rows)
+    check_transformers("bench engine")
     torch.set_num_threads(1)
     measure_overheads(Output(json), counts, steps)
 

@@ -18,7 +18,14 @@ from pykvcache.bench.generate import WORKLOADS, Result, measure, measure_step
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.timing import Interrupted, Timing
 from pykvcache.cache import MAX_BLOCK_SIZE
-from pykvcache.cli.bench.options import MOST_THREADS, Compare, FailAbove, Json, Output
+from pykvcache.cli.bench.options import (
+    MOST_THREADS,
+    Compare,
+    FailAbove,
+    Json,
+    Output,
+    check_transformers,
+)
 
 STEP_RUNS = 10
 
@@ -68,6 +75,7 @@ def generate(
     names = [*WORKLOADS, "step"]
     if workload not in ("all", *names):
         raise typer.BadParameter(f"--workload is one of {', '.join(names)}, all; got {workload!r}")
+    check_transformers("bench generate")
     chosen = names if workload == "all" else [workload]
     torch.set_num_threads(threads)
     output = Output(json, compare, fail_above)

@@ -14,6 +14,9 @@ from rich.console import Console
 
 from pykvcache.bench import environment, tables
 from pykvcache.bench.compare import change_table, compare, read_results
+from pykvcache.bench.replay.configs import config_file
+from pykvcache.bench.replay.synthetic import SYNTHETIC
+from pykvcache.bench.traces import TRACES
 
 MOST_THREADS = 1024  # OpenMP dies of many more
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
@@ -127,6 +130,25 @@ def check_apart(option: str, file: str | Path, others: Mapping[str, str | Path |
             raise typer.BadParameter(f"{option} and {other} are the same file, {file}")
 
 
+def check_results(inputs: Mapping[str, str | Path | None], **results: str | Path | None) -> None:
+    """Raise BadParameter if a result would be written over an input, or over another result."""
+    files = dict(inputs)
+    for name, file in results.items():
+        if file is not None and file != "-":
+            check_apart(f"--{name}", file, files)
+            files[f"--{name}"] = file
+
+
+def input_files(trace: str, model_config: str | None = None) -> dict[str, str | Path | None]:
+    """The files that are read: a trace and a config of the user's own."""
+    files: dict[str, str | Path | None] = {}
+    if trace not in (*TRACES, *SYNTHETIC):
+        files["--trace"] = trace
+    if model_config and os.path.exists(model_config):
+        files["--model-config"] = config_file(model_config)
+    return files
+
+
 def check_picture(file: Path, option: str = "--plot") -> None:
     """Raise BadParameter if a picture could not be drawn or written after all the work."""
     check_plot(option)
@@ -138,6 +160,12 @@ def check_picture(file: Path, option: str = "--plot") -> None:
 def check_plot(option: str = "--plot") -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise typer.BadParameter(f"{option} needs matplotlib: pip install 'pykvcache[plot]'")
+
+
+def check_transformers(command: str) -> None:
+    """Raise BadParameter if a command that runs models cannot."""
+    if importlib.util.find_spec("transformers") is None:
+        raise typer.BadParameter(f"{command} needs transformers: pip install 'pykvcache[hf]'")
 
 
 def check_seconds(seconds: float) -> None:

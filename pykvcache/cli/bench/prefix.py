@@ -11,7 +11,7 @@ from rich.table import Table
 from pykvcache.bench.prefix import Replay, replay
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.traces import read_prefix_blocks
-from pykvcache.cli.bench.options import Json, Output
+from pykvcache.cli.bench.options import Json, Output, check_results, input_files
 
 
 def replay_table(replays: list[Replay], trace: str) -> Table:
@@ -46,6 +46,7 @@ def prefix(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--trace") from None
     output = Output(json)
+    check_results(input_files(trace), json=json)
     replays: list[Replay] = []
     complete = True
     try:
