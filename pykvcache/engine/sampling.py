@@ -39,7 +39,8 @@ class Sampling:
             one, of the model's own distribution (before any processor); 0 = the chosen one only,
             None = nothing.
         processors: further callables (input_ids [1, length], scores [1, vocabulary]) -> scores,
-            applied to each row between the penalty and the filters, as `generate` does. One that
+            applied to each row between the penalty and the filters, as `generate` does. Where all
+            of them are classes of transformers that keep no state, rows share a call. One that
             raises ends its request with the finish reason "error".
 
     Raises:
