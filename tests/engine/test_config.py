@@ -109,10 +109,9 @@ def test_processors_fit_a_vocabulary_that_has_changed() -> None:
 
 
 def test_what_needs_an_end_of_text_does_nothing_without_one() -> None:
-    fields = {"min_length": 14, "exponential_decay_length_penalty": (2, 3.0)}
-    model = configured([], **fields, no_repeat_ngram_size=1)
+    model = configured([], min_length=14, no_repeat_ngram_size=1)
+    model.generation_config.eos_token_id = None
     engine = pykvcache.Engine(model, block_size=4, num_blocks=100)
     prompt = make_prompts()[1]
-    model.generation_config.eos_token_id = None
     tokens = engine.generate([prompt], max_new_tokens=10)[0].token_ids
     assert tokens == one_by_one(model, prompt)
