@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NoReturn, SupportsIndex
 
 import torch
@@ -61,12 +62,13 @@ class KVPool:
         prefix_cache: bool = False,
         windows: Sequence[int] = (),
     ) -> None:
-        check_positive("block_size", block_size)
+        block_size = parse_positive("block_size", block_size)
         if num_blocks is not None and memory is not None:
             raise ValueError(f"give num_blocks or memory, not both, got {num_blocks} and {memory}")
-        for name, value in (("num_blocks", num_blocks), ("memory", memory)):
-            if value is not None:
-                check_positive(name, value)
+        if num_blocks is not None:
+            num_blocks = parse_positive("num_blocks", num_blocks)
+        if memory is not None:
+            memory = parse_positive("memory", memory)
         if block_size > MAX_BLOCK_SIZE:
             raise ValueError(f"block_size must be 1 to {MAX_BLOCK_SIZE}, got {block_size}")
         if num_blocks is not None and num_blocks > MAX_BLOCKS:
@@ -275,12 +277,17 @@ class KVPool:
             self.ops.copy_blocks(storages, storages, pairs.to(device))
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is an int, ValueError unless it is at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def parse_positive(name: str, value: object) -> int:
+    """An int of at least 1, from one of numpy, too.
+
+    Raises:
+        TypeError: it is no int. ValueError: it is less than 1.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from numbers import Integral
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base**power
@@ -17,8 +18,10 @@ def parse_memory(memory: int | str | None, name: str = "memory") -> int | None:
     Raises:
         ValueError: not an amount. TypeError: neither a string nor an int.
     """
-    if memory is None or (isinstance(memory, int) and not isinstance(memory, bool)):
-        return memory
+    if memory is None:
+        return None
+    if isinstance(memory, Integral) and not isinstance(memory, bool):
+        return int(memory)
     if not isinstance(memory, str):
         raise TypeError(f"{name} must be bytes as an int or a string like '4GiB', got {memory!r}")
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?i?B?)\s*", memory)

@@ -81,7 +81,6 @@ class Engine:
         cuda_graphs: bool = True,
     ) -> None:
         options = Options(token_budget, max_running, head_room)
-        options.check()
         check_switches(
             deterministic=deterministic, prefix_cache=prefix_cache, cuda_graphs=cuda_graphs
         )
@@ -92,7 +91,7 @@ class Engine:
             size = default_memory(getattr(model, "device", torch.device("cpu")))
         self._runner = ModelRunner(
             model,
-            max_running,
+            options.max_running,
             cuda_graphs,
             block_size=block_size,
             num_blocks=num_blocks,
@@ -102,7 +101,7 @@ class Engine:
             deterministic=deterministic,
             prefix_cache=prefix_cache,
         )
-        cache = self._runner.cache
+        runner, cache = self._runner, self._runner.cache
         self.pool = cache.pool
         assert self.pool.allocator is not None
         self._allocator = self.pool.allocator
@@ -124,7 +123,7 @@ class Engine:
         self._loop = Loop(self._runner, self._scheduler, self._swap, eos_tokens(model))
         self._ignored: tuple[str, ...] = ()  # fields of the generation config, as was said
         self._unchecked = False  # a request came since the weights were looked at
-        self._inputs = Inputs(self._runner.vocabulary, max_length(model))
+        self._inputs = Inputs(lambda: runner.vocabulary, max_length(model))
         self._lock = threading.RLock()
         self._dropped: deque[Handle] = deque()  # to be cancelled
 

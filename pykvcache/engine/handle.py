@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from pykvcache.batch import Int64Array
-from pykvcache.engine.config import ConfigRules, RowProcessors
+from pykvcache.engine.config import ConfigRules
 from pykvcache.engine.delivery import Listener
 from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.request import Request
+from pykvcache.engine.rules import RowRules
 from pykvcache.engine.sampling import Event, LogProbs, Output, Sampling, Score
 
 
@@ -50,7 +51,7 @@ class Sample:
         self.first_token = 0.0
         self.error: Exception | None = None
         self.distinct: Distinct | None = None
-        self.ruled: tuple[ConfigRules, RowProcessors] | None = None
+        self.ruled: tuple[ConfigRules, RowRules] | None = None
         self.output: Output | None = None
 
     @property

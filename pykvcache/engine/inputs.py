@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,10 +47,11 @@ def parse_settings(
 class Inputs:
     """Checks what comes in against one model.
 
-    vocabulary: number of token ids. max_length: positions of the model, and whose they are.
+    vocabulary: number of token ids at present. max_length: positions of the model, and whose they
+    are.
     """
 
-    vocabulary: int
+    vocabulary: Callable[[], int]
     max_length: tuple[int, str] | None
 
     def token_ids(self, prompt: Prompt, name: str) -> Int64Array:
@@ -68,18 +69,16 @@ class Inputs:
             )
         if array.dtype.kind not in "iu":
             raise TypeError(f"{name} must be integers, got {array.dtype}")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.vocabulary:
-            raise ValueError(
-                f"{name} must be 0 to {self.vocabulary - 1}, got {low if low < 0 else high}"
-            )
+        low, high, last = int(array.min()), int(array.max()), self.vocabulary() - 1
+        if low < 0 or high > last:
+            raise ValueError(f"{name} must be 0 to {last}, got {low if low < 0 else high}")
         return array.astype(np.int64)
 
     def check_stop(self, setting: Sampling) -> None:
         """Raise ValueError for a stop sequence that no text can have."""
         for stop in setting.stop_sequences:
-            if max(stop) >= self.vocabulary:
-                raise ValueError(f"stop must be 0 to {self.vocabulary - 1}, got {max(stop)}")
+            if max(stop) > (last := self.vocabulary() - 1):
+                raise ValueError(f"stop must be 0 to {last}, got {max(stop)}")
 
     def request(self, prompt: Int64Array, new_tokens: int, priority: int, salt: int) -> Request:
         """A request that is not in the queue yet."""

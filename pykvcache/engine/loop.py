@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from pykvcache.batch import Int64Array
-from pykvcache.engine.config import ConfigRules, RowProcessors
+from pykvcache.engine.config import ConfigRules
 from pykvcache.engine.delivery import Delivery
 from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.fresh import FreshScheduler
 from pykvcache.engine.handle import Sample, ScoreJob
 from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.request import BoolArray, Request
+from pykvcache.engine.rules import RowRules, Texts
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
@@ -204,27 +205,46 @@ class Loop:
     def _next_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose and take the next token of each request, whose logits are [R, V]."""
         samples: list[Sample] = [request.owner for request in requests]
+        lengths = [self._length(request) for request in requests]
         tokens, errors = self._sampler.choose(
             logits,
             [sample.setting for sample in samples],
             [sample.sample_index for sample in samples],
-            [self._length(request) - len(request.prompt) for request in requests],
-            lambda row: self._text(requests[row]),
+            [n - len(request.prompt) for n, request in zip(lengths, requests, strict=True)],
+            Texts(lengths, lambda row, start: self._text(requests[row], start)),
             lambda row: self._distinct(samples[row]),
             lambda row: self._ruled(samples[row]),
         )
         numbers = self._log_probs(samples, logits, tokens)
         now = time.perf_counter()
+        good = [i for i in range(len(samples)) if i not in errors]
+        self._append([requests[i] for i in good], tokens[good])
+        eos = np.isin(tokens, self._eos).tolist()
         for i, (sample, token) in enumerate(zip(samples, tokens.tolist(), strict=True)):
             if not sample.begun:
                 sample.begun, sample.first_token = True, now
-                plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
-                sample.request.plain = plain
+                self._decide_plain(sample)
             if i in errors:
                 sample.error = errors[i]
                 self.end(sample, "error")
             else:
-                self._take(sample, token, numbers[i])
+                self._take(sample, token, eos[i], numbers[i])
+
+    def _append(self, requests: Sequence[Request], tokens: Int64Array) -> None:
+        """Add one new token to each request, tokens [R]; some may wait."""
+        self.meter.generated(len(requests))
+        lanes = np.array([request.lane for request in requests], np.int64)
+        runs = lanes >= 0
+        self.lanes.append(lanes[runs], tokens[runs])
+        for i in np.flatnonzero(~runs).tolist():
+            requests[i].tokens = np.append(requests[i].tokens, tokens[i])
+
+    def _decide_plain(self, sample: Sample) -> None:
+        """From its first token on, a request may be settled as part of an array."""
+        request = sample.request
+        request.plain = sample.is_quiet and self._sampler.is_plain(sample.setting)
+        if request.lane >= 0:
+            self.lanes.plain[request.lane] = request.plain
 
     def _length(self, request: Request) -> int:
         lane = request.lane
@@ -248,13 +268,13 @@ class Loop:
             sample.distinct = Distinct(handle.distinct, output)
         return sample.distinct
 
-    def _ruled(self, sample: Sample) -> RowProcessors:
-        """The processors of a sample for what the generation config wants."""
+    def _ruled(self, sample: Sample) -> RowRules:
+        """The rules of a sample for what the generation config wants."""
         rules = self._sampler.rules
         assert rules is not None
         if sample.ruled is None or sample.ruled[0] is not rules:
             request, own = sample.request, sample.setting.min_new_tokens is not None
-            sample.ruled = rules, rules.processors(request.prompt, request.limit, own)
+            sample.ruled = rules, rules.of(request.prompt, request.limit, own)
         return sample.ruled[1]
 
     def _log_probs(
@@ -271,28 +291,21 @@ class Loop:
                 numbers[i] = {int(tokens[i]): own, **dict(kept)}
         return numbers
 
-    def _take(self, sample: Sample, token: int, logs: LogProbs | None) -> None:
-        """Give a sample its next token, and end it if that was the last."""
-        request = sample.request
-        self.meter.generated(1)
-        if request.lane >= 0:
-            self.lanes.append(np.array([request.lane]), np.array([token]))
-            self.lanes.plain[request.lane] = request.plain
-        else:
-            request.tokens = np.append(request.tokens, token)
+    def _take(self, sample: Sample, token: int, is_eos: bool, logs: LogProbs | None) -> None:
+        """Note the newest token of a sample, and end it if that was the last."""
         if sample.distinct is not None:
             sample.distinct.add(token)
         if sample.logprobs is not None and logs is not None:
             sample.logprobs.append(logs)
-        reason = self._reason(sample, token)
+        reason = self._reason(sample, is_eos)
         if reason is not None:
             self.end(sample, reason)
         self._tell(sample, token, logs)
 
-    def _reason(self, sample: Sample, token: int) -> str | None:
-        """Why a sample whose newest token is this ends, or None."""
+    def _reason(self, sample: Sample, is_eos: bool) -> str | None:
+        """Why a sample ends, whose newest token may be an end of text; or None."""
         request = sample.request
-        if request.ends_at_eos and token in self._eos:
+        if request.ends_at_eos and is_eos:
             return "eos"
         length = self._length(request)
         if stops := sample.setting.stop_sequences:

@@ -8,13 +8,15 @@ Read first: hf/packed.py, hf/packed_attention.py, scheduler.py. Read next: engin
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from pykvcache.batch import Batch, Int64Array
@@ -29,6 +31,12 @@ from pykvcache.metadata import AttentionMetadata
 
 PROBE_LENGTHS = ((5, 3), (2, 1), (1, 1))  # of two prompts; the first pair that fits the pool
 SAME_DIRECTION = 0.95  # cosine of logits; rounding stays far above, a wrong mask far below
+LOGITS_ONLY = {  # as arguments of a forward that takes them
+    "return_dict": True,
+    "output_router_logits": False,
+    "output_hidden_states": False,
+    "output_attentions": False,
+}
 
 
 class ModelRunner:
@@ -53,6 +61,7 @@ class ModelRunner:
         self.model, self.device = model, model.device
         self.cache = PackedCache(model, **settings)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._logits_only = logits_only(model)
         self._linears = Linears(model)
         self._batch: Batch | None = None
         self._revision = -1
@@ -68,7 +77,9 @@ class ModelRunner:
     @property
     def vocabulary(self) -> int:
         """Tokens that the embedding knows."""
-        return int(self.model.get_input_embeddings().num_embeddings)
+        known = vocabulary_of(self.model)
+        assert known is not None
+        return known
 
     def copy_blocks(self, copies: list[Int64Array]) -> None:
         """Copy blocks before a step writes: per group int64 [N, 2] of (source, target)."""
@@ -107,7 +118,7 @@ class ModelRunner:
 
     def _forward(self, ids: Tensor, positions: Tensor, keep: Tensor | None) -> Tensor:
         """Logits [T, V], or of the rows `keep`, for ids and positions [1, T]."""
-        kwargs: dict[str, Any] = {}
+        kwargs: dict[str, Any] = dict(self._logits_only)
         if keep is not None and self._keeps:
             kwargs["logits_to_keep"] = keep
         with packed_attention(self.model) as eager, self._linears:
@@ -151,8 +162,9 @@ class ModelRunner:
         ids = np.arange(1, max(map(max, PROBE_LENGTHS)) + 1, dtype=np.int64) % self.vocabulary
         stock = DynamicCache(config=self.model.config.get_text_config(decoder=True))
         tokens = torch.from_numpy(ids)[None].to(self.device)
-        with observed(self.model) as reaches:
-            out = self.model(input_ids=tokens, past_key_values=stock, use_cache=True)
+        with self._explained("its forward fails on text alone"), observed(self.model) as reaches:
+            kwargs = {"past_key_values": stock, "use_cache": True, **self._logits_only}
+            logits = self.model(input_ids=tokens, **kwargs).logits[0]
         if reaches is not None:
             self._check_reaches(reaches)
         paged = [stock.layers[index] for index in self.cache.paged]
@@ -164,8 +176,21 @@ class ModelRunner:
         for lengths in PROBE_LENGTHS:
             blocks = sum(-(-length // size) for length in lengths) * len(self.cache.windows)
             if blocks <= self.cache.pool.num_blocks:
-                self._compare(ids, np.array(lengths, np.int64), out.logits[0])
+                self._compare(ids, np.array(lengths, np.int64), logits)
                 return
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Say that the model cannot be packed where its own code raises; memory may be short."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{self._name} cannot be packed: {what} ({type(error).__name__}: {reason})"
+            ) from error
 
     def _check_reaches(self, reaches: Reaches) -> None:
         """Layers must keep what the masks of the model show; a short text could not tell."""
@@ -233,7 +258,26 @@ def check_packable(model: Any) -> None:
         reason = "it does not generate"
     elif not model._can_set_attn_implementation():
         reason = "its attention is its own code, not an implementation that can be chosen"
+    elif getattr(type(model), "_sample", None) not in (None, GenerationMixin._sample):
+        reason = "its generate chooses tokens in a way of its own"
     elif "position_ids" not in inspect.signature(model.forward).parameters:
         reason = "its forward takes no position_ids"
+    elif not isinstance(vocabulary_of(model), int):
+        reason = "its input embeddings do not say how many tokens they know"
     if reason is not None:
         raise ValueError(f"{name} cannot be packed: {reason}")
+
+
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """Tokens that the embedding knows at present; None: it does not say."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+
+def logits_only(model: PreTrainedModel) -> dict[str, bool]:
+    """Arguments with which a forward gives logits and nothing else, whatever its config says.
+
+    Losses of experts over the packed mask would be wrong, and hidden states of all layers large.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {name: value for name, value in LOGITS_ONLY.items() if takes_any or name in parameters}

@@ -3,7 +3,7 @@
 A seeded row draws its noise from (seed, sample, position) alone, so its tokens do not depend on
 what else runs, on chunks or on preemptions.
 
-Read first: sampling.py. Read next: engine.py.
+Read first: sampling.py, rules.py. Read next: engine.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from pykvcache.batch import Int64Array
-from pykvcache.engine.config import ConfigRules, Processor, RowProcessors
+from pykvcache.engine.config import ConfigRules
 from pykvcache.engine.distinct import Distinct, stacked
+from pykvcache.engine.rules import Processor, RowRules, Rule, Texts, look_of, process
 from pykvcache.engine.sampling import LogProbs, Sampling
 
 Filters = tuple[object, ...]
@@ -62,9 +63,9 @@ class Sampler:
         settings: Sequence[Sampling],
         streams: Sequence[int],
         generated: Sequence[int],
-        texts: Callable[[int], Int64Array],
+        texts: Texts,
         distinct: Callable[[int], Distinct],
-        ruled: Callable[[int], RowProcessors],
+        ruled: Callable[[int], RowRules],
     ) -> tuple[Int64Array, dict[int, Exception]]:
         """Next tokens, int64 [R], and what processors of users raised, by row.
 
@@ -73,9 +74,9 @@ class Sampler:
             settings: of each row.
             streams: sample index of each row, to tell samples of one seed apart.
             generated: tokens that each row has generated so far.
-            texts: prompt and output so far of a row, called where a processor needs them.
+            texts: prompt and output so far, read where a processor needs them.
             distinct: their different tokens, called where there is a penalty.
-            ruled: processors of a row for `rules`, called where there are any.
+            ruled: those of a row for `rules`, called where there are any.
         """
         pairs = list(zip(settings, generated, strict=True))
         if all(setting.greedy and self._is_untouched(setting, n) for setting, n in pairs):
@@ -83,10 +84,11 @@ class Sampler:
         tokens = np.empty(len(settings), np.int64)
         errors: dict[int, Exception] = {}
         for rows in _groups(settings):
-            setting = settings[rows[0]]
-            scores = logits[rows].float()
+            setting, scores = settings[rows[0]], logits[rows].float()
+            known = texts.select(rows)
+            failed: dict[int, Exception] = {}
             made = [ruled(row) for row in rows] if self.rules is not None else []
-            self._apply([each.before for each in made], setting, rows, scores, texts, errors)
+            scores = process([each.before for each in made], known, scores, failed)
             if (penalty := self._penalty_of(setting)) != 1.0:
                 ids = torch.from_numpy(stacked([distinct(row) for row in rows]))
                 repetition = RepetitionPenaltyLogitsProcessor(float(penalty))
@@ -94,9 +96,11 @@ class Sampler:
             if setting.min_new_tokens and self._eos:
                 early = [i for i, row in enumerate(rows) if generated[row] < setting.min_new_tokens]
                 scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
-            after = [each.after for each in made] or [[]] * len(rows)
-            own = [[*each, *setting.processors] for each in after]
-            self._apply(own, setting, rows, scores, texts, errors)
+            scores = process([each.after for each in made], known, scores, failed)
+            scores = _own(setting.processors, known, scores, failed)
+            if made or setting.processors:
+                _check(scores, setting.greedy, failed)
+            errors |= {rows[i]: error for i, error in failed.items()}
             if setting.greedy:
                 tokens[rows] = likeliest(scores)
             else:
@@ -118,33 +122,33 @@ class Sampler:
         penalty = setting.repetition_penalty
         return self._penalty if penalty is None else penalty
 
-    def _apply(
-        self,
-        processors: Sequence[Sequence[Processor]],
-        setting: Sampling,
-        rows: list[int],
-        scores: Tensor,
-        texts: Callable[[int], Int64Array],
-        errors: dict[int, Exception],
-    ) -> None:
-        """Run the processors of each row, in place on scores [n, V]."""
-        for i, (row, own) in enumerate(zip(rows, processors, strict=False)):
-            if not own or row in errors:
-                continue
-            ids = torch.tensor(texts(row), device=scores.device)[None]
-            try:
-                scores[i] = _processed(own, ids, scores[i : i + 1].clone(), setting.greedy)[0]
-            except Exception as error:
-                errors[row] = error
 
-
-def _processed(
-    processors: Sequence[Processor], ids: Tensor, scores: Tensor, greedy: bool
+def _own(
+    processors: Sequence[Processor], texts: Texts, scores: Tensor, errors: dict[int, Exception]
 ) -> Tensor:
+    """What processors of users make of scores [n, V], which may be changed.
+
+    Together where it is known what each of them looks at; else row by row, as in `generate`.
+    """
+    rules = [Rule(processor, look_of(processor)) for processor in processors]
+    if all(rule.look is not None for rule in rules):
+        return process([rules] * len(scores), texts, scores, errors)
+    for row, length in enumerate(texts.lengths):
+        if row in errors:
+            continue
+        ids = torch.from_numpy(texts.last([row], length)).to(scores.device)
+        try:
+            scores[row] = _processed(processors, ids, scores[row : row + 1].clone())[0]
+        except Exception as error:
+            errors[row] = error
+    return scores
+
+
+def _processed(processors: Sequence[Processor], ids: Tensor, scores: Tensor) -> Tensor:
     """What processors make of scores [1, V].
 
     Raises:
-        TypeError, ValueError: one gives no scores of all tokens, or none from which to draw.
+        TypeError, ValueError: one gives no scores of all tokens.
     """
     shape = scores.shape
     for processor in processors:
@@ -157,10 +161,17 @@ def _processed(
             raise ValueError(
                 f"processor {name} must return scores {list(shape)}, got {list(scores.shape)}"
             )
-    best = float(scores.max())  # nan if there is one
-    if math.isnan(best) or (best == -math.inf and not greedy):
-        raise ValueError("processors leave no token to draw: all scores are -inf, or one is nan")
     return scores
+
+
+def _check(scores: Tensor, greedy: bool, errors: dict[int, Exception]) -> None:
+    """Note an error for each row of scores [n, V] from which no token can be chosen."""
+    for row, best in enumerate(scores.amax(-1).tolist()):  # nan if there is one
+        if math.isnan(best) or (best == -math.inf and not greedy):
+            errors.setdefault(
+                row,
+                ValueError("processors leave no token to draw: all scores are -inf, or one is nan"),
+            )
 
 
 def _warpers(setting: Sampling) -> LogitsProcessorList:

@@ -33,12 +33,14 @@ class Sampling:
         seed: makes the tokens a function of the prompt and the seed alone, whatever else runs.
         n: samples of the prompt, which is computed once.
         stop: token ids, or lists of token ids, that end the output; they stay part of it.
+            None = nothing does.
         ignore_eos: go on after the model's end-of-text tokens.
         logprobs: report the log-probabilities of so many most likely tokens besides the chosen
             one, of the model's own distribution (before any processor); 0 = the chosen one only,
             None = nothing.
         processors: further callables (input_ids [1, length], scores [1, vocabulary]) -> scores,
-            applied to each row between the penalty and the filters, as `generate` does. One that
+            applied to each row between the penalty and the filters, as `generate` does. Where all
+            of them are classes of transformers that keep no state, rows share a call. One that
             raises ends its request with the finish reason "error".
 
     Raises:
@@ -54,7 +56,7 @@ class Sampling:
     min_new_tokens: int | None = None
     seed: int | None = None
     n: int = 1
-    stop: Sequence[int | Sequence[int]] = ()
+    stop: Sequence[int | Sequence[int]] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     processors: Sequence[Callable[[Any, Any], Any]] = ()
@@ -69,7 +71,7 @@ class Sampling:
             ("seed", None),
         ):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name not in ("max_new_tokens", "n"):
                 continue
             value = parse_int(name, value)
             object.__setattr__(self, name, value)
@@ -96,12 +98,13 @@ class Sampling:
                 raise ValueError(f"{name} must be {low:g} to {high:g}, got {value}")
         if self.top_p == 0:
             raise ValueError("top_p must be above 0, got 0")
-        _check_list("stop", self.stop)
+        stop = () if self.stop is None else self.stop
+        _check_list("stop", stop)
         _check_list("processors", self.processors)
         for processor in self.processors:
             if not callable(processor):
                 raise TypeError(f"processors must be callable, got {processor!r}")
-        object.__setattr__(self, "stop", tuple(_stop_sequence(entry) for entry in self.stop))
+        object.__setattr__(self, "stop", tuple(_stop_sequence(entry) for entry in stop))
         object.__setattr__(self, "processors", tuple(self.processors))
 
     @property

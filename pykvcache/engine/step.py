@@ -6,9 +6,10 @@ Read first: request.py. Read next: scheduler.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from pykvcache.batch import Batch, Int64Array
-from pykvcache.cache import check_positive
+from pykvcache.cache import parse_positive
 
 MAX_RUNNING = 2**16
 
@@ -16,6 +17,9 @@ MAX_RUNNING = 2**16
 @dataclass(frozen=True)
 class Options:
     """Limits of the scheduler.
+
+    Raises:
+        ValueError, TypeError: one is out of range; the message names it.
 
     Attributes:
         token_budget: most tokens of a step.
@@ -29,13 +33,12 @@ class Options:
     head_room: float = 0.05
     patience: int = 1000
 
-    def check(self) -> None:
-        """Raise ValueError or TypeError when a limit is out of range; the message names it."""
+    def __post_init__(self) -> None:
         for name in ("token_budget", "max_running", "patience"):
-            check_positive(name, getattr(self, name))
+            object.__setattr__(self, name, parse_positive(name, getattr(self, name)))
         if self.max_running > MAX_RUNNING:
             raise ValueError(f"max_running must be at most {MAX_RUNNING}, got {self.max_running}")
-        if isinstance(self.head_room, bool) or not isinstance(self.head_room, (int, float)):
+        if isinstance(self.head_room, bool) or not isinstance(self.head_room, Real):
             raise TypeError(f"head_room must be a number, got {self.head_room!r}")
         if not 0 <= self.head_room < 1:
             raise ValueError(f"head_room must be at least 0 and below 1, got {self.head_room}")

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from pykvcache.cache import KVPool, check_positive
+from pykvcache.cache import KVPool, parse_positive
 from pykvcache.hf.arguments import check_config, parse_dtype, parse_memory
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.rows import Rows
@@ -72,7 +72,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
     ) -> None:
         check_config(config)
         if max_length is not None:
-            check_positive("max_length", max_length)
+            max_length = parse_positive("max_length", max_length)
         layers = DynamicCache(config=config).layers
         windows: list[int] = []
         group_of: list[int] = []

@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 )
 
 from pykvcache import ops
-from pykvcache.cache import check_positive
+from pykvcache.cache import parse_positive
 from pykvcache.errors import OutOfBlocks
 from pykvcache.hf.counters import counters
 from pykvcache.hf.gathering import packed
@@ -251,8 +251,8 @@ class StaticPagedCache(Cache):  # type: ignore[misc]
         num_blocks: int | None = None,
         backend: str = "auto",
     ) -> None:
-        check_positive("max_length", max_length)
-        check_positive("block_size", block_size)
+        max_length = parse_positive("max_length", max_length)
+        block_size = parse_positive("block_size", block_size)
         layers = StaticCache(config=config, max_cache_len=max_length).layers
         plain = [type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers]
         if not any(plain):

@@ -120,6 +120,8 @@ def test_ends_of_text_that_are_no_tokens_are_refused(eos: Any) -> None:
     ("arguments", "message"),
     [
         ({"n": 0}, "n must be at least 1, got 0"),
+        ({"n": None}, "n must be an int, got None"),
+        ({"max_new_tokens": None}, "max_new_tokens must be an int, got None"),
         ({"temperature": -1}, "temperature must be 0 to 1e\\+06, got -1"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"top_p": 1.5}, "top_p must be 0 to 1, got 1.5"),
@@ -141,6 +143,10 @@ def test_ends_of_text_that_are_no_tokens_are_refused(eos: Any) -> None:
 def test_bad_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         Sampling(**arguments)
+
+
+def test_nothing_may_stop_a_text() -> None:
+    assert Sampling(stop=None) == Sampling() and Sampling(stop=None).stop == ()
 
 
 def test_settings_may_come_from_numpy() -> None:

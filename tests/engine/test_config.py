@@ -96,3 +96,22 @@ def test_fields_that_are_not_followed_are_named_once() -> None:
         warnings.simplefilter("error")
         engine.generate([make_prompts()[0]], max_new_tokens=1)
         pykvcache.Engine(configured(), num_blocks=9).generate([[1]], max_new_tokens=1)
+
+
+def test_processors_fit_a_vocabulary_that_has_changed() -> None:
+    model = configured(bad_words_ids=[[COMMON[0]], [COMMON[1], COMMON[2]]])
+    engine = pykvcache.Engine(model, block_size=4, num_blocks=100)
+    prompt = make_prompts()[1]
+    for size in (97, 130, 97):
+        model.resize_token_embeddings(size)
+        tokens = engine.generate([prompt], max_new_tokens=10)[0].token_ids
+        assert tokens == one_by_one(model, prompt)
+
+
+def test_what_needs_an_end_of_text_does_nothing_without_one() -> None:
+    model = configured([], min_length=14, no_repeat_ngram_size=1)
+    model.generation_config.eos_token_id = None
+    engine = pykvcache.Engine(model, block_size=4, num_blocks=100)
+    prompt = make_prompts()[1]
+    tokens = engine.generate([prompt], max_new_tokens=10)[0].token_ids
+    assert tokens == one_by_one(model, prompt)

@@ -49,7 +49,6 @@ class ScheduledReplay:
         )
         self.blocks = RequestBlocks(self.allocator, prefix_cache=rules.prefix_cache)
         options = Options(rules.token_budget, rules.max_running, rules.head_room)
-        options.check()
         self.scheduler = Scheduler(self.blocks, options)
         self.lanes = self.scheduler.lanes
         self.queue = Queue(requests, self._holds, rules.saturated, rules.order)
