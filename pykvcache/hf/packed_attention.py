@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,17 +72,31 @@ def _attend(
     return out[None]
 
 
-def _refuse(module: nn.Module, cache: PackedCache, reason: str) -> NoReturn:
+def _check(
+    module: nn.Module,
+    cache: PackedCache,
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    is_causal: bool | None,
+) -> None:
+    """Raise ValueError unless a layer of a packed forward asks to be causal, and nothing else."""
+    if not is_causal_module(module, is_causal):
+        reason = SEES_LATER
+    elif not (mask is None or isinstance(mask, PackedMask)):
+        reason = "makes an attention mask of its own"
+    elif position_bias is not None:
+        reason = "adds a position bias"
+    else:
+        return
     index = getattr(module, "layer_idx", None)
     layer = type(module).__name__ if index is None else f"layer {index} ({type(module).__name__})"
     raise cache.refusal(f"{layer} {reason}")
 
 
 def _packed_function(eager: bool) -> Any:
-    """Attention over blocks where keys are of a packed forward, which is causal and nothing else.
+    """Attention over blocks where keys are of a packed forward, else that of a patched model.
 
-    It raises ValueError where a model asks for more. Other keys may be those of a patched model
-    that generates in another thread.
+    Such a model may generate in another thread.
     """
     usual = attention_function(eager)
 
@@ -101,18 +115,11 @@ def _packed_function(eager: bool) -> Any:
     ) -> tuple[Tensor, Tensor | None]:
         layer: Any = key.layer if type(key) is PagedKeys else None
         if isinstance(layer, PackedLayer) and type(value) is PagedValues:
-            cache = layer.cache
-            if not is_causal_module(module, is_causal):
-                _refuse(module, cache, SEES_LATER)
-            if not (attention_mask is None or isinstance(attention_mask, PackedMask)):
-                _refuse(module, cache, "makes an attention mask of its own")
-            if position_bias is not None:
-                _refuse(module, cache, "adds a position bias")
+            _check(module, layer.cache, attention_mask, position_bias, is_causal)
             return _attend(query, layer, scaling, softcap or 0.0, s_aux), None
         note(module, attention_mask)
         if isinstance(attention_mask, PackedMask):
-            if not is_causal_module(module, is_causal):
-                _refuse(module, attention_mask.cache, SEES_LATER)
+            _check(module, attention_mask.cache, None, None, is_causal)  # a bias is passed on
             attention_mask = attention_mask.dense()
         return usual(
             module,
