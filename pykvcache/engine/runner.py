@@ -25,8 +25,8 @@ from pykvcache.engine.linears import Linears
 from pykvcache.engine.request import ranges
 from pykvcache.engine.step import Step
 from pykvcache.hf.packed import PackedCache
-from pykvcache.hf.packed_attention import observed, packed_attention, register
-from pykvcache.hf.reaches import Reaches
+from pykvcache.hf.packed_attention import SEES_LATER, observed, packed_attention, register
+from pykvcache.hf.reaches import LATER, Reaches
 from pykvcache.metadata import AttentionMetadata
 
 PROBE_LENGTHS = ((5, 3), (2, 1), (1, 1))  # of two prompts; the first pair that fits the pool
@@ -156,17 +156,19 @@ class ModelRunner:
     def _probe(self) -> None:
         """Open the pool, and see that a packed forward gives what single ones give.
 
-        The model runs twice on a few tokens: as it is, which also tells the shapes of its keys, and
-        packed. A model whose code looks at positions or neighbours of its own accord fails here.
+        The model runs three times on a few tokens: with its masks observed; as it is, which also
+        tells the shapes of its keys; and packed. A model whose code looks at positions or
+        neighbours of its own accord fails here.
         """
         ids = np.arange(1, max(map(max, PROBE_LENGTHS)) + 1, dtype=np.int64) % self.vocabulary
-        stock = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        config = self.model.config.get_text_config(decoder=True)
         tokens = torch.from_numpy(ids)[None].to(self.device)
-        with self._explained("its forward fails on text alone"), observed(self.model) as reaches:
-            kwargs = {"past_key_values": stock, "use_cache": True, **self._logits_only}
-            logits = self.model(input_ids=tokens, **kwargs).logits[0]
-        if reaches is not None:
-            self._check_reaches(reaches)
+        stock = DynamicCache(config=config)
+        with self._explained("its forward fails on text alone"):
+            with observed(self.model) as reaches:
+                self._alone(tokens, DynamicCache(config=config))
+            logits = self._alone(tokens, stock)
+        self._check_reaches(reaches)
         paged = [stock.layers[index] for index in self.cache.paged]
         shapes = [(layer.keys, layer.values) for layer in paged]
         if any(k is None or k.dim() != 4 or v.dim() != 4 for k, v in shapes):
@@ -178,6 +180,12 @@ class ModelRunner:
             if blocks <= self.cache.pool.num_blocks:
                 self._compare(ids, np.array(lengths, np.int64), logits)
                 return
+
+    def _alone(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits [T, V] of one text [1, T], as the model gives them by itself."""
+        kwargs = {"past_key_values": cache, "use_cache": True, **self._logits_only}
+        logits: Tensor = self.model(input_ids=tokens, **kwargs).logits[0]
+        return logits
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -199,6 +207,8 @@ class ModelRunner:
             kept = layer.window or layer.chunk
             if shown == kept or (shown is None and not kept):
                 continue
+            if shown == LATER:
+                raise self.cache.refusal(f"layer {index} {SEES_LATER}")
             mask = "its mask is not known"
             if shown is not None:
                 mask = f"its mask shows {shown} tokens" if shown else "its mask shows all tokens"

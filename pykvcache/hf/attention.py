@@ -61,7 +61,8 @@ def dense_attention(
     return out
 
 
-def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+def is_causal_module(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether no token sees a later one where there is no mask, as transformers decides it."""
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
@@ -96,7 +97,6 @@ def _align(layer: PagedLayer, columns: Tensor, key: Tensor) -> Tensor:
 
 
 def _paged_attention(
-    module: nn.Module,
     query: Tensor,
     key: PagedKeys,
     attention_mask: Tensor | None,
@@ -105,16 +105,18 @@ def _paged_attention(
     softcap: float | None,
     sinks: Tensor | None,
     position_bias: Tensor | None,
-    is_causal: bool | None,
+    is_causal: bool,
 ) -> Tensor:
     """[B, HQ, T, D] to [B, T, HQ, Dv] over the blocks of `key`'s layer."""
     counters.paged += 1
     layer = key.layer
     rows = layer.rows
+    if not is_causal and rows.notes is not None:  # its keys may depend on tokens that follow
+        rows.notes.stop()
     pool, metadata = rows.pool, rows.metadata[layer.group]
     tokens = query.shape[2]
     if attention_mask is None:
-        causal = tokens == 1 or _is_causal(module, is_causal)
+        causal = tokens == 1 or is_causal
         window, chunk, bias = layer.window, 0, None
     else:
         causal, window, chunk, bias = _masking(layer, attention_mask, key)
@@ -168,7 +170,9 @@ def _paged_attention(
 _outside_graph = torch.compiler.disable(_paged_attention)
 
 
-def _attention_function(eager: bool) -> AttentionFunction:
+def attention_function(eager: bool) -> AttentionFunction:
+    """What a patched model calls: over blocks where keys are handles, else as it was before."""
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -183,10 +187,12 @@ def _attention_function(eager: bool) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         wants_weights = eager and kwargs.get("output_attentions", False)
+        causal = is_causal_module(module, is_causal)
+        if not causal and query.shape[2] > 1 and isinstance(attention_mask, LazyMask):
+            attention_mask = None if attention_mask.is_left_out else attention_mask
         if type(key) is PagedKeys and type(value) is PagedValues and not wants_weights:
             attend = _outside_graph if torch.compiler.is_compiling() else _paged_attention
             out = attend(
-                module,
                 query,
                 key,
                 attention_mask,
@@ -195,7 +201,7 @@ def _attention_function(eager: bool) -> AttentionFunction:
                 softcap,
                 s_aux,
                 position_bias,
-                is_causal,
+                causal,
             )
             source = query if query.requires_grad else key.source
             if source is not None:
@@ -206,7 +212,7 @@ def _attention_function(eager: bool) -> AttentionFunction:
         if layer is not None and whole and not wants_weights:
             if position_bias is not None:
                 attention_mask = _add_bias(attention_mask, position_bias)
-            causal = attention_mask is None and _is_causal(module, is_causal)
+            causal = attention_mask is None and causal
             return layer.attend(query, attention_mask, causal, scaling, softcap, s_aux), None
         given = {
             "scaling": scaling,
@@ -227,5 +233,5 @@ def register() -> None:
         (SDPA_NAME, False, lazy_sdpa_mask),
         (EAGER_NAME, True, lazy_eager_mask),
     ):
-        AttentionInterface.register(name, _attention_function(eager))
+        AttentionInterface.register(name, attention_function(eager))
         AttentionMaskInterface.register(name, mask)

@@ -32,6 +32,7 @@ class LazyMask(LazyTensor):
     padding: Tensor | None
     _build: Callable[..., Tensor | None]
     _dense: Tensor | None
+    _left_out: bool | None
 
     @staticmethod
     def __new__(
@@ -40,7 +41,7 @@ class LazyMask(LazyTensor):
         shape = (spec["batch_size"], 1, spec["q_length"], spec["kv_length"])
         dtype = torch.bool if build is sdpa_mask else spec["dtype"]
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=spec["device"])
-        mask.spec, mask._build, mask._dense = spec, build, None
+        mask.spec, mask._build, mask._dense, mask._left_out = spec, build, None, None
         mask.limits, mask.padding = limits, spec["attention_mask"]
         return mask
 
@@ -64,6 +65,13 @@ class LazyMask(LazyTensor):
     def stock(self) -> Tensor | None:
         """What the stock mask function would have returned: None where `is_causal` says enough."""
         return self._build(**self.spec)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the stock mask is None: then a module that is not causal sees all positions."""
+        if self._left_out is None:
+            self._left_out = self.stock() is None
+        return self._left_out
 
 
 def _local_limits(config: Any, local_size: int | None) -> tuple[int, int] | None:

@@ -107,9 +107,9 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         self.cache.check_gathers()
         if self.is_sliding:
-            raise ValueError(
-                f"the model cannot be packed: layer {self.index} has a window of "
-                f"{self.window or self.chunk} tokens and code that touches its keys"
+            raise self.cache.refusal(
+                f"layer {self.index} has a window of {self.window or self.chunk} tokens and code "
+                f"that touches its keys"
             )
         pool, metadata = self.cache.pool, self.cache.metadata[self.group]
         k_cache, v_cache = pool.caches(self.index)
@@ -179,6 +179,7 @@ class PackedCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, model: PreTrainedModel, **settings: Any) -> None:
+        self._name = type(model).__name__
         config = model.config.get_text_config(decoder=True)
         kinds = getattr(config, "layer_types", None) or []
         chunk = getattr(config, "attention_chunk_size", None) or 0
@@ -190,9 +191,8 @@ class PackedCache(Cache):  # type: ignore[misc]
             if type(layer).__name__ == "DummyLayer":  # reads the keys of another layer
                 continue
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise ValueError(
-                    f"{type(model).__name__} cannot be packed: layer {index} keeps a "
-                    f"{type(layer).__name__}, not plain keys and values"
+                raise self.refusal(
+                    f"layer {index} keeps a {type(layer).__name__}, not plain keys and values"
                 )
             size = getattr(layer, "sliding_window", None) or 0
             chunked = index < len(kinds) and kinds[index] == "chunked_attention"
@@ -202,7 +202,7 @@ class PackedCache(Cache):  # type: ignore[misc]
             group_of.append(reaches.index(limits))
             paged.append(index)
         if not group_of:
-            raise ValueError(f"{type(model).__name__} cannot be packed: it caches no keys")
+            raise self.refusal("it caches no keys")
         self.windows = [window for window, _ in reaches]
         self.chunks = [size for _, size in reaches]
         reach = [window or size for window, size in reaches]
@@ -216,6 +216,10 @@ class PackedCache(Cache):  # type: ignore[misc]
             group = group_of[position]
             stock[index] = PackedLayer(self, position, group, *reaches[group])
         super().__init__(layers=stock)
+
+    def refusal(self, reason: str) -> ValueError:
+        """What to raise when the model turns out not to go with packing."""
+        return ValueError(f"{self._name} cannot be packed: {reason}")
 
     def open(self, shapes: list[tuple[Tensor, Tensor]]) -> None:
         """Take the memory of all layers, whose keys and values look like `shapes`.

@@ -16,27 +16,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from pykvcache.hf.attention import dense_attention
+from pykvcache.hf.attention import attention_function, is_causal_module
 from pykvcache.hf.handles import PagedKeys, PagedValues
 from pykvcache.hf.masks import lazy_eager_mask, lazy_sdpa_mask
-from pykvcache.hf.packed import PackedCache, PackedMask, stored
+from pykvcache.hf.packed import PackedCache, PackedLayer, PackedMask, stored
 from pykvcache.hf.reaches import Reaches, note, noted, noting
 from pykvcache.layer_step import LayerStep
 
 PACKED_SDPA_NAME = "pykvcache_packed"
 PACKED_EAGER_NAME = "pykvcache_packed_eager"
-_WITH_MASKS = (
-    *("sdpa", "eager", "pykvcache", "pykvcache_eager"),
-    *(PACKED_SDPA_NAME, PACKED_EAGER_NAME),  # in use by another thread
-)
+SEES_LATER = "lets tokens see later ones"
 
 
 def _attend(
-    query: Tensor, key: PagedKeys, scale: float | None, softcap: float, sinks: Tensor | None
+    query: Tensor, layer: PackedLayer, scale: float | None, softcap: float, sinks: Tensor | None
 ) -> Tensor:
     """[1, HQ, T, D] to [1, T, HQ, Dv], every row over its own blocks."""
-    layer: Any = key.layer
-    cache: PackedCache = layer.cache
+    cache = layer.cache
     pool, metadata = cache.pool, cache.metadata[layer.group]
     k_cache, v_cache = pool.k_caches[layer.index], pool.v_caches[layer.index]
     assert k_cache is not None and v_cache is not None
@@ -76,7 +72,34 @@ def _attend(
     return out[None]
 
 
+def _check(
+    module: nn.Module,
+    cache: PackedCache,
+    mask: Tensor | None,
+    position_bias: Tensor | None,
+    is_causal: bool | None,
+) -> None:
+    """Raise ValueError unless a layer of a packed forward asks to be causal, and nothing else."""
+    if not is_causal_module(module, is_causal):
+        reason = SEES_LATER
+    elif not (mask is None or isinstance(mask, PackedMask)):
+        reason = "makes an attention mask of its own"
+    elif position_bias is not None:
+        reason = "adds a position bias"
+    else:
+        return
+    index = getattr(module, "layer_idx", None)
+    layer = type(module).__name__ if index is None else f"layer {index} ({type(module).__name__})"
+    raise cache.refusal(f"{layer} {reason}")
+
+
 def _packed_function(eager: bool) -> Any:
+    """Attention over blocks where keys are of a packed forward, else that of a patched model.
+
+    Such a model may generate in another thread.
+    """
+    usual = attention_function(eager)
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -86,27 +109,38 @@ def _packed_function(eager: bool) -> Any:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if type(key) is PagedKeys and type(value) is PagedValues:
-            return _attend(query, key, scaling, softcap or 0.0, s_aux), None
+        layer: Any = key.layer if type(key) is PagedKeys else None
+        if isinstance(layer, PackedLayer) and type(value) is PagedValues:
+            _check(module, layer.cache, attention_mask, position_bias, is_causal)
+            return _attend(query, layer, scaling, softcap or 0.0, s_aux), None
         note(module, attention_mask)
         if isinstance(attention_mask, PackedMask):
+            _check(module, attention_mask.cache, None, None, is_causal)  # a bias is passed on
             attention_mask = attention_mask.dense()
-        given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-        kwargs |= {name: argument for name, argument in given.items() if argument is not None}
-        return dense_attention(eager, module, query, key, value, attention_mask, **kwargs)
+        return usual(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            softcap=softcap,
+            s_aux=s_aux,
+            position_bias=position_bias,
+            is_causal=is_causal,
+            **kwargs,
+        )
 
     return attention
 
 
 @contextlib.contextmanager
-def observed(model: PreTrainedModel) -> Iterator[Reaches | None]:
-    """Run the model as it is and note what its masks show; None: its attention takes no masks."""
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation_internal not in _WITH_MASKS:
-        yield None
-        return
+def observed(model: PreTrainedModel) -> Iterator[Reaches]:
+    """Run the model with its masks built, whatever its own attention is; notes their reach."""
     with packed_attention(model), noted() as reaches:
         yield reaches
 

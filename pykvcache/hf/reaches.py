@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+LATER = -1  # the reach of a mask that shows a token what follows it
 Reaches = dict[int, int | None]  # by layer: window or chunk, 0 = all positions, None = not known
 
 _noted: ContextVar[Reaches | None] = ContextVar("noted", default=None)
@@ -41,10 +43,16 @@ def noting(
             return usual(**spec)
         always = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         built: Any = stock(**{**spec, **always})
-        built.reach = spec.get("local_size") or 0
+        built.reach = LATER if _shows_later(built, spec) else spec.get("local_size") or 0
         return built  # type: ignore[no-any-return]
 
     return mask
+
+
+def _shows_later(mask: Tensor, spec: dict[str, Any]) -> bool:
+    """Whether a mask [B, 1, T, KV], bool or for eager float, lets a token see a later one."""
+    shown = mask if mask.dtype == torch.bool else mask == 0
+    return bool(shown.triu(spec["q_offset"] - spec["kv_offset"] + 1).any())
 
 
 def note(module: nn.Module, mask: Tensor | None) -> None:
