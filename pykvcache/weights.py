@@ -17,6 +17,7 @@ SAMPLED = 16  # elements of each parameter that are compared
 Sample = tuple[tuple[int], tuple[int]]
 
 _version = operator.attrgetter("_version")
+_training = operator.attrgetter("training")
 
 
 class Weights:
@@ -55,7 +56,7 @@ class Weights:
     def marks(self) -> list[object]:
         """Addresses and versions; never equal to others if a tensor has no plain memory.
 
-        With the switches of adapters (those of peft).
+        With the switches of adapters (those of peft), and which modules are in training mode.
         """
         try:
             addresses = list(map(Tensor.data_ptr, self._tensors))
@@ -66,7 +67,8 @@ class Weights:
                 versions = list(map(_version, self._tensors))
         except (RuntimeError, NotImplementedError):
             return [object()]
-        return [addresses, versions, [_switches(adapter) for adapter in self._adapters]]
+        switches = [_switches(adapter) for adapter in self._adapters]
+        return [addresses, versions, switches, list(map(_training, self._modules))]
 
     def samples(self) -> list[Tensor]:
         """Some elements of every tensor and all frequencies as bytes, by dtype and device."""

@@ -46,7 +46,7 @@ def model() -> nn.Module:
     module.register_parameter("turned", nn.Parameter(torch.randn(6, 4).t()))
     module.register_buffer("small", torch.randn(4, 4).to(torch.float8_e4m3fn))
     module.rotary, module.adapter = Rotary(), Adapter()
-    return module
+    return module.eval()
 
 
 def in_place(module: nn.Module) -> None:
@@ -103,6 +103,10 @@ def scaled_adapter(module: nn.Module) -> None:
     module.adapter.scaling["default"] = 2.0
 
 
+def training_mode(module: nn.Module) -> None:
+    module[1].train()
+
+
 CHANGES: list[Callable[[nn.Module], None]] = [
     in_place,
     through_data,
@@ -117,6 +121,7 @@ CHANGES: list[Callable[[nn.Module], None]] = [
     adapter_off,
     other_adapter,
     scaled_adapter,
+    training_mode,
 ]
 
 

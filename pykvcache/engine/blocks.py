@@ -71,7 +71,7 @@ class RequestBlocks:
 
     def may_open(self, request: Request) -> bool:
         """Whether to admit it now; not while another request computes what it begins with."""
-        if request.swapped is not None or self.inherits(request):
+        if self._has_beginning(request) or self.inherits(request):
             return True
         leader = _family(request).leader
         return leader is None or leader is request
@@ -97,8 +97,12 @@ class RequestBlocks:
             end = request.length - 1  # at least one token is computed
             if request.logits_from >= 0:
                 end = min(end, request.logits_from)
-            request.seq, request.computed = self.start(request, request.tokens[:end])
+            request.seq, request.computed = self._start(request, request.tokens[:end])
             request.epoch = self.epoch
+
+    def join(self, request: Request) -> None:
+        """It waits no more; it leads its family if it has to compute what that begins with."""
+        family = _family(request)
         family.fresh.pop(request.order, None)
         family.heirs.pop(request.order, None)
         if request.computed < family.length and family.leader is None:
@@ -114,22 +118,13 @@ class RequestBlocks:
         family = _family(request)
         return min(known, family.length) if family.leader is request else known
 
-    def start(self, request: Request, tokens: Int64Array) -> tuple[int, int]:
-        """A new sequence for a request, and how many of these tokens are in its blocks already."""
-        if not self.prefix_cache:
-            return int(self.allocator.allocate([0])[0]), 0
-        seqs, hits = self.allocator.allocate_cached([tokens], request.salt)
-        if request.priority:
-            self.allocator.set_priority(seqs, max(-128, min(request.priority, 127)))
-        return int(seqs[0]), int(hits[0])
-
     def prompt_computed(self, request: Request) -> list[Request]:
         """Keep the blocks of a finished prompt for the requests that wait for it; returns those."""
         family = request.family
         if family is None or family.leader is not request:
             return []
         family.leader = None
-        heirs = [twin for twin in family.fresh.values() if not twin.swapped]
+        heirs = list(family.fresh.values())
         family.fresh.clear()
         for heir in heirs:
             family.heirs[heir.order] = heir
@@ -199,6 +194,15 @@ class RequestBlocks:
             self.allocator.truncate([request.seq], [0])
         self.close(request)
 
+    def _start(self, request: Request, tokens: Int64Array) -> tuple[int, int]:
+        """A new sequence for a request, and how many of these tokens are in its blocks already."""
+        if not self.prefix_cache:
+            return int(self.allocator.allocate([0])[0]), 0
+        seqs, hits = self.allocator.allocate_cached([tokens], request.salt)
+        if request.priority:
+            self.allocator.set_priority(seqs, max(-128, min(request.priority, 127)))
+        return int(seqs[0]), int(hits[0])
+
     def _family_of(self, request: Request) -> Family:
         if request.logits_from >= 0:  # its logits are not those of the last prompt token
             return Family(None, len(request.prompt))
@@ -209,7 +213,17 @@ class RequestBlocks:
         self._newest = self._families.setdefault(self._newest.key, self._newest)
         return self._newest
 
+    def _has_beginning(self, request: Request) -> bool:
+        """Whether a copy in host memory has what its family begins with, by these weights."""
+        copy = request.swapped
+        if copy is None or copy.epoch != self.epoch:
+            return False
+        return len(copy.tokens) >= _family(request).length
+
     def _wait(self, request: Request) -> None:
+        """Count it among those who wait for their family's blocks, if it needs them."""
+        if self._has_beginning(request):
+            return
         family = _family(request)
         if family.key is not None:  # while it ran, a new family may have got the name
             family = request.family = self._families.setdefault(family.key, family)

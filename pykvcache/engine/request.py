@@ -19,6 +19,7 @@ from pykvcache.engine.tokens import TokenTable
 
 if TYPE_CHECKING:
     from pykvcache.engine.family import Family
+    from pykvcache.engine.swap import Swapped
 
 NO_TOKENS = np.empty(0, np.int64)
 BoolArray = NDArray[np.bool_]
@@ -40,7 +41,7 @@ class Request:
         computed: tokens whose keys and values are in blocks.
         seq: handle of those blocks; None: it has none.
         epoch: of the weights that began to fill them, see blocks.py.
-        swapped: its blocks in host memory, see swap.py.
+        swapped: copy of its blocks in host memory, instead of them, see swap.py.
         lane: where it runs; -1: it waits.
         plain: its next token is the most likely one, and nobody needs to hear of it.
         ends_at_eos: an end-of-text token ends it.
@@ -59,7 +60,7 @@ class Request:
     computed: int = 0
     seq: int | None = None
     epoch: int = 0
-    swapped: Any = None
+    swapped: Swapped | None = None
     lane: int = -1
     cached: int = 0
     preemptions: int = 0

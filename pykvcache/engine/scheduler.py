@@ -42,7 +42,7 @@ class Scheduler:
         options: limits.
         swap_out: moves the blocks of a request to host memory if that is cheaper than computing
             them again; returns whether it did. The request has given its blocks back either way.
-        swap_in: the reverse, before the request is placed; raises OutOfBlocks.
+        swap_in: the reverse, for a request that was opened; after OutOfBlocks it is closed.
         drop_swapped: forgets what was moved there.
         cost: estimated seconds to compute so many tokens again.
     """
@@ -251,41 +251,50 @@ class Scheduler:
         """Place a request if `room` blocks are enough for all its tokens, or if it is alone."""
         if room < request.room_needed and self.steps < request.retry_at and not alone:
             return False
-        before = self._allocator.num_free
+        if not self._open(request, room, alone):
+            return False
+        if request.swapped is not None and not self._restore(request, alone):
+            return False
+        self.blocks.join(request)
+        if request.preemptions == 0:
+            request.cached = request.computed
+        self.lanes.place(request)
+        return True
+
+    def _open(self, request: Request, room: int, alone: bool) -> bool:
+        """Give a request the blocks that it finds in the pool; False: the others have no room."""
         if self.blocks.inherits(request):  # it keeps its turn to do so if there is no room
             assert request.family is not None
             short = self._growth_to_end(request, request.family.length) - room
             if short > 0 and self._drop_kept(request, short, alone) < short and not alone:
                 return False
             self.blocks.open(request)
-        else:
-            if request.swapped is not None and not self._restore(request, room, alone):
-                return False
-            self.blocks.open(request)  # cached blocks that it takes are no longer free
-            needed = before - self._allocator.num_free
-            needed += self._growth_to_end(request, request.computed)
-            short = needed - room
-            if short > 0 and self._drop_kept(request, short, alone) < short and not alone:
-                request.room_needed = needed
-                request.retry_at = self.steps + 1 + request.length // LOOKED_UP
-                self.blocks.close(request)
-                return False
-        if request.preemptions == 0:
-            request.cached = request.computed
-        self.lanes.place(request)
+            return True
+        before = self._allocator.num_free
+        self.blocks.open(request)  # cached blocks that it takes are no longer free
+        needed = before - self._allocator.num_free
+        needed += self._growth_to_end(request, request.computed)
+        short = needed - room
+        if short > 0 and self._drop_kept(request, short, alone) < short and not alone:
+            request.room_needed = needed
+            request.retry_at = self.steps + 1 + request.length // LOOKED_UP
+            self.blocks.close(request)
+            return False
         return True
 
-    def _restore(self, request: Request, room: int, alone: bool) -> bool:
-        """Bring swapped blocks back, or forget them if only that helps; False: no room."""
-        if self.blocks.needed(request.length) > room and not alone:
-            return False
+    def _restore(self, request: Request, alone: bool) -> bool:
+        """Bring back what is in host memory, or compute it again if only that helps.
+
+        False: no room.
+        """
         assert self._swap_in is not None and self._drop_swapped is not None
         try:
             self._swap_in(request)
         except OutOfBlocks:
             if not alone:
                 return False
-            self._drop_swapped(request)  # others hold blocks and wait: compute it again
+            self._drop_swapped(request)  # others hold blocks and wait
+            self.blocks.open(request)
         return True
 
     def _growth_to_end(self, request: Request, computed: int) -> int:

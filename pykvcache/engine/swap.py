@@ -25,12 +25,14 @@ class Swapped:
     """Contents of a sequence's present blocks.
 
     Attributes:
+        epoch: of the weights that filled them.
         tokens: [computed] token ids of the sequence.
         positions: per group int64, which blocks of the table were present.
         data: per group and storage, [blocks, elements] in host memory.
         nbytes: of `data`.
     """
 
+    epoch: int
     tokens: Int64Array
     positions: list[Int64Array]
     data: list[list[Tensor]]
@@ -69,9 +71,9 @@ class SwapSpace:
         self.token_rate = rate if not self.token_rate else 0.8 * self.token_rate + 0.2 * rate
 
     def take(self, request: Request) -> bool:
-        """Move the blocks of a request here if there is room and that is cheaper; frees them."""
+        """Move the blocks of a request here if there is room and that is cheaper; closes it."""
         allocator, seq = self._allocator, request.seq
-        assert seq is not None
+        assert seq is not None and request.swapped is None
         if request.epoch != self._blocks.epoch:  # other weights filled them
             return False
         tables = [allocator.block_table([seq], group)[0] for group in range(self._blocks.groups)]
@@ -91,44 +93,39 @@ class SwapSpace:
             storages = self.pool.group_storages(group)
             data.append([storage[blocks.to(storage.device)].cpu() for storage in storages])
         tokens = request.tokens[: request.computed]
-        request.swapped = Swapped(tokens, positions, data, nbytes)
-        allocator.free([seq])
-        request.seq = None
+        request.swapped = Swapped(request.epoch, tokens, positions, data, nbytes)
         self.used += nbytes
         self.peak = max(self.peak, self.used)
+        self._blocks.close(request)
         return True
 
     def restore(self, request: Request) -> None:
-        """Give a request its tokens again: what is still cached is shared, the rest moved back.
+        """Move back what an opened request did not find in the pool; its copy here is given up.
+
+        What other weights have filled is given up without that.
 
         Raises:
-            OutOfBlocks: the pool is too full, nothing has changed; or other weights have filled the
-                blocks, which are forgotten.
+            OutOfBlocks: the pool is too full. After this and any other error the request is closed
+                and its copy is still here.
         """
         swapped = request.swapped
-        assert isinstance(swapped, Swapped)
-        if request.epoch != self._blocks.epoch:
-            self.drop(request)
-            return
-        seq, hits = self._blocks.start(request, swapped.tokens)
-        try:
-            self._fill(seq, hits, swapped)
-        except BaseException:
-            self._allocator.truncate([seq], [0])  # what it recorded may not be there
-            self._allocator.free([seq])
-            raise
-        request.seq, request.computed = seq, len(swapped.tokens)
+        assert swapped is not None and request.seq is not None
+        if swapped.epoch == self._blocks.epoch and request.computed < len(swapped.tokens):
+            try:
+                self._fill(request.seq, request.computed, swapped)
+            except BaseException:
+                self._blocks.discard(request)  # what it recorded may not be there
+                raise
+            request.computed = len(swapped.tokens)
         self.drop(request)
 
     def _fill(self, seq: int, hits: int, swapped: Swapped) -> None:
-        """Let a sequence that begins with `hits` cached tokens have all that were swapped out.
+        """Let a sequence that begins with `hits` tokens from the pool have all that are here.
 
-        Its tables become what they were: blocks that had left a window are not taken again.
+        Blocks that had left a window are not taken again.
         """
         allocator, size = self._allocator, self._allocator.block_size
         missing = len(swapped.tokens) - hits
-        if not missing:
-            return
         allocator.append([seq], missing)  # a block that it shares is exchanged, and written below
         for group, present in enumerate(swapped.positions):
             begin = int(present[0]) * size if len(present) else len(swapped.tokens)
@@ -142,7 +139,7 @@ class SwapSpace:
         self._blocks.record(np.array([seq]), swapped.tokens[hits:], np.array([missing]))
 
     def drop(self, request: Request) -> None:
-        """Forget what is held of a request."""
+        """Give up the copy of a request."""
         if request.swapped is not None:
             self.used -= request.swapped.nbytes
             request.swapped = None

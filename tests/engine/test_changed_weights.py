@@ -136,6 +136,17 @@ def test_a_model_in_training_mode_runs_no_step() -> None:
     assert engine.step() == []  # nothing to do
 
 
+def test_what_a_part_in_training_mode_has_computed_is_not_reused() -> None:
+    model = copy.deepcopy(make_model("gpt2"))
+    engine = pykvcache.Engine(model, num_blocks=200, block_size=4)
+    prompt = make_prompts()[4]
+    model.transformer.train()
+    engine.generate([prompt], max_new_tokens=NEW_TOKENS)
+    model.transformer.eval()
+    output = engine.generate([prompt], max_new_tokens=NEW_TOKENS)[0]
+    assert (output.token_ids, output.cached_tokens) == (expected("gpt2")[4], 0)
+
+
 def test_rotary_embeddings_that_look_at_the_whole_forward_bound_a_request() -> None:
     config = transformers.Phi3Config(
         **DECODER,

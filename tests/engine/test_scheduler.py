@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch import Tensor
 
 from pykvcache import BlockAllocator
+from pykvcache.cache import KVPool
 from pykvcache.engine.blocks import RequestBlocks
 from pykvcache.engine.family import Family
 from pykvcache.engine.request import Request
 from pykvcache.engine.scheduler import Scheduler
 from pykvcache.engine.step import Options, Step
+from pykvcache.engine.swap import SwapSpace
 
 
 def fake_token(text: list[int]) -> int:
@@ -25,37 +29,59 @@ def fake_token(text: list[int]) -> int:
     return value % 11
 
 
-class FakeModel:
-    """Stands for keys and values: remembers which text each slot of the pool was written with."""
+def text_id(text: list[int]) -> int:
+    """A number for a text."""
+    return hash(tuple(text))
 
-    def __init__(self, scheduler: Scheduler, block_size: int) -> None:
-        self.scheduler, self.block_size = scheduler, block_size
-        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}  # (group, slot) -> text up to it
+
+class FakePool:
+    """Stands for keys and values: per slot which text was computed, and with which weights."""
+
+    def __init__(self, groups: int, num_blocks: int, block_size: int) -> None:
+        self.device = torch.device("cpu")
+        self.texts = torch.zeros(groups, num_blocks, block_size, dtype=torch.int64)
+        self.epochs = torch.zeros_like(self.texts)
+
+    def group_storages(self, group: int) -> list[Tensor]:
+        """[blocks, elements] each, as of a KVPool."""
+        return [self.texts[group], self.epochs[group]]
+
+
+class FakeModel:
+    """Fills the slots of a pool and checks what the rows of a step would read there."""
+
+    def __init__(self, scheduler: Scheduler, pool: FakePool) -> None:
+        self.scheduler, self.pool = scheduler, pool
+        self.epoch = 0  # how often its weights have changed
+        self.since: dict[Request, int] = {}  # with which weights a running request began
+
+    def look(self) -> None:
+        """Before a step: forget those that do not run any more."""
+        running = self.scheduler.lanes.requests
+        self.since = {request: epoch for request, epoch in self.since.items() if request in running}
 
     def run(self, step: Step) -> list[tuple[Request, int]]:
         """Write what the step computes, check what it reads; returns next tokens of done rows."""
         for group, pairs in enumerate(step.copies):
-            for source, target in pairs.tolist():
-                for offset in range(self.block_size):
-                    key = (group, source * self.block_size + offset)
-                    moved = (group, target * self.block_size + offset)
-                    self.slots.pop(moved, None)
-                    if key in self.slots:
-                        self.slots[moved] = self.slots[key]
+            sources, targets = torch.from_numpy(pairs).unbind(1)
+            for storage in self.pool.group_storages(group):
+                storage[targets] = storage[sources]
         chosen = []
         lanes, position = self.scheduler.lanes, 0
         for row, lane in enumerate(step.lanes.tolist()):
             start, count = int(step.starts[row]), int(step.counts[row])
             text = lanes.tokens[lane, : lanes.known[lane]].tolist()
             assert start + count <= len(text)
-            for group in range(len(step.batch.slot_mappings)):
-                slots = step.batch.slot_mappings[group][position : position + count].tolist()
-                for i, slot in enumerate(slots):
-                    self.slots[group, slot] = tuple(text[: start + i + 1])
-            self.check_reads(step, row, start, count, text)
-            position += count
             request = lanes.requests[lane]
             assert request is not None
+            since = self.since.setdefault(request, self.epoch)
+            written = torch.tensor([text_id(text[: start + i + 1]) for i in range(count)])
+            for group in range(len(step.batch.slot_mappings)):
+                slots = step.batch.slot_mappings[group][position : position + count]
+                self.pool.texts[group].view(-1)[slots] = written
+                self.pool.epochs[group].view(-1)[slots] = self.epoch
+            self.check_reads(step, row, start, text[: start + count], since)
+            position += count
             if request.logits_from >= 0:  # its tokens are known; -1: they are all scored
                 assert step.wanted[row] == max(0, start + count - max(start, request.logits_from))
                 if start + count == len(text):
@@ -65,15 +91,17 @@ class FakeModel:
                 chosen.append((request, fake_token(text)))
         return chosen
 
-    def check_reads(self, step: Step, row: int, start: int, count: int, text: list[int]) -> None:
-        """Every position that the first query of the row sees holds its own text."""
+    def check_reads(self, step: Step, row: int, start: int, text: list[int], since: int) -> None:
+        """What the first query of the row sees is its own text by weights since it began."""
+        size = self.pool.texts.shape[2]
         for group, table in enumerate(step.batch.block_tables):
             window = self.scheduler.blocks.windows[group]
             first = max(0, start - window + 1) if window else 0
-            for position in range(first, start + count):
-                slot = table[row, position // self.block_size] * self.block_size
-                held = self.slots.get((group, int(slot) + position % self.block_size))
-                assert held == tuple(text[: position + 1]), (group, position)
+            seen = np.arange(first, len(text))
+            slots = table[row][seen // size], seen % size
+            wanted = [text_id(text[: position + 1]) for position in seen.tolist()]
+            assert self.pool.texts[group][slots].tolist() == wanted, (group, first)
+            assert min(self.pool.epochs[group][slots].tolist()) >= since, (group, first)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -86,6 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         token_budget=st.integers(1, 20),
         max_running=st.integers(1, 6),
+        swap_limit=st.sampled_from([0, 600, 10**9]),
     )
     def start(
         self,
@@ -95,6 +124,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefix_cache: bool,
         token_budget: int,
         max_running: int,
+        swap_limit: int,
     ) -> None:
         self.allocator = BlockAllocator(
             num_blocks,
@@ -105,8 +135,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.blocks = RequestBlocks(self.allocator, windows, (0,) * len(windows), prefix_cache)
         options = Options(token_budget, max_running, patience=4)
-        self.scheduler = Scheduler(self.blocks, options)
-        self.model = FakeModel(self.scheduler, block_size)
+        pool = FakePool(len(windows), num_blocks, block_size)
+        self.swap = SwapSpace(cast(KVPool, pool), self.blocks, swap_limit)
+        self.swap.copy_seconds = lambda nbytes: 0.0  # type: ignore[method-assign]
+        self.scheduler = Scheduler(
+            self.blocks, options, self.swap.take, self.swap.restore, self.swap.drop
+        )
+        self.model = FakeModel(self.scheduler, pool)
         self.live: list[Request] = []
 
     @rule(
@@ -147,6 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(steps=st.integers(1, 6), fails=st.booleans())
     def run(self, steps: int, fails: bool) -> None:
         for _ in range(steps):
+            self.model.look()
             step = self.scheduler.plan()
             if step is None:
                 assert not self.live
@@ -209,6 +245,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.blocks.prefix_cache:
             self.allocator.forget_prefixes()
 
+    @rule()
+    def change_weights(self) -> None:
+        self.model.epoch += 1
+        self.blocks.forget()
+
     @invariant()
     def counts_agree(self) -> None:
         if not hasattr(self, "live"):
@@ -217,10 +258,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert scheduler.num_running + scheduler.num_waiting == len(self.live)
         self.allocator.check_integrity()
 
+    @invariant()
+    def a_request_has_blocks_or_a_copy_or_nothing(self) -> None:
+        if not hasattr(self, "live"):
+            return
+        copies = [request.swapped for request in self.live if request.swapped is not None]
+        assert self.swap.used == sum(copy.nbytes for copy in copies) <= self.swap.limit
+        for request in self.live:
+            if request.lane >= 0:
+                assert request.seq is not None and request.swapped is None
+                continue
+            copy, family = request.swapped, request.family
+            assert request.seq is None and family is not None
+            if copy is None or copy.epoch == self.blocks.epoch:  # else it is given up later
+                covered = copy is not None and len(copy.tokens) >= family.length
+                assert covered != (request.order in {**family.fresh, **family.heirs})
+
     def teardown(self) -> None:
         if not hasattr(self, "live"):
             return
         for _ in range(5000):
+            self.model.look()
             step = self.scheduler.plan()
             if step is None:
                 break
@@ -228,13 +286,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.live  # everybody was served
         assert self.allocator.num_sequences == 0
         assert self.allocator.num_free == self.allocator.num_blocks
-        assert not self.blocks._families
+        assert not self.blocks._families and not self.blocks.kept
+        assert self.swap.used == 0
         self.allocator.check_integrity()
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(
-    max_examples=60,
+    max_examples=150,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -251,6 +310,7 @@ def test_blocks_kept_for_others_do_not_stop_the_only_one_who_runs() -> None:
         prefix_cache=False,
         token_budget=14,
         max_running=1,
+        swap_limit=0,
     )
     machine.submit(prompt=[0] * 14, new_tokens=2, priority=0, copies=2)
     machine.run(steps=2, fails=False)

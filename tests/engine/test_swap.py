@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from families import make_model
 from workload import always_swap, assert_empty, make_engine, one_by_one, random_prompt
 
 import pykvcache
+from pykvcache import Sampling
 from pykvcache.engine.handle import Handle
+from pykvcache.engine.request import Request
 
 PROMPT = random_prompt(20, 1)
 
@@ -122,6 +125,178 @@ def test_a_failure_on_the_way_back_loses_nothing(monkeypatch: pytest.MonkeyPatch
         engine.step()
     assert handle.result()[0].token_ids == one_by_one(make_model("llama"), PROMPT, 40)
     assert_empty(engine)
+
+
+def moving_takes(engine: pykvcache.Engine, seconds: float) -> None:
+    engine._swap.copy_seconds = lambda nbytes: seconds  # type: ignore[method-assign]
+
+
+def preempt(engine: pykvcache.Engine, request: Request, swap: bool) -> None:
+    moving_takes(engine, 0.0 if swap else 1e9)
+    engine._scheduler.preempt(request)
+    method = "swap" if swap else "recompute"
+    assert engine.stats().preemption_log[-1].method == method
+
+
+def run_until_all_run(engine: pykvcache.Engine, requests: list[Request]) -> None:
+    while min(request.lane for request in requests) < 0:
+        engine.step()
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_sample_that_goes_on_from_its_prompt_gives_back_its_copy(prefix_cache: bool) -> None:
+    """The third sample waits, so that the blocks of the prompt are kept for it."""
+    engine = swapping_engine(max_running=2, prefix_cache=prefix_cache)
+    whole = one_by_one(make_model("llama"), PROMPT, 40)
+    handle = engine.submit(PROMPT, Sampling(max_new_tokens=40, n=3))
+    requests = [sample.request for sample in handle.samples]
+    run_until_all_run(engine, requests[:2])
+    for _ in range(4):
+        engine.step()
+    for _ in range(3):
+        known = int(engine._scheduler.lanes.known[requests[1].lane])
+        preempt(engine, requests[1], swap=True)
+        held = engine.stats().swapped_bytes
+        assert requests[1].swapped is not None and held == requests[1].swapped.nbytes
+        engine.step()
+        lane = requests[1].lane
+        assert engine.stats().swapped_bytes == 0
+        assert engine._scheduler.lanes.computed[lane] == known  # nothing again
+        assert engine.stats().pool.used_blocks <= blocks_of(engine, handle)
+    assert [output.token_ids for output in handle.result()] == [whole] * 3
+    assert_empty(engine)
+
+
+def blocks_of(engine: pykvcache.Engine, handle: Handle) -> int:
+    """Blocks of 4 tokens of running samples that share those of their prompt."""
+    lanes = [s.request.lane for s in handle.samples if s.request.lane >= 0]
+    shared, computed = len(PROMPT) // 4, engine._scheduler.lanes.computed[lanes].tolist()
+    return shared + sum(-(-tokens // 4) - shared for tokens in computed)
+
+
+def test_a_sample_that_comes_back_needs_no_room_for_its_prompt() -> None:
+    """20 blocks of 40 are the prompt's, and two samples still hold them."""
+    engine = swapping_engine(num_blocks=40, head_room=0.0)
+    prompt = random_prompt(80, 1)
+    handle = engine.submit(prompt, Sampling(max_new_tokens=20, n=3))
+    requests = [sample.request for sample in handle.samples]
+    run_until_all_run(engine, requests)
+    for _ in range(5):
+        engine.step()
+    preempt(engine, requests[2], swap=True)
+    engine.step()
+    assert engine.stats().running == 3
+    whole = one_by_one(make_model("llama"), prompt, 20)
+    assert [output.token_ids for output in handle.result()] == [whole] * 3
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_copy_of_old_weights_is_given_up_by_a_sample_that_goes_on(prefix_cache: bool) -> None:
+    """It comes back with the blocks of its prompt, and is preempted once more."""
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(
+        model,
+        block_size=4,
+        num_blocks=60,
+        head_room=0.0,
+        token_budget=5,
+        swap_memory="1GiB",
+        prefix_cache=prefix_cache,
+    )
+    sampling = Sampling(max_new_tokens=30, n=4, temperature=1.0, seed=0)
+    handle = engine.submit(random_prompt(8, 1), sampling)
+    requests = [sample.request for sample in handle.samples]
+    run_until_all_run(engine, requests)
+    for _ in range(3):
+        engine.step()
+    preempt(engine, requests[2], swap=True)
+    for request in (requests[1], requests[3]):
+        preempt(engine, request, swap=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(1.5)
+    run_until_all_run(engine, requests[2:])
+    assert engine.stats().swapped_bytes == 0
+    preempt(engine, requests[2], swap=False)
+    allocator = engine.pool.allocator
+    assert allocator is not None
+    evicting = random_prompt(4 * allocator.num_free - 9, 99)
+    engine.submit(evicting, max_new_tokens=1, priority=1000).result()
+    run_until_all_run(engine, [requests[2]])
+    lanes, lane = engine._scheduler.lanes, requests[2].lane
+    while lanes.computed[lane] < lanes.known[lane] - 1:
+        engine.step()
+    text = [*lanes.tokens[lane, : int(lanes.known[lane]) - 1].tolist(), 50]
+    output = engine.generate([text], max_new_tokens=8)[0]
+    assert output.token_ids == one_by_one(model, text, 8)
+    assert bool(output.cached_tokens) == prefix_cache
+    handle.result()
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_schedules_with_swapping_leave_nothing_behind(seed: int) -> None:
+    """Samples of equal prompts, cancellations, new weights and pools that are too small."""
+    run_schedule(seed, "llama" if seed % 3 else "gemma3")
+
+
+def run_schedule(seed: int, family: str) -> None:
+    rng = random.Random(seed)
+    model = copy.deepcopy(make_model(family))
+    engine = pykvcache.Engine(
+        model,
+        block_size=rng.choice([1, 4]),
+        num_blocks=rng.choice([100, 130, 200]),
+        max_running=rng.choice([2, 4, 8]),
+        token_budget=rng.choice([5, 16, 2048]),
+        head_room=0.0,
+        prefix_cache=rng.random() < 0.6,
+        swap_memory=rng.choice([20_000, "1GiB"]),
+    )
+    always_swap(engine)
+    prompts = [random_prompt(rng.randrange(2, 16), number) for number in range(3)]
+    for _ in range(3):  # with these weights, then with others
+        handles: list[tuple[list[int], Handle]] = []
+        for _ in range(rng.randrange(2, 6)):
+            prompt = rng.choice(prompts)
+            sampling = Sampling(max_new_tokens=rng.randrange(1, 16), n=rng.choice([1, 3, 4]))
+            priority = rng.choice([0, 0, 1])
+            handles.append((prompt, engine.submit(prompt, sampling, priority=priority)))
+            for _ in range(rng.randrange(6)):
+                engine.step()
+            disturb(engine, rng)
+        if rng.random() < 0.3:
+            handles.pop(rng.randrange(len(handles)))[1].cancel()
+        if rng.random() < 0.5:  # those that run go on with what they have
+            change(model, rng)
+            prompt = rng.choice(prompts)
+            handles = [(prompt, engine.submit(prompt, Sampling(max_new_tokens=9, n=2)))]
+        for prompt, handle in handles:
+            for output in handle.result():
+                assert output.token_ids == one_by_one(model, prompt, len(output.token_ids))
+        while engine.stats().running + engine.stats().waiting:
+            engine.step()
+        assert_empty(engine)
+
+
+def disturb(engine: pykvcache.Engine, rng: random.Random) -> None:
+    """Preempt some of those who run, but not the first."""
+    running = engine._scheduler.lanes.active[1:].tolist()
+    for lane in rng.sample(running, rng.randrange(len(running) + 1)):
+        request = engine._scheduler.lanes.requests[lane]
+        assert request is not None
+        moving_takes(engine, rng.choice([0.0, 0.0, 0.0, 1e9]))
+        engine._scheduler.preempt(request)
+    always_swap(engine)
+
+
+def change(model: Any, rng: random.Random) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(rng.choice([0.8, 1.3]))
 
 
 def test_scores_of_a_single_token_keep_their_salt() -> None:

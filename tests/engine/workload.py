@@ -58,8 +58,9 @@ def always_swap(engine: pykvcache.Engine) -> None:
 
 
 def assert_empty(engine: pykvcache.Engine) -> None:
-    """Nothing runs or waits, every block is back, and the allocator agrees with itself."""
+    """Nothing runs or waits, all memory is back, and the allocator agrees with itself."""
     stats = engine.stats()
+    assert stats.swapped_bytes == 0
     assert (stats.running, stats.waiting, stats.pool.sequences) == (0, 0, 0)
     allocator = engine.pool.allocator
     assert allocator is not None

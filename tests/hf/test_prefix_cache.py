@@ -198,6 +198,16 @@ def test_nothing_is_reused_after_the_weights_changed(change: Change) -> None:
     assert twins.computed[0] == 1
 
 
+def test_nothing_is_reused_that_a_part_in_training_mode_has_computed() -> None:
+    twins = Twins()
+    ids = prompt(0, 20)
+    twins.patched.model.train()
+    twins.generate(ids)
+    twins.patched.model.eval()
+    twins.generate(ids)
+    assert twins.computed[0] == 20
+
+
 def test_a_cache_that_outlives_a_change_does_not_mix() -> None:
     twins = Twins()
     ids = prompt(0, 9)
