@@ -164,11 +164,10 @@ class ModelRunner:
         config = self.model.config.get_text_config(decoder=True)
         tokens = torch.from_numpy(ids)[None].to(self.device)
         stock = DynamicCache(config=config)
-        with self._explained("its forward fails on text alone"):
-            with observed(self.model) as reaches:
-                self._alone(tokens, DynamicCache(config=config))
-            logits = self._alone(tokens, stock)
+        with observed(self.model) as reaches:
+            self._alone(tokens, DynamicCache(config=config))
         self._check_reaches(reaches)
+        logits = self._alone(tokens, stock)
         paged = [stock.layers[index] for index in self.cache.paged]
         shapes = [(layer.keys, layer.values) for layer in paged]
         if any(k is None or k.dim() != 4 or v.dim() != 4 for k, v in shapes):
@@ -184,7 +183,8 @@ class ModelRunner:
     def _alone(self, tokens: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [T, V] of one text [1, T], as the model gives them by itself."""
         kwargs = {"past_key_values": cache, "use_cache": True, **self._logits_only}
-        logits: Tensor = self.model(input_ids=tokens, **kwargs).logits[0]
+        with self._explained("its forward fails on text alone"):
+            logits: Tensor = self.model(input_ids=tokens, **kwargs).logits[0]
         return logits
 
     @contextlib.contextmanager
