@@ -87,8 +87,8 @@ def test_every_reason_of_a_missing_peer_is_kept(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_flex_is_a_checked_contender_and_never_unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1)  # monkeypatch would delete the option at its end
+def test_flex_is_a_checked_contender_and_never_unfused() -> None:
     for length in (160, 192):  # the second is beyond the limit, had the first not been forgotten
         case = Case("decode", SMALL, torch.float32, 1, length)
         workload = kernels.Workload(case, [16], peers=("flex",))
