@@ -6,7 +6,9 @@ everything for every architecture, where this leaves some classes of head dims o
 
 from __future__ import annotations
 
+import os
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +89,15 @@ def test_every_source_is_built() -> None:
     kernels = {name for name, _ in build.kernel_sources(build.HEAD_DIMS)}
     assert kernels | set(build.HOST_SOURCES) == built
     assert SETUP["HEAD_DIMS"] == build.HEAD_DIMS
+
+
+def test_host_sources_need_no_toolkit() -> None:
+    """They are compiled by the host's compiler, which is not told where CUDA's headers are."""
+    with mock.patch("setuptools.setup"):
+        flags = shlex.split(runpy.run_path(str(ROOT / "setup.py"))["compile_flags"]())
+    sources = [source for source, *_ in SETUP["sources"]() if source.suffix == ".cpp"]
+    assert sources
+    for source in sources:
+        command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-fsyntax-only", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]

@@ -1,11 +1,13 @@
-// What a call would launch, found by the code that launches it. No torch header here.
+// What a call would launch, found by the code that launches it. No header of torch or CUDA here:
+// the host compiler reads it.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
-#include "cuda/kernels.h"
+#include "cuda/kernel_shape.h"
+#include "params.h"
 
 namespace pykvcache::cuda {
 

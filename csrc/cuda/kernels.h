@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/kernel_params.h"
+#include "cuda/kernel_shape.h"
 #include "cuda/launch.cuh"
 
 namespace pykvcache::cuda {
@@ -11,15 +12,6 @@ struct MergeStatesParams;
 struct CopyParams;
 struct GatherParams;
 struct SlotMappingParams;
-
-// What a CTA of a kernel works on at once.
-struct KernelShape {
-  int rows;    // query rows
-  int keys;    // of a tile
-  int stages;  // tiles in its ring
-  int threads;
-  int shared_bytes;
-};
 
 // Tensor cores: kDim is 64, 128 or 256 and covers D and Dv. decode_kernels.cu and
 // prefill_kernels.cu (and wgmma_kernels.cu) are compiled once for each.
