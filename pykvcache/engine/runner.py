@@ -195,10 +195,10 @@ class ModelRunner:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{self._name} cannot be packed: {what} ({type(error).__name__}: {reason})"
-            ) from error
+            begin, reason = f"{self._name} cannot be packed: ", str(error).partition("\n")[0]
+            if isinstance(error, ValueError) and reason.startswith(begin):
+                raise
+            raise ValueError(f"{begin}{what} ({type(error).__name__}: {reason})") from error
 
     def _check_reaches(self, reaches: Reaches) -> None:
         """Layers must keep what the masks of the model show; a short text could not tell."""
@@ -226,13 +226,8 @@ class ModelRunner:
             batch = allocator.batch(seqs, windows=self.cache.windows, chunks=self.cache.chunks)
             copies = batch.step(lengths)
             step = Step(seqs, 0 * lengths, lengths, np.ones_like(lengths), batch, copies)
-            packed = self.run(step, np.concatenate([ids[:length] for length in lengths]))
-        except (AttributeError, TypeError, KeyError, IndexError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{self._name} cannot be packed: its forward fails on a packed cache "
-                f"({type(error).__name__}: {reason})"
-            ) from error
+            with self._explained("its forward fails on a packed cache"):
+                packed = self.run(step, np.concatenate([ids[:length] for length in lengths]))
         finally:
             allocator.free(seqs)
         wanted = expected[torch.from_numpy(lengths - 1).to(expected.device)]

@@ -194,6 +194,21 @@ def test_models_without_values_are_refused() -> None:
         pykvcache.Engine(model, num_blocks=10)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError])
+def test_a_forward_that_fails_on_packed_keys_is_one_clear_error(kind: type[Exception]) -> None:
+    model = copy.deepcopy(make_model("llama"))
+
+    def refuse(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if type(kwargs["past_key_values"]).__name__ == "PackedCache":
+            raise kind("not this one\nand more")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    message = rf"Llama.* cannot be packed: .* on a packed cache \({kind.__name__}: .*not this"
+    with pytest.raises(ValueError, match=message) as error:
+        pykvcache.Engine(model, num_blocks=10)
+    assert "and more" not in str(error.value) or kind is KeyError  # whose text is a repr
+
+
 def test_models_in_training_mode_and_other_objects_are_refused() -> None:
     model = copy.deepcopy(make_model("llama")).train()
     with pytest.raises(ValueError, match=r"training mode; call model.eval\(\)"):
