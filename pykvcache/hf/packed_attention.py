@@ -6,9 +6,7 @@ Read first: pykvcache/hf/packed.py. Read next: pykvcache/engine/runner.py.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from pykvcache.hf.attention import attention_function, is_causal_module
+from pykvcache.hf.attention import EAGER_NAME, attention_function, is_causal_module
 from pykvcache.hf.handles import PagedKeys, PagedValues
+from pykvcache.hf.loans import lent
 from pykvcache.hf.masks import lazy_eager_mask, lazy_sdpa_mask
 from pykvcache.hf.packed import PackedCache, PackedLayer, PackedMask, stored
 from pykvcache.hf.reaches import Reaches, note, noted, noting
@@ -25,6 +24,7 @@ from pykvcache.layer_step import LayerStep
 
 PACKED_SDPA_NAME = "pykvcache_packed"
 PACKED_EAGER_NAME = "pykvcache_packed_eager"
+OWN_EAGER = frozenset({"eager", EAGER_NAME})
 SEES_LATER = "lets tokens see later ones"
 
 
@@ -145,19 +145,6 @@ def observed(model: PreTrainedModel) -> Iterator[Reaches]:
         yield reaches
 
 
-@dataclass
-class _Loan:
-    """A configuration that names the packed attention, the name it had, and who needs that."""
-
-    config: Any
-    before: str | None
-    threads: set[int] = field(default_factory=set)
-
-
-_loans: dict[int, _Loan] = {}  # by id of the configuration
-_loans_lock = threading.Lock()
-
-
 @contextlib.contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
     """Let the model attend through a `PackedCache` inside a with block; yields whether it is eager.
@@ -165,33 +152,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[bool]:
     Several threads may do so at once; the last to leave gives the model its own attention back.
     """
     config = model.config.get_text_config(decoder=True)
-    thread = threading.get_ident()
-    try:
-        yield _borrow(config, thread)
-    finally:
-        _give_back(config, thread)
-
-
-def _borrow(config: Any, thread: int) -> bool:
-    with _loans_lock:
-        loan = _loans.get(id(config))
-        if loan is None:
-            loan = _loans[id(config)] = _Loan(config, config._attn_implementation_internal)
-        loan.threads.add(thread)
-        eager = loan.before in ("eager", "pykvcache_eager")
-        config._attn_implementation_internal = PACKED_EAGER_NAME if eager else PACKED_SDPA_NAME
-        return eager
-
-
-def _give_back(config: Any, thread: int) -> None:
-    with _loans_lock:
-        loan = _loans.get(id(config))
-        if loan is None:
-            return
-        loan.threads.discard(thread)
-        if not loan.threads:
-            config._attn_implementation_internal = loan.before
-            del _loans[id(config)]
+    with lent(config, PACKED_SDPA_NAME, PACKED_EAGER_NAME, OWN_EAGER) as eager:
+        yield eager
 
 
 def register() -> None:

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from pykvcache import ops
 from pykvcache.hf.attention import EAGER_NAME, SDPA_NAME, register
 from pykvcache.hf.implementations import Implementations
+from pykvcache.hf.loans import not_lent
 from pykvcache.hf.parts import generating_parts
 from pykvcache.hf.state import PatchState
 
@@ -43,6 +44,11 @@ def _set_implementation(model: PreTrainedModel, implementations: Implementations
                 part.config._attn_implementation_internal = (
                     model.config._attn_implementation_internal
                 )
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Configurations of the model and its parts, which name their attention."""
+    return [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
 
 
 def _is_fresh(cache: Any) -> bool:
@@ -176,12 +182,13 @@ def patch(
     parts = generating_parts(model)
     taken: list[PreTrainedModel] = []
     try:
-        for part in parts:
-            if part is not model and STATE in part.__dict__:
-                patch(part, **settings)  # raises if it is patched with other settings
-                continue
-            _patch_part(part, settings, hooked=part is parts[0] or model not in parts)
-            taken.append(part)
+        with not_lent(_configs(model)):
+            for part in parts:
+                if part is not model and STATE in part.__dict__:
+                    patch(part, **settings)  # raises if it is patched with other settings
+                    continue
+                _patch_part(part, settings, hooked=part is parts[0] or model not in parts)
+                taken.append(part)
         if model not in parts:
             model.__dict__[STATE] = PatchState(model, settings)
     except BaseException:
@@ -228,7 +235,8 @@ def unpatch(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module) or STATE not in model.__dict__:
         raise ValueError(f"{type(model).__name__} is not patched")
-    _unpatch_part(model)
+    with not_lent(_configs(model)):
+        _unpatch_part(model)
     return model
 
 
