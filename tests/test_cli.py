@@ -363,3 +363,8 @@ def test_help_has_an_example(run_command, command: str) -> None:
     code, out, _ = run_command(*command.split(), "--help")
     assert code == 0
     assert f"Example: python -m pykvcache {command}" in out
+
+
+def test_bench_without_a_command_shows_its_help(run_command) -> None:
+    code, out, err = run_command("bench")
+    assert code == 2 and "kernels" in out and err == ""

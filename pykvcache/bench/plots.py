@@ -110,7 +110,7 @@ def draw_roofline(rows: Rows) -> Any:
     decode = [row for row in rows if row["phase"] == "decode"]
     prefill = [row for row in rows if row["phase"] == "prefill"]
     xs = np.array([row["intensity"] for row in rows])
-    span = np.geomspace(xs.min() / 6, xs.max() * 2, 200)
+    span = np.geomspace(xs.min() / 12, xs.max() * 2, 200)  # room for a label before the points
     slope = np.median([row["peak"] for row in decode]) / 1e9 if decode else None
     if slope is not None:
         top = max([r["peak"] / 1e9 for r in prefill], default=float(slope * xs.max()))

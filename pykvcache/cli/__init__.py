@@ -50,7 +50,8 @@ def run(app: typer.Typer) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's errors; which click depends on typer
             raise
-        return _fail(error.format_message(), 2)
+        message = error.format_message()
+        return _fail(message, 2) if message else 2  # help was shown instead of a message
 
 
 def single(command: Callable[..., None]) -> typer.Typer:

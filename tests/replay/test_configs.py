@@ -71,6 +71,10 @@ def test_config_files(tmp_path: Path, fields: dict, expected: int) -> None:
             "dtype",
         ),
         ('{"num_hidden_layers": 1, "kv_lora_rank": 8}', "qk_rope_head_dim"),
+        (
+            '{"n_layer": 1, "n_head": 8, "num_key_value_heads": 3, "head_dim": 4}',
+            "8 heads do not divide into 3 KV heads",
+        ),
     ],
 )
 def test_bad_config_files(run, tmp_path: Path, text: str, words: str) -> None:

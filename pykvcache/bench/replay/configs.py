@@ -103,7 +103,10 @@ def _from_fields(fields: dict[str, Any], outer: dict[str, Any], path: Path) -> M
                 f"{get('hidden_size')} and {heads}"
             )
         one = fields.get("multi_query", False) and not fields.get("new_decoder_architecture")
-        elements = 2 * get("num_key_value_heads", 1 if one else heads) * head_dim
+        kv_heads = get("num_key_value_heads", 1 if one else heads)
+        if heads % kv_heads:
+            raise ValueError(f"{path}: {heads} heads do not divide into {kv_heads} KV heads")
+        elements = 2 * kv_heads * head_dim
     dtype = str(outer.get("dtype") or outer.get("torch_dtype") or "bfloat16")
     dtype = dtype.removeprefix("torch.")
     if dtype not in DTYPE_BYTES:
