@@ -4,7 +4,7 @@
 #
 # Variables: PYTHON (3.10 or newer), TORCH (a pip requirement), TORCH_INDEX (where pip looks for it,
 # for example an index of CPU-only builds), MODEL (a name or folder for the demo), ARGS (more options
-# of the demo), WORKERS (test processes).
+# of the demo or of gpu), WORKERS (test processes).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -25,7 +25,6 @@ TORCH_STAMP := $(VENV)/.torch-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | ck
 INSTALL_STAMP := $(VENV)/.installed
 BUILD_STAMP := $(VENV)/.built
 LINT_STAMP := $(VENV)/.lint
-IS_HOPPER := import sys, torch; sys.exit(torch.cuda.get_device_capability()[0] != 9)
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test gpu setup build bench lint format clean
@@ -33,7 +32,7 @@ IS_HOPPER := import sys, torch; sys.exit(torch.cuda.get_device_capability()[0] !
 help:
 	@echo "make demo     generate with and without pykvcache and compare (MODEL=name-or-folder)"
 	@echo "make test     run every test"
-	@echo "make gpu      on a machine with a GPU: the tests of its kernels, then their benchmark"
+	@echo "make gpu      on a machine with a GPU: tests, sanitizers and measurements of its kernels"
 	@echo "make setup    create $(VENV) and install pykvcache into it, editable"
 	@echo "make build    compile what changed in csrc/"
 	@echo "make bench    run the benchmarks of kernels and generation"
@@ -48,14 +47,7 @@ test: $(BUILD_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 600 tests
 
 gpu: $(BUILD_STAMP)
-	$(BIN)/python -m pykvcache info
-	$(BIN)/pytest -q tests/test_gpu.py tests/test_paged_attention.py tests/test_cache_ops.py \
-	  tests/test_contract.py tests/test_triton.py
-	$(BIN)/python -m benchmarks.kernels --quick --json gpu-kernels.json
-	if $(BIN)/python -c '$(IS_HOPPER)'; then \
-	  $(BIN)/pytest -q --timeout 600 tests/test_cuda_wgmma.py && \
-	  $(BIN)/python -m benchmarks.kernels --quick --phases prefill --dtypes bf16 --wgmma \
-	    --json gpu-wgmma.json; fi
+	$(BIN)/python -m benchmarks.on_gpu $(ARGS)
 
 setup build: $(BUILD_STAMP)
 
