@@ -124,9 +124,10 @@ def shared_bytes() -> Path:
 
 
 @functools.cache
-def emulation() -> ModuleType:
+def emulation(defines: str = "") -> ModuleType:
     """The emulated `_C_cuda`, imported: its operators are those of namespace pykvcache_cuda."""
-    loader = importlib.machinery.ExtensionFileLoader("pykvcache._C_cuda", str(extension()))
+    path = str(extension(defines))
+    loader = importlib.machinery.ExtensionFileLoader("pykvcache._C_cuda", path)
     spec = importlib.util.spec_from_loader("pykvcache._C_cuda", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -136,20 +137,20 @@ def emulation() -> ModuleType:
 
 
 @functools.cache
-def control() -> ctypes.CDLL:
+def control(defines: str = "") -> ctypes.CDLL:
     """tests/cuda_host/control.cpp of the loaded emulation."""
-    library = ctypes.CDLL(str(extension()))
+    library = ctypes.CDLL(str(extension(defines)))
     library.kv_emulation_bank_conflicts.restype = ctypes.c_uint64
     library.kv_emulation_matrix_products.restype = ctypes.c_uint64
     library.kv_emulation_warpgroup_products.restype = ctypes.c_uint64
     return library
 
 
-def load() -> str:
+def load(defines: str = "") -> str:
     """What operators.LOADERS["cuda"] does on a GPU, for the emulation."""
     from pykvcache import operators
 
     if shutil.which(CXX[0]) is None:
         return f"no C++ compiler ({CXX[0]})"
-    operators.check_signatures(emulation().signatures(), "cuda")
+    operators.check_signatures(emulation(defines).signatures(), "cuda")
     return "ready"

@@ -17,3 +17,9 @@ extern "C" __attribute__((visibility("default"))) uint64_t kv_emulation_warpgrou
 extern "C" __attribute__((visibility("default"))) void kv_emulation_set_late_boxes(bool late) {
   cuda_host::boxes_are_late() = late;
 }
+#ifdef KV_HOST_PTX
+extern "C" __attribute__((visibility("default"))) void kv_emulation_set_launcher(
+    cuda_host::Launcher launcher) {
+  cuda_host::launcher() = launcher;
+}
+#endif

@@ -4,6 +4,7 @@
 //                     collectives only: fast, and the same order every time
 //   KV_HOST_THREADS   one OS thread per CUDA thread: under ThreadSanitizer a missing barrier is a
 //   race
+//   KV_HOST_PTX       kernels are not run here but handed to whoever asked for them
 //
 // Shared memory is full of NaN when a CTA starts, and a warp collective orders no memory: under
 // ThreadSanitizer only __syncwarp and __syncthreads do. Read next: ptx_host.h.
@@ -98,7 +99,23 @@ struct Launch {
   }
 };
 
-#ifdef KV_HOST_THREADS
+#ifdef KV_HOST_PTX
+// The function as a name for the kernel, what it is launched with, and its one parameter.
+using Launcher = void (*)(const void* kernel, const unsigned* grid, unsigned threads,
+                          size_t shared_bytes, const void* params, size_t params_bytes);
+
+inline Launcher& launcher() {
+  static Launcher set = nullptr;
+  return set;
+}
+
+template <class Kernel, class Params>
+void launch(Kernel kernel, dim3 grid, dim3 block, size_t shared_bytes, const Params& params) {
+  const unsigned sizes[] = {grid.x, grid.y, grid.z};
+  launcher()(reinterpret_cast<const void*>(kernel), sizes, block.x, shared_bytes, &params,
+             sizeof(params));
+}
+#elif defined(KV_HOST_THREADS)
 // Hundreds of threads may wait like this: they must not take the processor from the others.
 inline void yield() {
   using Clock = std::chrono::steady_clock;

@@ -94,3 +94,15 @@ def test_long_names_leave_room_for_the_rest_of_the_title(tmp_path: Path) -> None
     path.write_text("input_length,output_length\n10,5\n")
     title = plots.title_of(Plan.of(Workload(str(path)), Budget(100), paper.Rules()))
     assert len(title) < 140 and title.endswith(".csv, 1 request, 100 token slots, max-len 15")
+
+
+def test_a_map_with_arrivals_shows_all_of_the_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "arrival,input_length,output_length\n" + "".join(f"{60 * i},3,2\n" for i in range(50))
+    )
+    rules = paper.Rules(StepCost(1.0, 0.0, 0.0), saturated=False)
+    plan = Plan.of(Workload(str(path)), Budget(16), rules, ["max"])
+    (result,) = plan.run()
+    assert result.seconds.total > 49 * 60
+    assert plots.seconds_of(plan, [result]) == result.seconds.total

@@ -54,11 +54,15 @@ def plot_replay(plan: Plan, results: Sequence[Result], path: str | Path) -> None
 
 
 def seconds_of(plan: Plan, results: Sequence[Result]) -> float:
-    """The time that maps of these results show: some turns of the memory, at most all."""
+    """The time that maps of these results show: some turns of the memory, at most all.
+
+    With the arrivals of the trace it is all: nobody knows when the memory is full.
+    """
     cost = plan.rules.cost
+    total = max(result.seconds.total for result in results)
     seconds = RESIDENCIES * plan.survey.output * cost.base
     seconds += REFILLS * plan.budget.slots * cost.per_prefill_token
-    return min(seconds, max(result.seconds.total for result in results) or seconds)
+    return min(seconds, total or seconds) if plan.rules.saturated else total or seconds
 
 
 def choose_maps(cases: Sequence[Case]) -> list[Case]:
