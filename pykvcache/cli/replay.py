@@ -199,7 +199,7 @@ def save(
 ) -> None:
     """Write what was asked for; a file that turns out bad does not stop the other one."""
     errors = []
-    if json is not None:
+    if json is not None and (results or json == "-"):  # after Ctrl-C an old file stays
         try:
             save_rows(json, results)
         except OSError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pykvcache.bench.replay import paper
@@ -50,3 +52,15 @@ def test_more_than_packing_is_not_called_packing(run) -> None:
     assert "Paging with the engine's scheduler and prefix hits of" in text
     assert "which is more than packing" in text
     assert "Better packing" in run(*options)[1]
+
+
+def test_rows_that_refused_other_requests_are_not_compared(tmp_path: Path) -> None:
+    """A buddy's largest region of 512 slots cannot hold the long one."""
+    path = tmp_path / "a.csv"
+    path.write_text("input_length,output_length\n" + "20,20\n" * 40 + "600,10\n")
+    policies = ["oracle-first-fit", "oracle-buddy", "paged"]
+    plan = Plan.of(Workload(str(path)), Budget(700), paper.Rules(), policies, [16])
+    fit, buddy, packed = plan.run()
+    assert (buddy.refused, fit.refused, packed.refused) == (1, 0, 0)
+    assert "oracle-first-fit -> paged 16" in str(regime([buddy, fit, packed]))
+    assert "not compared" in str(regime([buddy, packed]))

@@ -84,6 +84,19 @@ def test_ctrl_c_keeps_what_is_done(
     assert len(json.loads(rows.read_text())) == 3
 
 
+def test_ctrl_c_before_the_first_row_keeps_an_old_file(
+    run_small, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan_module, "run_case", interrupted)
+    rows = tmp_path / "rows.json"
+    rows.write_text("[1]")
+    assert run_small("--json", str(rows))[0] == 130
+    assert rows.read_text() == "[1]"
+
+
 def test_paper_prints_published_figures_beside(run) -> None:
     code, out, _ = run("--paper", "--requests", "300")
     assert code == 0

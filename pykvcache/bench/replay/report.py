@@ -87,14 +87,21 @@ def notes(results: Sequence[Result]) -> list[str]:
 def regime(results: Sequence[Result]) -> str | None:
     """Whether better packing raises throughput here, by how much, and why.
 
-    Compares the policy that packs worst with blocks of 16, or with the paged row that packs best.
+    Compares the policy that packs worst with blocks of 16, or with the paged row that packs best;
+    rows that refused other numbers of requests did other work and are left out.
     """
     paged = [r for r in results if r.policy == PAGED]
     others = [r for r in results if r.policy != PAGED]
     if not paged or not others:
         return None
     packed = next((r for r in paged if r.block_size == 16), max(paged, key=live))
-    loose = others[0] if others[0].policy == "max-length" else min(others, key=live)
+    alike = [r for r in others if r.refused == packed.refused]
+    if not alike:
+        return (
+            f"No policy refused as many requests as {packed.label}: they did not do the same work, "
+            f"so their throughput is not compared."
+        )
+    loose = alike[0] if alike[0].policy == "max-length" else min(alike, key=live)
     shares, batches = compared(loose, packed)
     gain = packed.throughput / loose.throughput if loose.throughput else 1.0
     verb = (
