@@ -41,6 +41,7 @@ class Shared:
         self.reader = np.zeros(count, np.int64)
         self.read_warp = np.zeros(count, np.int64)
         self.read_sync = np.zeros(count, np.int64)
+        self.busy = np.zeros(count, np.int64)  # wgmma that read here
         self.fences = np.zeros(threads, np.int64)
         self.sync = np.zeros(threads, np.int64)  # instructions of the warp
         self.time = 1
@@ -50,6 +51,7 @@ class Shared:
         self.data[:] = 0xA5
         self.written[:] = UNWRITTEN
         self.read_time[:] = 0
+        self.busy[:] = 0
         self.fences[:] = 0
         self.sync[:] = 0
         self.time = 1
