@@ -55,10 +55,20 @@ BINARY_FLOAT = {
 
 
 def _extreme(name: str, flags: tuple[str, ...]) -> Any:
-    """min and max leave a NaN out; with .NaN they give it."""
+    """min and max leave a NaN out; with .NaN they give it. -0 is less than +0."""
     if "NaN" in flags:
-        return np.minimum if name == "min" else np.maximum
-    return np.fmin if name == "min" else np.fmax
+        function = np.minimum if name == "min" else np.maximum
+    else:
+        function = np.fmin if name == "min" else np.fmax
+
+    def extreme(a: Array, b: Array) -> Array:
+        found = function(a, b)
+        zeros = (found == 0) & (a == b)
+        if zeros.any():
+            return np.where(zeros, a + b if name == "max" else -(-a - b), found)
+        return found  # type: ignore[no-any-return]
+
+    return extreme
 
 
 @BINDERS.of("add", "sub", "and", "or", "xor", "min", "max", "neg", "abs", "not", "copysign",

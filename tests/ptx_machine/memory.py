@@ -106,7 +106,7 @@ class Memory:
         found, left = [], mask
         while True:
             first = int(active[0])
-            number = (first - FIRST) // SPACING
+            number = (first - FIRST + SPACING // 2) // SPACING  # the nearest one
             if not 0 <= number < len(self.storages):
                 only = address == np.uint64(first)
                 self._fail(address, size, only if left is True else only & left, "outside")
