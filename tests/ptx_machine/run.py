@@ -77,9 +77,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="run the CTAs in an order drawn with this seed")
     parser.add_argument("-k", default="", help="cases whose name matches, as in pytest")
     options = parser.parse_args(arguments)
-    # -n 0 would be set by hand otherwise: the device is played in one process.
-    words = ["-q", "-p", "no:cacheprovider", "-p", "no:terminal", "--tb=short"]
-    words = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "--rootdir", str(TESTS.parent)]
+    words = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "--import-mode=importlib"]
+    words += ["--rootdir", str(TESTS.parent), "--timeout", "600"]
     if options.all:
         chosen = "triton" + (f" and ({options.k})" if options.k else "")
         words += ["-k", chosen, *(str(TESTS / name) for name in ALL)]

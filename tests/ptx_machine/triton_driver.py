@@ -9,6 +9,7 @@ Needs TRITON_INTERPRET=0.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -103,12 +104,15 @@ class Utils:
         pass
 
 
+_numbers = itertools.count(1000)
+
+
 class Played(Absent):
     """The device."""
 
     def __init__(self, arch: str, settings: Settings) -> None:
         super().__init__(arch)
-        self.number += 1000 + id(settings)  # Triton keeps compiled kernels by device
+        self.number = next(_numbers)  # Triton keeps loaded kernels by device
         self.utils = Utils(arch, settings)
         self.launcher_cls = functools.partial(Launcher, settings)
 
