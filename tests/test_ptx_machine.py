@@ -53,9 +53,7 @@ FLOATS = torch.tensor([1.5, -2.25, float("nan"), float("inf"), 1e-40, 0.0, 3e38,
 INTEGER_CASES = {
     "bfe.s32 %r11, %r10, 8, 8;": lambda x: (x >> 8 & 255) - ((x >> 8 & 128) << 1),
     "bfe.u32 %r11, %r10, 28, 8;": lambda x: (x & 0xFFFFFFFF) >> 28,
-    "prmt.b32 %r11, %r10, 0, 0x4012;": lambda x: (
-        (x >> 16 & 255) | (x & 0xFF00) | (x & 255) << 16
-    ),
+    "prmt.b32 %r11, %r10, 0, 0x4012;": lambda x: (x >> 16 & 255) | (x & 0xFF00) | (x & 255) << 16,
     "prmt.b32 %r11, %r10, 0, 0xBBBB;": lambda x: -1 if x >> 31 & 1 else 0,
     "mul.hi.s32 %r11, %r10, 0x12345678;": lambda x: x * 0x12345678 >> 32,
     "mul.hi.u32 %r11, %r10, -5;": lambda x: (x & 0xFFFFFFFF) * (2**32 - 5) >> 32,
@@ -66,17 +64,11 @@ INTEGER_CASES = {
     "rem.s32 %r11, %r10, 7;": lambda x: abs(x) % 7 * (1 if x > 0 else -1),
     "popc.b32 %r11, %r10;": lambda x: (x & 0xFFFFFFFF).bit_count(),
     "clz.b32 %r11, %r10;": lambda x: 32 - (x & 0xFFFFFFFF).bit_length(),
-    "shf.r.wrap.b32 %r11, %r10, %r10, 6;": lambda x: (
-        (x & 0xFFFFFFFF) >> 6 | (x & 63) << 26
-    ),
+    "shf.r.wrap.b32 %r11, %r10, %r10, 6;": lambda x: (x & 0xFFFFFFFF) >> 6 | (x & 63) << 26,
     "lop3.b32 %r11, %r10, 0x0F0F0F0F, 0x33333333, 0x96;": lambda x: x ^ 0x0F0F0F0F ^ 0x33333333,
     "setp.lo.u32 %p1, %r10, 5; selp.b32 %r11, 1, 2, %p1;": lambda x: 1 if 0 <= x < 5 else 2,
-    "setp.gt.and.s32 %p1|%p2, %r10, 5, 1; selp.b32 %r11, 1, 2, %p2;": lambda x: (
-        1 if x <= 5 else 2
-    ),
-    "cvt.u16.u32 %h1, %r10; cvt.s32.s16 %r11, %h1;": lambda x: (
-        (x & 0x7FFF) - (x & 0x8000)
-    ),
+    "setp.gt.and.s32 %p1|%p2, %r10, 5, 1; selp.b32 %r11, 1, 2, %p2;": lambda x: 1 if x <= 5 else 2,
+    "cvt.u16.u32 %h1, %r10; cvt.s32.s16 %r11, %h1;": lambda x: (x & 0x7FFF) - (x & 0x8000),
     "{ .reg .b32 %r11x; add.s32 %r11x, %r10, 1; mov.b32 %r11, %r11x; }": lambda x: x + 1,
     "mad.lo.s32 %r11, %r10, %r10, 3;": lambda x: x * x + 3,
 }

@@ -114,9 +114,11 @@ def _float(machine: Machine, ins: Instruction) -> Closure:
                 put(target, _fma(a, b, c), mask)
 
             return run
-        return lambda mask: function(*sources, out=target, where=mask) if isinstance(
-            function, np.ufunc
-        ) else put(target, function(*sources), mask)
+        return lambda mask: (
+            function(*sources, out=target, where=mask)
+            if isinstance(function, np.ufunc)
+            else put(target, function(*sources), mask)
+        )
     return _packed(function, kind, target, sources)
 
 
@@ -355,7 +357,7 @@ def _three_inputs(machine: Machine, ins: Instruction) -> Closure:
         value = np.zeros_like(a)
         for row in range(8):
             if table >> row & 1:
-                value |= ((a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c))
+                value |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
         put(target, value, mask)
 
     return run
@@ -379,14 +381,12 @@ def _comparison(name: str, kind: str) -> Any:
     return lambda a, b: COMPARE[name](a, b) & ~(np.isnan(a) | np.isnan(b))
 
 
-@BINDERS.of("setp", "set")
+@BINDERS.of("setp")
 def _compare(machine: Machine, ins: Instruction) -> Closure:
     kind, flags = ins.opcode[-1], [f for f in ins.opcode[1:-1] if f != "ftz"]
     registers, target = machine.registers, ins.operands[0]
     a, b = (registers.read(o, kind) for o in ins.operands[1:3])
     function = _comparison(flags[0], kind)
-    if ins.opcode[0] == "set":
-        raise ValueError("set is not known")
     outputs = target.parts if target.kind == "pair" else (target,)
     arrays = [registers.write(o, "pred") for o in outputs]
     combine, third = None, None
@@ -406,6 +406,23 @@ def _compare(machine: Machine, ins: Instruction) -> Closure:
     if kind not in FLOATS and combine is None and len(arrays) == 1:
         (only,) = arrays
         return lambda mask: function(a, b, out=only, where=mask)
+    return run
+
+
+@BINDERS.of("set")
+def _compare_halves(machine: Machine, ins: Instruction) -> Closure:
+    """set.CMP.u32.f16x2: ones in each half where the halves compare so."""
+    comparison, *kinds = ins.opcode[1:]
+    if kinds != ["u32", "f16x2"]:
+        raise Fault("set is only known as set.*.u32.f16x2")
+    function = _comparison(comparison, "f16")
+    a, b = (machine.registers.read(operand, "u32") for operand in ins.operands[1:])
+    target = machine.registers.write(ins.operands[0], "u32")
+
+    def run(mask: Any) -> None:
+        found = function(a.view(np.float16), b.view(np.float16))
+        put(target, np.where(found, 0xFFFF, 0).astype(np.uint16).view(np.uint32), mask)
+
     return run
 
 

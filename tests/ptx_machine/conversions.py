@@ -53,7 +53,9 @@ def _convert(machine: Machine, ins: Instruction) -> Closure:
     registers = machine.registers
     target = registers.array(ins.operands[0].text)
     source = ins.operands[1]
-    given = registers.array(source.text) if source.kind == "register" else registers.read(source, of)
+    given = (
+        registers.array(source.text) if source.kind == "register" else registers.read(source, of)
+    )
     width = target.dtype.itemsize
 
     def run(mask: Any) -> None:

@@ -163,16 +163,28 @@ def _spread(value: Array, mask: Array) -> Array:
 def _load_parameter(
     machine: Machine, ins: Instruction, targets: list[tuple[Array, int]]
 ) -> Closure:
-    """Of one value each; structures are read in pieces, at an offset."""
+    """Of one value each; structures are read in pieces, at an offset or an address."""
     source, dtype = ins.operands[1], TYPES[ins.opcode[-1]]
-    name, offset, size = source.parts[0].text, source.offset, np.dtype(dtype).itemsize
+    place, offset, size = source.parts[0], source.offset, np.dtype(dtype).itemsize
+    begins = machine.parameter_begins
+    at = begins[place.text] + offset if place.text in begins else None
+    address = None if at is not None else address_of(machine, source, wide=True)
 
     def run(mask: Any) -> None:
+        raw = machine.parameter_bytes
         for i, (target, width) in enumerate(targets):
-            bits = machine.arguments[name] >> 8 * (offset + i * size)
-            value = np.array([bits & ((1 << 8 * size) - 1)], BITS[size]).view(dtype)
-            wide = _widened(value, width)
-            put(target.view(wide.dtype), wide[0], mask)
+            if address is None:
+                value = raw[at + i * size : at + (i + 1) * size].view(dtype)
+                wide = _widened(value, width)
+                put(target.view(wide.dtype), wide[0], mask)
+                continue
+            where = address().view(np.int64) + i * size
+            active = where if mask is True else where[mask]
+            if active.min() < 0 or active.max() + size > len(raw) or (active % size).any():
+                raise Fault(f"parameter bytes {active.min()} to {active.max()} of {len(raw)}")
+            places = where if mask is True else np.where(mask, where, 0)
+            value = raw[places[:, None] + np.arange(size)].view(dtype)[:, 0]
+            put(target.view(_widened(value, width).dtype), _widened(value, width), mask)
 
     return run
 
@@ -250,6 +262,10 @@ def _atomic(machine: Machine, ins: Instruction) -> Closure:
     return run
 
 
+# (threads, granules, addresses, bytes): what one instruction left.
+Copies = tuple[Array, Array, Array, Array]
+
+
 class CopyGroups:
     """cp.async of each thread: copied when the thread waits, not before."""
 
@@ -258,30 +274,25 @@ class CopyGroups:
         self.reset()
 
     def reset(self) -> None:
-        # (threads, granules, addresses, bytes): what one instruction left.
-        self.open: list[tuple[Array, Array, Array, Array]] = []
-        self.committed: list[tuple[Array, list[tuple[Array, Array, Array, Array]]]] = []
+        self.open: list[Copies] = []
+        self.committed: list[tuple[Array, list[Copies]]] = []
         self.count = np.zeros(self.threads, np.int64)  # groups of each thread that are pending
 
     def commit(self, threads: Array) -> None:
-        mine = [(t, g, a, v) for t, g, a, v in self.open if threads[t].any()]
-        for thread, *_ in mine:
-            if not threads[thread].all():
-                raise Fault("some threads of a cp.async commit it and others do not")
-        self.open = [part for part in self.open if not threads[part[0]].any()]
-        self.committed.append((threads.copy(), mine))
+        self.committed.append((threads.copy(), _of(self.open, threads)))
+        self.open = _of(self.open, ~threads)
         self.count[threads] += 1
 
     def wait(self, shared: Shared, threads: Array, most: int) -> None:
         """Until at most `most` groups of these threads are pending."""
-        while (self.count[threads] > most).any():
-            index = next(i for i, (who, _) in enumerate(self.committed) if who[threads].any())
+        while (late := threads & (self.count > most)).any():
+            index = next(i for i, (who, _) in enumerate(self.committed) if (who & late).any())
             who, parts = self.committed.pop(index)
-            if not threads[who].all():
-                raise Fault("some threads of a cp.async group wait for it and others do not")
-            for part in parts:
+            if (who & ~late).any():  # others have committed with them, but do not wait yet
+                self.committed.insert(index, (who & ~late, _of(parts, ~late)))
+            for part in _of(parts, late):
                 self._land(shared, *part)
-            self.count[who] -= 1
+            self.count[who & late] -= 1
 
     def land_all(self, shared: Shared, threads: Array) -> None:
         self.commit(threads)
@@ -298,6 +309,12 @@ class CopyGroups:
         shared.write_sync[granules] = shared.sync[thread][:, None]
         shared.unfenced[granules] = shared.fences[thread][:, None]
         shared.data[address[:, None] + np.arange(values.shape[1])] = values
+
+
+def _of(parts: list[Copies], threads: Array) -> list[Copies]:
+    """What these threads copy."""
+    mine = [(part, threads[part[0]]) for part in parts]
+    return [(t[m], g[m], a[m], v[m]) for (t, g, a, v), m in mine if m.any()]
 
 
 @BINDERS.of("cp")

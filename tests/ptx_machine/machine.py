@@ -37,7 +37,7 @@ class Machine:
             raise Fault(f"{program.name} wants {program.threads} threads, got {threads}")
         self.registers = Registers(program, threads)
         self.memory = Memory()
-        self.arguments: dict[str, int] = {}
+        self._place_parameters()
         self.groups = data.CopyGroups(threads)
         self.products = wgmma.Pending(threads)
         self._place_variables(shared_bytes)
@@ -46,6 +46,16 @@ class Machine:
         self.ends = self._block_ends()
         self.code = [self._bind(i) for i in program.instructions]
         self.guards = [self._guard(i) for i in program.instructions]
+
+    def _place_parameters(self) -> None:
+        """Side by side; their names stand for addresses that count from the first."""
+        self.parameter_begins: dict[str, int] = {}
+        end = 0
+        for name, _, size in self.program.parameters:
+            end = -(-end // 16) * 16
+            self.parameter_begins[name], end = end, end + size
+        self.parameter_bytes = np.zeros(end, np.uint8)
+        self.registers.symbols.update(self.parameter_begins)
 
     def _place_variables(self, dynamic: int) -> None:
         end = 0
@@ -135,7 +145,10 @@ class Machine:
         names = [name for name, _, _ in self.program.parameters]
         if len(arguments) != len(names):
             raise Fault(f"{self.program.name} takes {len(names)} arguments, got {len(arguments)}")
-        self.arguments = dict(zip(names, arguments, strict=True))
+        for (name, _, size), bits in zip(self.program.parameters, arguments, strict=True):
+            begin = self.parameter_begins[name]
+            given = np.frombuffer(bits.to_bytes(size, "little"), np.uint8)
+            self.parameter_bytes[begin : begin + size] = given
         special = self.registers.special
         for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
             special[f"%nctaid.{axis}"][:] = size

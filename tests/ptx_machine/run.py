@@ -1,14 +1,16 @@
-"""Run tests of backend "triton" on the PTX that a GPU would run.
+"""Run tests of a GPU backend on the PTX that a GPU would run.
 
-    python tests/ptx_machine/run.py [--arch sm_80|sm_90] [--all] [-k EXPRESSION] [--seed N]
+    python tests/ptx_machine/run.py [--backend triton|cuda] [--arch sm_80|sm_90]
+                                    [--all] [-k EXPRESSION] [--seed N]
 
-Without --all this is tests/test_ptx_triton.py. With it, it is every case of the operators' own
-tests for backend "triton": test_paged_attention.py and test_cache_ops.py. Exits with 1 if one fails.
+Without --all this is tests/test_ptx_triton.py or test_ptx_cuda.py. With it, it is every case of the
+operators' own tests: test_paged_attention.py and test_cache_ops.py. Exits with 1 if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -26,20 +28,19 @@ ALL = ("test_paged_attention.py", "test_cache_ops.py")
 
 
 class Played:
-    """Plugin of pytest: backend "triton" is ready, on the machine, for the whole session."""
+    """Plugin of pytest: the backend is ready, on the machine, for the whole session."""
 
-    def __init__(self, arch: str, seed: int | None) -> None:
-        self.arch, self.seed = arch, seed
+    def __init__(self, backend: str, arch: str, seed: int | None) -> None:
+        self.backend, self.arch, self.seed = backend, arch, seed
         self.context: Any = None
 
     def pytest_sessionstart(self) -> None:
-        from ptx_machine import triton_driver
-
         from pykvcache import operators
 
         operators.LOADERS["cuda"] = lambda: "not on this machine"
-        triton_driver.load()
-        self.context = triton_driver.playing(self.arch, seed=self.seed)
+        driver = importlib.import_module(f"ptx_machine.{self.backend}_driver")
+        driver.load()
+        self.context = driver.playing(self.arch, seed=self.seed)
         self.context.__enter__()
 
     def pytest_sessionfinish(self) -> None:
@@ -72,6 +73,7 @@ class Bar:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
     parser.add_argument("--arch", choices=("sm_80", "sm_90"), default="sm_80")
     parser.add_argument("--all", action="store_true", help="the whole case table, many minutes")
     parser.add_argument("--seed", type=int, help="run the CTAs in an order drawn with this seed")
@@ -80,12 +82,12 @@ def main(arguments: list[str]) -> int:
     words = ["-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "--import-mode=importlib"]
     words += ["--rootdir", str(TESTS.parent), "--timeout", "600"]
     if options.all:
-        chosen = "triton" + (f" and ({options.k})" if options.k else "")
+        chosen = options.backend + (f" and ({options.k})" if options.k else "")
         words += ["-k", chosen, *(str(TESTS / name) for name in ALL)]
-        plugins = [Played(options.arch, options.seed), Bar()]
+        plugins = [Played(options.backend, options.arch, options.seed), Bar()]
     else:
         os.environ["PYKVCACHE_PTX_ARCH"] = options.arch
-        words += ["-k", options.k, str(TESTS / "test_ptx_triton.py")]
+        words += ["-k", options.k, str(TESTS / f"test_ptx_{options.backend}.py")]
         plugins = [Bar()]
     return int(pytest.main(words, plugins=plugins))
 
