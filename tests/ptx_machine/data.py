@@ -321,7 +321,11 @@ def _of(parts: list[Copies], threads: Array) -> list[Copies]:
 def _copy(machine: Machine, ins: Instruction) -> Closure:
     groups, shared, memory = machine.groups, machine.shared, machine.memory
     everybody = np.ones(machine.threads, np.bool_)
-    if ins.opcode[1] != "async" or "bulk" in ins.opcode:
+    if ins.opcode[:3] == ("cp", "async", "bulk"):
+        from ptx_machine.hopper import copy_box  # which needs this module
+
+        return copy_box(machine, ins)
+    if ins.opcode[1] != "async":
         raise Fault("only cp.async is known")
     if ins.opcode[2] == "commit_group":
         return lambda mask: groups.commit(everybody if mask is True else mask)

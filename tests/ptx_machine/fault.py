@@ -13,3 +13,7 @@ class NotHere(Exception):
     def __init__(self, threads: object) -> None:
         super().__init__("lanes are missing")
         self.threads = threads
+
+
+class Stalled(NotHere):
+    """Threads that wait for a phase of an mbarrier."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_machine import arithmetic, conversions, data, mma, warp, wgmma
-from ptx_machine.fault import Fault, NotHere
+from ptx_machine import arithmetic, conversions, data, hopper, mma, warp, wgmma
+from ptx_machine.fault import Fault, NotHere, Stalled
 from ptx_machine.memory import Memory
 from ptx_machine.parse import Instruction, Program
 from ptx_machine.registers import BITS, Registers
@@ -23,7 +23,7 @@ from ptx_machine.shared import Shared
 
 Array = NDArray[Any]
 Closure = Callable[[Any], None]  # takes the mask: True, or bool [threads]
-FAMILIES = (arithmetic, conversions, data, warp, mma, wgmma)
+FAMILIES = (arithmetic, conversions, data, warp, mma, wgmma, hopper)
 CONTROL = ("bra", "ret", "exit", "bar", "barrier")
 BUDGET = 2_000_000  # instructions of a CTA
 
@@ -40,6 +40,7 @@ class Machine:
         self._place_parameters()
         self.groups = data.CopyGroups(threads)
         self.products = wgmma.Pending(threads)
+        self.barriers = hopper.Barriers()
         self._place_variables(shared_bytes)
         self.kinds = [_kind(i) for i in program.instructions]
         self.targets = [self._target(i) for i in program.instructions]
@@ -169,6 +170,9 @@ class Machine:
         self.shared.reset()
         self.groups.reset()
         self.products.reset()
+        self.barriers.reset()
+        self.arrived: dict[int, int] = {}  # at named barriers, without waiting there
+        self.stalled = np.zeros(self.threads, np.bool_)  # waits for an mbarrier
         self.pcs = np.zeros(self.threads, np.int64)
         self.alive = np.ones(self.threads, np.bool_)
         self.barrier = np.full(self.threads, -1)  # that a thread waits at

@@ -194,8 +194,10 @@ class _Body:
             parts = tuple(self._operand(part) for part in split(text[1:-1]))
             return Operand("vector", text, parts)
         if text[0] == "[":
-            base, offset = _address(text[1:-1])
-            return Operand("address", text, (self._operand(base),), offset)
+            inner, *rest = split(text[1:-1])  # after a comma: coordinates
+            base, offset = _address(inner)
+            parts = (self._operand(base), *(self._operand(part) for part in rest))
+            return Operand("address", text, parts, offset)
         if "|" in text:
             return Operand("pair", text, tuple(self._operand(p) for p in text.split("|")))
         if text[0] == "!":
