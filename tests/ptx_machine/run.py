@@ -2,8 +2,8 @@
 
     python tests/ptx_machine/run.py [--arch sm_80|sm_90] [--all] [-k EXPRESSION] [--seed N]
 
-Without --all this is tests/test_ptx_triton.py. With it, it is every case of the operators' own
-tests for backend "triton": test_paged_attention.py and test_cache_ops.py. Exits with 1 if one fails.
+Without --all these are those of tests/test_ptx_triton.py. With it, they are every case of the
+operators' own tests, test_paged_attention.py and test_cache_ops.py. Exits with 1 if one fails.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is when unset,
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import pytest
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import pytest  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 ALL = ("test_paged_attention.py", "test_cache_ops.py")
 
