@@ -198,43 +198,60 @@ def test_copies_arrive_when_they_are_waited_for(threads: int) -> None:
     assert out.tolist() == [4 * (i ^ 1) + 1 for i in range(threads)]  # the last 8 bytes are 0
 
 
+WRITE, ACROSS = "st.shared.u32 [%r3], %r1;", "xor.b32 %r5, %r3, 128;"  # ACROSS: of the other warp
+READ_ACROSS = ACROSS + "ld.shared.u32 %r4, [%r5];"
+HALF = "setp.lt.u32 %p1, %r1, 32; @%p1 bra $end; {} $end:"
+ODD = "and.b32 %r4, %r1, 1; setp.eq.s32 %p1, %r4, 0; @%p1 bra $end; {} $end:"
+# (what runs, the tensor x0, what the error says)
+WORDS, MANY_WORDS = torch.zeros(64).int(), torch.zeros(512).int()
 GAPS = torch.zeros(64, 3).int()[:, :2]  # every third word is not part of it
-NEIGHBOUR = "xor.b32 %r5, %r3, 128; "  # a place of the other warp
 FAULTS = {
-    "outside: thread 63, 4 bytes.* 1 bytes after x0|outside: thread 63": "ld.global.u32 %r9, [%d3+4];",
-    "outside: thread 0, .* before x1": "st.global.u32 [%d4+-4], %r1;",
-    "misaligned: thread 1, 16 bytes": "ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d3];",
-    "outside: thread 2, 4 bytes .* of x0 .64, 2. of int32": LOAD,
-    "64 bytes after room|outside: thread 63, 8 bytes at 256|misaligned": "ld.shared.v2.u32 {%r4, %r5}, [%r3+4];",
-    "outside: thread 0, 4 bytes at 4096 of 4096": "st.shared.u32 [%r3+4096], %r1;",
-    "reads what nobody wrote: thread 0": "ld.shared.u32 %r4, [%r3];",
-    "race: reads what another thread wrote: thread 0, byte 128 .*by thread 32": "st.shared.u32 [%r3], %r1;"
-    + NEIGHBOUR + "ld.shared.u32 %r4, [%r5];",
-    "race: writes what another thread wrote": "st.shared.u32 [%r3], %r1;" + NEIGHBOUR
-    + "st.shared.u32 [%r5], %r1;",
-    "race: writes what another thread reads": "st.shared.u32 [%r3], %r1; bar.sync 0;" + NEIGHBOUR
-    + "ld.shared.u32 %r4, [%r3]; st.shared.u32 [%r5], %r1;",
-    "store different values": "st.shared.u32 [%r2], %r1;",
-    "reads what another thread wrote: thread 0, byte 4 ": "st.shared.u32 [%r3], %r1;"
-    "xor.b32 %r5, %r3, 4; ld.shared.u32 %r4, [%r5];",
-    "reads what cp.async is writing": ASYNC.format(bytes=16) + "ld.shared.u32 %r5, [%r4];",
-    "reads what another thread wrote: thread 0, byte 16": ASYNC.format(bytes=16)
-    + "cp.async.wait_group 0; xor.b32 %r5, %r4, 16; ld.shared.u32 %r5, [%r5];",
-    "cp.async of 17 bytes out of 16": ASYNC.format(bytes=17),
-    "a barrier that 32 threads never reach": "setp.lt.u32 %p1, %r1, 32; @%p1 bra $end; bar.sync 0; $end:",
-    "waits for lanes of its warp": "and.b32 %r4, %r1, 1; setp.eq.s32 %p1, %r4, 0; @%p1 bra $end;"
-    "shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1; $end:",
-    "it does not end": "$top: bra $top;",
-    "line 17: frobnicate.b32 %r1, %r2: .*not known": "frobnicate.b32 %r1, %r2;",
+    "past the end": ("ld.global.u32 %r9, [%d3+4];", WORDS, "outside: thread 63, 4 bytes"),
+    "before": ("st.global.u32 [%d4+-4], %r1;", WORDS, "outside: thread 0, .* 4 bytes before x1"),
+    "null": ("mov.u64 %d5, 0; ld.global.u32 %r9, [%d5];", WORDS, "outside: thread 0"),
+    "gap": (LOAD, GAPS, r"outside: thread 2, 4 bytes .* of x0 \[64, 2\] of int32"),
+    "alignment": (
+        "ld.global.v4.u32 {%r4, %r5, %r6, %r7}, [%d3];", WORDS, "misaligned: thread 1, 16 bytes"
+    ),
+    "shared alignment": (
+        "ld.shared.v2.u32 {%r4, %r5}, [%r3+4];", WORDS, "misaligned: thread 0, 8 bytes at 4 "
+    ),
+    "shared end": ("st.shared.u32 [%r3+4096], %r1;", WORDS, "outside: .* 4096 of 4096 bytes"),
+    "unwritten": ("ld.shared.u32 %r4, [%r3];", WORDS, "reads what nobody wrote: thread 0"),
+    "write read": (WRITE + READ_ACROSS, WORDS, "race: reads .* thread 0, byte 128 .* thread 32"),
+    "write write": (WRITE + ACROSS + "st.shared.u32 [%r5], %r1;", WORDS, "race: writes .* wrote"),
+    "read write": (
+        WRITE + "bar.sync 0;" + READ_ACROSS + "st.shared.u32 [%r3], %r4;", WORDS,
+        "race: writes what another thread reads",
+    ),
+    "one store": ("st.shared.u32 [%r2], %r1;", WORDS, "store different values"),
+    "one warp": (
+        WRITE + "xor.b32 %r5, %r3, 4; ld.shared.u32 %r4, [%r5];", WORDS,
+        "race: reads what another thread wrote: thread 0, byte 4 ",
+    ),
+    "copy not awaited": (
+        ASYNC.format(bytes=16) + "ld.shared.u32 %r5, [%r4];", MANY_WORDS, "cp.async is writing"
+    ),
+    "copy without barrier": (
+        ASYNC.format(bytes=16)
+        + "cp.async.wait_group 0; xor.b32 %r5, %r4, 16; ld.shared.u32 %r5, [%r5];",
+        MANY_WORDS, "reads what another thread wrote: thread 0, byte 16",
+    ),
+    "copy of too much": (ASYNC.format(bytes=17), MANY_WORDS, "cp.async of 17 bytes out of 16"),
+    "barrier": (HALF.format("bar.sync 0;"), WORDS, "a barrier that 32 threads never reach"),
+    "missing lanes": (
+        ODD.format("shfl.sync.bfly.b32 %r5, %r1, 1, 31, -1;"), WORDS, "waits for lanes of its warp"
+    ),
+    "endless": ("$top: bra $top;", WORDS, "it does not end"),
+    "unknown": ("frobnicate.b32 %r1, %r2;", WORDS, "line 17: frobnicate.b32 %r1, %r2: .*not known"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("message", FAULTS)
-def test_faults(message: str) -> None:
-    of_gaps = GAPS if "64, 2" in message else None
-    x = torch.zeros(64).int() if "cp.async" not in FAULTS[message] else torch.zeros(512).int()
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults(name: str) -> None:
+    body, x, message = FAULTS[name]
     with pytest.raises(Fault, match=message):
-        run(FAULTS[message], *([of_gaps] if of_gaps is not None else [x]))
+        run(body, x)
 
 
 def test_a_warp_may_order_itself() -> None:

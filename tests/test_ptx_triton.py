@@ -32,7 +32,7 @@ import triton
 
 if triton.knobs.runtime.interpret:
     # Another chip has other instructions for a few things: those are run there too.
-    PARTS = {"sm_80": "", "sm_90": "plain or fp8 or latent or write or barrier"}
+    PARTS = {"sm_80": "", "sm_90": "plain or fp8-h or fp8-s or latent or quantised"}
 
     @pytest.mark.slow
     @pytest.mark.parametrize("arch", PARTS)
@@ -171,11 +171,11 @@ else:
 
     def test_copies_that_nobody_waits_for_are_seen(_settings: triton_driver.Settings) -> None:
         _settings.change = changed("decode_kernel", r"cp\.async\.wait_group[^;]*;", "")
-        with pytest.raises(Fault, match="cp.async is writing"):
+        with pytest.raises(Fault, match=r"cp\.async is writing"):
             attend(CASES[0])
 
     def far_write() -> None:
-        """To the last block of a pool of more than 2^31 elements, of which few pages are touched."""
+        """To the last block of a pool of over 2^31 elements, of which few pages are touched."""
         blocks, heads, size, dim = 2**31 // (8 * 16 * 128) + 2, 8, 16, 128
         pool = torch.empty(0, dtype=BF16).set_(
             torch.UntypedStorage(blocks * heads * size * dim * 2), 0, (blocks, heads, size, dim)

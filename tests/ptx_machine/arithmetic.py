@@ -102,23 +102,12 @@ def _float(machine: Machine, ins: Instruction) -> Closure:
     name, kind, flags = ins.opcode[0], ins.opcode[-1], ins.opcode[1:-1]
     if kind == "f32" and flags not in ((), ("rn",), ("full",), ("approx",), ("rnd",)):
         return _careful_float(machine, ins)
-    target, sources = (
-        machine.registers.write(ins.operands[0], kind), reads(machine, ins, kind),
-    )  # fmt: skip
+    target, sources = machine.registers.write(ins.operands[0], kind), reads(machine, ins, kind)
     function = float_function(name, flags)
     if kind in ("f32", "f16", "f64"):
-        if name in ("fma", "mad"):
-            a, b, c = sources
-
-            def run(mask: Any) -> None:
-                put(target, _fma(a, b, c), mask)
-
-            return run
-        return lambda mask: (
-            function(*sources, out=target, where=mask)
-            if isinstance(function, np.ufunc)
-            else put(target, function(*sources), mask)
-        )
+        if isinstance(function, np.ufunc):
+            return lambda mask: function(*sources, out=target, where=mask)
+        return lambda mask: put(target, function(*sources), mask)
     return _packed(function, kind, target, sources)
 
 

@@ -53,9 +53,10 @@ def _convert(machine: Machine, ins: Instruction) -> Closure:
     registers = machine.registers
     target = registers.array(ins.operands[0].text)
     source = ins.operands[1]
-    given = (
-        registers.array(source.text) if source.kind == "register" else registers.read(source, of)
-    )
+    if source.kind == "register":
+        given = registers.array(source.text)
+    else:
+        given = registers.read(source, of)
     width = target.dtype.itemsize
 
     def run(mask: Any) -> None:

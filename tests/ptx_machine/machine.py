@@ -194,11 +194,14 @@ class Machine:
                 return
 
     def _pick(self) -> tuple[int, Any]:
-        free = self.alive & (self.barrier < 0)
+        free = self.alive & (self.barrier < 0) & ~self.stalled
         ready = free & ~self.parked
         if not ready.any():
             if not self.alive.any():
                 return -1, None
+            if self.stalled.any():
+                pc = int(self.pcs[self.stalled].min())
+                raise self._fault(pc, f"{int(self.stalled.sum())} threads wait here for ever")
             if self.parked.any():
                 pc = int(self.pcs[self.parked].min())
                 raise self._fault(pc, "waits for lanes of its warp that do not come")
@@ -224,7 +227,10 @@ class Machine:
             except NotHere as missing:
                 waiting = np.asarray(missing.threads)
                 self.pcs[waiting] = i
-                self.parked |= waiting
+                if isinstance(missing, Stalled):
+                    self.stalled |= waiting
+                else:
+                    self.parked |= waiting
                 mask = (np.ones(self.threads, np.bool_) if mask is True else mask) & ~waiting
                 if not mask.any():
                     return None
@@ -259,12 +265,32 @@ class Machine:
             self.alive &= ~taking
             self._check_finished(last, taking)
             return None
-        if taking is True:
+        return self._meet(last, mask, taking)
+
+    def _meet(self, last: int, mask: Any, taking: Any) -> int | None:
+        """bar.sync or bar.arrive of all threads, or of as many as it says."""
+        instruction, following = self.program.instructions[last], last + 1
+        counted = len(instruction.operands) > 1
+        if taking is True and not counted:
             self.shared.barrier()
             return following
         self._move(mask, following)
-        number = self.program.instructions[last].operands[0].text
-        self.barrier[taking] = int(number, 0)
+        taking = np.broadcast_to(taking, self.threads)
+        numbers = [self.registers.read(operand, "u32") for operand in instruction.operands]
+        number = int(numbers[0][taking][0])
+        if instruction.opcode[1] == "arrive":
+            self.arrived[number] = self.arrived.get(number, 0) + int(taking.sum())
+        else:
+            self.barrier[taking] = number
+        if counted:
+            there = int((self.barrier == number).sum()) + self.arrived.get(number, 0)
+            wanted = int(numbers[1][taking][0])
+            if there > wanted:
+                raise self._fault(last, f"{there} threads at a barrier of {wanted}")
+            if there == wanted:
+                self.shared.barrier()
+                self.barrier[self.barrier == number] = -1
+                self.arrived[number] = 0
         return None
 
     def _move(self, mask: Any, to: int) -> int | None:

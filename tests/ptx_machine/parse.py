@@ -118,6 +118,7 @@ class _Body:
         }
         self.scopes: list[dict[str, str]] = [{}]
         self.source, self.scope_count = "", 0
+        self.prefixes: set[str] = set()  # of registers that are counted
 
     def read(self) -> None:
         for kind, text, at in self._statements():
@@ -167,8 +168,13 @@ class _Body:
             self.source = f"{self.files.get(file, file)}:{line}"
         elif text.startswith(".reg"):
             kind, names = text.removeprefix(".reg").strip().removeprefix(".").split(None, 1)
-            for name in names.split(","):
-                self.program.registers[self._declare(name.strip())] = kind
+            for name in map(str.strip, names.split(",")):
+                counted = re.fullmatch(r"(.*)<(\d+)>", name)
+                inner = counted is not None and len(self.scopes) > 1
+                each = [f"{counted[1]}{i}" for i in range(int(counted[2]))] if inner else [name]
+                self.program.registers |= {self._declare(one): kind for one in each}
+                if counted and not inner:
+                    self.prefixes.add(counted[1])
         elif match := VARIABLE.match(text + ";"):
             self.program.variables.append(_variable(match))
 
@@ -209,10 +215,8 @@ class _Body:
         if not NAME.match(text):
             raise ValueError(f"operand {text!r} is not understood")
         name = self._resolve(text)
-        is_register = name in self.program.registers or re.sub(r"\d+$", "<", name) in {
-            known.split("<")[0] + "<" for known in self.program.registers if "<" in known
-        }
-        return Operand("register" if is_register else "name", name)
+        known = name in self.program.registers or name.rstrip("0123456789") in self.prefixes
+        return Operand("register" if known else "name", name)
 
     def _resolve(self, name: str) -> str:
         return next((scope[name] for scope in reversed(self.scopes) if name in scope), name)

@@ -21,8 +21,14 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is when unset,
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import pytest
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import pytest  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 ALL = ("test_paged_attention.py", "test_cache_ops.py")
 

@@ -64,7 +64,9 @@ class Pending:
 
 
 @functools.cache
-def layout(rows: int, width: int, wide: bool, element: int, lead: int, stride: int, swizzle: int) -> Array:  # fmt: skip
+def layout(
+    rows: int, width: int, wide: bool, element: int, lead: int, stride: int, swizzle: int
+) -> Array:
     """Byte offsets [rows, width] before swizzling; `wide`: rows lie side by side (MN-major)."""
     row, column = np.arange(rows)[:, None], np.arange(width)[None, :]
     span = SWIZZLED_BYTES[swizzle]
