@@ -30,11 +30,14 @@ if torch.cuda.is_available():
 ARCH = os.environ.get("PYKVCACHE_PTX_ARCH", "")
 
 if not ARCH:
+    PARTS = {"sm_80": "not wgmma", "sm_90a": "wgmma"}
 
     @pytest.mark.slow
-    def test_on_the_machine() -> None:
+    @pytest.mark.parametrize("arch", PARTS)
+    def test_on_the_machine(arch: str) -> None:
         script = Path(__file__).with_name("ptx_machine") / "run.py"
-        command = [sys.executable, str(script), "--backend", "cuda", "--arch", "sm_80"]
+        command = [sys.executable, str(script), "--backend", "cuda", "--arch", arch]
+        command += ["-k", PARTS[arch]]
         done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert "passed" in done.stdout and "skipped" not in done.stdout
@@ -121,6 +124,38 @@ else:
         cache_tests.test_write_skips_minus_one("cuda")
         cache_tests.test_write_without_values("cuda")
         cache_tests.test_copy_blocks("cuda", BF16)
+
+    WGMMA_CASES = [
+        Case("plain", ((20, 300), (1, 20)), 8, 2, 64, dtype=BF16),
+        Case("blocks of 3", ((20, 150), (70, 70)), 4, 2, 64, block_size=3, dtype=BF16),
+        Case("all", ((60, 500), (9, 5)), 4, 1, 40, block_size=48, dtype=F16, window=150,
+             softcap=2.0, sinks=True, holes=((0, 8), (1, 0))),
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("case", WGMMA_CASES, ids=str)
+    def test_wgmma(
+        case: Case, launches: cuda_driver.Launches, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "wgmma")
+        attend(case)
+        assert any(name.startswith("wgmma_kernel") for name in launches.kernels)
+
+    @pytest.mark.parametrize(
+        ("pattern", "to", "message"),
+        [
+            (r"wgmma\.wait_group\.sync\.aligned \d+;", "", "wgmma|Mismatch|not close"),
+            (r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 p, 0, 0;", "nobody wrote|is writing"),
+            (r"fence\.proxy\.async\.shared::cta;", "", "without fence.proxy.async"),
+        ],
+    )
+    def test_wgmma_without_waits_is_seen(
+        pattern: str, to: str, message: str, launches: cuda_driver.Launches,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "wgmma")
+        launches.change = changed("wgmma_kernel", pattern, to)
+        with pytest.raises((Fault, AssertionError), match=message):
+            attend(WGMMA_CASES[0 if "mbarrier" in pattern else 1])
 
     # What the machine would see if the kernels were wrong.
 

@@ -212,6 +212,8 @@ class Launches(TorchDispatchMode):
         if size % HEAP_ALIGNMENT or not 32 <= size <= end - pointer + HEAP_ALIGNMENT:
             return 0
         size = self._usable(pointer)
+        if not size:
+            return 0
         raw = (ctypes.c_uint8 * size).from_address(pointer)
         return memory.register(torch.frombuffer(raw, dtype=torch.uint8), f"workspace at {at}")
 

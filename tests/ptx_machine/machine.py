@@ -41,8 +41,8 @@ class Machine:
         self.groups = data.CopyGroups(threads)
         self.products = wgmma.Pending(threads)
         self.barriers = hopper.Barriers()
-        self._place_variables(shared_bytes)
         self.kinds = [_kind(i) for i in program.instructions]
+        self._place_variables(shared_bytes)
         self.targets = [self._target(i) for i in program.instructions]
         self.ends = self._block_ends()
         self.code = [self._bind(i) for i in program.instructions]
@@ -85,6 +85,8 @@ class Machine:
         )
         granule = min([data.access_bytes(o) for o in opcodes], default=4)
         self.shared = Shared(self.shared_bytes, self.threads, 1 if generic else min(granule, 4))
+
+        self.shared.sees_races = "mbarrier" not in self.kinds
 
     def _target(self, instruction: Instruction) -> int:
         if instruction.opcode[0] != "bra":
@@ -277,14 +279,16 @@ class Machine:
         self._move(mask, following)
         taking = np.broadcast_to(taking, self.threads)
         numbers = [self.registers.read(operand, "u32") for operand in instruction.operands]
-        number = int(numbers[0][taking][0])
-        if instruction.opcode[1] == "arrive":
-            self.arrived[number] = self.arrived.get(number, 0) + int(taking.sum())
-        else:
-            self.barrier[taking] = number
-        if counted:
+        for number in np.unique(numbers[0][taking]).tolist():  # warps may name different ones
+            here = taking & (numbers[0] == number)
+            if instruction.opcode[1] == "arrive":
+                self.arrived[number] = self.arrived.get(number, 0) + int(here.sum())
+            else:
+                self.barrier[here] = number
+            if not counted:
+                continue
             there = int((self.barrier == number).sum()) + self.arrived.get(number, 0)
-            wanted = int(numbers[1][taking][0])
+            wanted = int(numbers[1][here][0])
             if there > wanted:
                 raise self._fault(last, f"{there} threads at a barrier of {wanted}")
             if there == wanted:

@@ -1,6 +1,6 @@
 """Run tests of a GPU backend on the PTX that a GPU would run.
 
-    python tests/ptx_machine/run.py [--backend triton|cuda] [--arch sm_80|sm_90]
+    python tests/ptx_machine/run.py [--backend triton|cuda] [--arch sm_80|sm_90|sm_90a]
                                     [--all] [-k EXPRESSION] [--seed N]
 
 Without --all this is tests/test_ptx_triton.py or test_ptx_cuda.py. With it, it is every case of the
@@ -80,7 +80,7 @@ class Bar:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
-    parser.add_argument("--arch", choices=("sm_80", "sm_90"), default="sm_80")
+    parser.add_argument("--arch", choices=("sm_80", "sm_90", "sm_90a"), default="sm_80")
     parser.add_argument("--all", action="store_true", help="the whole case table, many minutes")
     parser.add_argument("--seed", type=int, help="run the CTAs in an order drawn with this seed")
     parser.add_argument("-k", default="", help="cases whose name matches, as in pytest")
