@@ -144,7 +144,7 @@ else:
         ("pattern", "to", "message"),
         [
             (r"wgmma\.wait_group\.sync\.aligned \d+;", "", "wgmma|Mismatch|not close"),
-            (r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 p, 0, 0;", "nobody wrote|is writing"),
+            (r"mbarrier\.try_wait[^;]*;", "setp.eq.b32 p, 0, 0;", "is writing|more arrivals"),
             (r"fence\.proxy\.async\.shared::cta;", "", "without fence.proxy.async"),
         ],
     )

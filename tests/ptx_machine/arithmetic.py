@@ -403,7 +403,7 @@ def _compare_halves(machine: Machine, ins: Instruction) -> Closure:
     """set.CMP.u32.f16x2: ones in each half where the halves compare so."""
     comparison, *kinds = ins.opcode[1:]
     if kinds != ["u32", "f16x2"]:
-        raise Fault("set is only known as set.*.u32.f16x2")
+        raise ValueError("set is only known as set.*.u32.f16x2")
     function = _comparison(comparison, "f16")
     a, b = (machine.registers.read(operand, "u32") for operand in ins.operands[1:])
     target = machine.registers.write(ins.operands[0], "u32")
