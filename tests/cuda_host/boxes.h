@@ -16,7 +16,8 @@
 
 namespace cuda_host {
 
-struct alignas(64) TensorMap {
+// As large and aligned as the driver's of CUDA 13.
+struct alignas(128) TensorMap {
   const unsigned char* data = nullptr;
   int64_t sizes[4] = {};         // elements of 2 bytes
   int64_t stride_bytes[4] = {};  // of each dimension

@@ -47,7 +47,7 @@ def kernel_sources(head_dims: tuple[int, ...]) -> list[Source]:
     return sources
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     """A hash of the sources that any build may include, and of `parts`."""
     digest = hashlib.sha256("\0".join((*CXX, FLAGS, torch.__version__, *parts)).encode())
     files = [*(ROOT / "csrc").rglob("*"), *(ROOT / "tests/cuda_host").glob("*")]
@@ -59,7 +59,7 @@ def _digest(*parts: str) -> str:
 
 def _compile(sources: list[Source], target: str, flags: str, link: str) -> Path:
     """Compile and link into build/cuda_host/<hash>/<target>, unless it is there."""
-    folder = FOLDER / _digest(target, flags, link, *(f"{s} {extra}" for s, extra in sources))
+    folder = FOLDER / digest(target, flags, link, *(f"{s} {extra}" for s, extra in sources))
     if (folder / target).exists():
         return folder / target
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,16 +75,17 @@ def _compile(sources: list[Source], target: str, flags: str, link: str) -> Path:
                      "-o", str(objects[-1])]
                 )  # fmt: skip
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, commands))
+                list(pool.map(run, commands))
             linked = folder / f"{target}.new"
-            _run([*CXX, *map(str, objects), *link.split(), "-o", str(linked)])
+            run([*CXX, *map(str, objects), *link.split(), "-o", str(linked)])
             for file in objects:
                 file.unlink()
             linked.rename(folder / target)
     return folder / target
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Run a compiler; RuntimeError with its message if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
