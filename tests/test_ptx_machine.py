@@ -70,6 +70,9 @@ INTEGER_CASES = {
     "setp.gt.and.s32 %p1|%p2, %r10, 5, 1; selp.b32 %r11, 1, 2, %p2;": lambda x: 1 if x <= 5 else 2,
     "cvt.u16.u32 %h1, %r10; cvt.s32.s16 %r11, %h1;": lambda x: (x & 0x7FFF) - (x & 0x8000),
     "{ .reg .b32 %r11x; add.s32 %r11x, %r10, 1; mov.b32 %r11, %r11x; }": lambda x: x + 1,
+    "add.s16x2 %r11, %r10, 0x00018001;": lambda x: (
+        (x + 0x8001) & 0xFFFF | ((x >> 16) + 1 & 0xFFFF) << 16
+    ),
     "mad.lo.s32 %r11, %r10, %r10, 3;": lambda x: x * x + 3,
 }
 

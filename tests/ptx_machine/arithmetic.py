@@ -77,6 +77,8 @@ def _elementwise(machine: Machine, ins: Instruction) -> Closure:
     name, kind = ins.opcode[0], ins.opcode[-1]
     if kind in FLOATS:
         return _float(machine, ins)
+    if kind in ("s16x2", "u16x2"):
+        return _integer_pair(machine, ins)
     target = machine.registers.write(ins.operands[0], kind)
     sources = reads(machine, ins, kind)
     if kind == "pred":
@@ -87,6 +89,22 @@ def _elementwise(machine: Machine, ins: Instruction) -> Closure:
         return lambda mask: function(a, out=target, where=mask)
     a, b = sources
     return lambda mask: function(a, b, out=target, where=mask)
+
+
+def _integer_pair(machine: Machine, ins: Instruction) -> Closure:
+    """Two 16-bit integers a register: add, min and max of sm_90."""
+    name, kind = ins.opcode[0], ins.opcode[-1].removesuffix("x2")
+    if len(ins.opcode) != 2 or name not in ("add", "min", "max"):
+        raise ValueError("this form for pairs of integers is not known")
+    target = machine.registers.write(ins.operands[0], "b32")
+    a, b = reads(machine, ins, "b32")
+
+    def run(mask: Any) -> None:
+        sides = zip(halves(a), halves(b), strict=True)
+        found = [PLAIN[name](x.view(TYPES[kind]), y.view(TYPES[kind])) for x, y in sides]
+        put(target, joined(*(side.view(np.uint16) for side in found)), mask)
+
+    return run
 
 
 def _logic(machine: Machine, ins: Instruction) -> Closure:
