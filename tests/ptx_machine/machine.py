@@ -14,7 +14,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_machine import arithmetic, conversions, data, hopper, mma, warp, wgmma
+from ptx_machine import (
+    arithmetic,
+    bits,
+    comparisons,
+    conversions,
+    copies,
+    data,
+    hopper,
+    mma,
+    warp,
+    wgmma,
+)
 from ptx_machine.fault import Fault, NotHere, Stalled
 from ptx_machine.memory import Memory
 from ptx_machine.parse import Instruction, Program
@@ -23,7 +34,9 @@ from ptx_machine.shared import Shared
 
 Array = NDArray[Any]
 Closure = Callable[[Any], None]  # takes the mask: True, or bool [threads]
-FAMILIES = (arithmetic, conversions, data, warp, mma, wgmma, hopper)
+FAMILIES = (
+    arithmetic, bits, comparisons, conversions, copies, data, warp, mma, wgmma, hopper,
+)  # fmt: skip
 CONTROL = ("bra", "ret", "exit", "bar", "barrier")
 BUDGET = 2_000_000  # instructions of a CTA
 
@@ -38,7 +51,7 @@ class Machine:
         self.registers = Registers(program, threads)
         self.memory = Memory()
         self._place_parameters()
-        self.groups = data.CopyGroups(threads)
+        self.groups = copies.CopyGroups(threads)
         self.products = wgmma.Pending(threads)
         self.barriers = hopper.Barriers()
         self.kinds = [_kind(i) for i in program.instructions]
@@ -148,9 +161,9 @@ class Machine:
         names = [name for name, _, _ in self.program.parameters]
         if len(arguments) != len(names):
             raise Fault(f"{self.program.name} takes {len(names)} arguments, got {len(arguments)}")
-        for (name, _, size), bits in zip(self.program.parameters, arguments, strict=True):
+        for (name, _, size), value in zip(self.program.parameters, arguments, strict=True):
             begin = self.parameter_begins[name]
-            given = np.frombuffer(bits.to_bytes(size, "little"), np.uint8)
+            given = np.frombuffer(value.to_bytes(size, "little"), np.uint8)
             self.parameter_bytes[begin : begin + size] = given
         special = self.registers.special
         for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
