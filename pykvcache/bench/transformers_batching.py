@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from pykvcache.bench.timing import Missing
+from pykvcache.bench.transformers_paged import page_option
 
 PAGES, PAGE, STEP_TOKENS = 200, 256, 2048
 MOST_SECONDS = 3600.0
@@ -28,7 +29,7 @@ def complete(
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     batching = ContinuousBatchingConfig(
-        num_blocks=PAGES, page_size=PAGE, max_batch_tokens=STEP_TOKENS
+        num_blocks=PAGES, max_batch_tokens=STEP_TOKENS, **page_option(PAGE)
     )
     end = time.perf_counter() + most_seconds
     with model.continuous_batching_context_manager(

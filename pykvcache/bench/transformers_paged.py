@@ -116,12 +116,20 @@ def make_cache(workload: Workload) -> Any:
     pages = workload.copies * case.batch * -(-case.length // PAGE)
     batching = ContinuousBatchingConfig(
         num_blocks=pages + 8,
-        page_size=PAGE,
+        **page_option(PAGE),
         max_batch_tokens=case.batch * case.query_len,
         max_memory_percent=0.9,
     )
     helper = DistributedHelper(None, None)
     return PagedAttentionCache(config, batching, workload.device, helper, case.dtype)
+
+
+def page_option(tokens: int) -> dict[str, int]:
+    """The size of a page, as an argument of transformers' ContinuousBatchingConfig."""
+    from transformers import ContinuousBatchingConfig
+
+    known = inspect.signature(ContinuousBatchingConfig).parameters
+    return {"page_size" if "page_size" in known else "block_size": tokens}  # before 5.23
 
 
 def fill(cache: Any, workload: Workload) -> tuple[list[Tensor], list[Tensor]]:

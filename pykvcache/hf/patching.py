@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -27,6 +28,7 @@ from pykvcache.hf.parts import generating_parts
 from pykvcache.hf.state import PatchState
 
 STATE = "_pykvcache_patch"
+PIECES_CONTINUE = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -99,7 +101,9 @@ def _prefill(
     """Before transformers computes the prompts, see which of their tokens have been computed."""
     state: PatchState = getattr(self, STATE)
     shows = generation_config.output_hidden_states or generation_config.output_attentions
-    if state.prefixes is not None and not shows and not self.training:
+    # Older ones compute the pieces of a prompt from its first token, whatever the cache holds.
+    begins = generation_config.prefill_chunk_size is None or PIECES_CONTINUE
+    if state.prefixes is not None and begins and not shows and not self.training:
         state.prefixes.begin(model_kwargs.get("past_key_values"), input_ids, model_kwargs)
     prefill = state.original(self, "_prefill")
     return prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -56,8 +56,9 @@ def test_same_as_unpatched(family: str, way: str, backend: str) -> None:
     pykvcache.patch(model, block_size=4, backend=backend)
     counters.reset()
     assert_same(WAYS[way](model), expected)
-    assert (counters.gathered > 0) == FAMILIES[family].gathers
-    assert counters.paged > 0 or FAMILIES[family].gathers
+    gathers = FAMILIES[family].gathers and (family != "t5" or version() >= (5, 23))
+    assert (counters.gathered > 0) == gathers
+    assert counters.paged > 0 or gathers
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
