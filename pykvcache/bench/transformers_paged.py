@@ -120,8 +120,10 @@ def make_cache(workload: Workload) -> Any:
         max_batch_tokens=case.batch * case.query_len,
         max_memory_percent=0.9,
     )
-    helper = DistributedHelper(None, None)
-    return PagedAttentionCache(config, batching, workload.device, helper, case.dtype)
+    settings = {"dtype": case.dtype, "distributed_helper": DistributedHelper(None, None)}
+    if "tp_plan" in inspect.signature(PagedAttentionCache).parameters:  # before 5.23
+        settings["tp_plan"] = {}
+    return PagedAttentionCache(config, batching, workload.device, **settings)
 
 
 def page_option(tokens: int) -> dict[str, int]:
@@ -142,10 +144,12 @@ def fill(cache: Any, workload: Workload) -> tuple[list[Tensor], list[Tensor]]:
     ids = [[f"{copy} {row}" for row in range(case.batch)] for copy in range(workload.copies)]
     order = list(itertools.chain.from_iterable(ids))
     for place in torch.randperm(len(order)).tolist():
-        if not cache.can_store_request_tokens(Row(order[place]), case.length):
+        if not reserve(cache, order[place], case.length):
             raise Missing("has no room for all copies")
     reads, writes = [], []
-    allocator = next(iter(cache.cache_allocators.values()))
+    is_old = hasattr(cache, "group_cache_managers")  # before 5.23
+    managers = cache.group_cache_managers if is_old else [*cache.cache_allocators.values()]
+    allocator = managers[0]
     for copy, rows in enumerate(ids):
         whole: list[int] = []
         new: list[int] = []
@@ -155,10 +159,21 @@ def fill(cache: Any, workload: Workload) -> tuple[list[Tensor], list[Tensor]]:
             new += allocator.get_write_indices(row, past, case.query_len)
         index = torch.tensor(whole, device=workload.device)
         sides = (x[copy].transpose(1, 2).flatten(0, 1) for x in (workload.k, workload.v))
-        allocator.update(*sides, 0, index, index)
+        if is_old:
+            for pages, side in zip((cache.key_cache[0], cache.value_cache[0]), sides, strict=True):
+                pages.index_copy_(0, index, side)
+        else:
+            allocator.update(*sides, 0, index, index)
         reads.append(index if decode else index[:0])
         writes.append(torch.tensor(new, device=workload.device))
     return reads, writes
+
+
+def reserve(cache: Any, request: str, tokens: int) -> bool:
+    """Pages for a request; whether there are enough."""
+    if hasattr(cache, "can_store_request_tokens"):
+        return bool(cache.can_store_request_tokens(Row(request), tokens))
+    return cache.allocate_blocks(-(-tokens // PAGE), request, 0) is not None
 
 
 def new_tokens(workload: Workload, dense: Tensor) -> Tensor:
