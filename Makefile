@@ -44,7 +44,7 @@ demo: $(BUILD_STAMP)
 	$(BIN)/python -m pykvcache demo $(if $(MODEL),--model '$(MODEL)') --plot demo-blocks.png $(ARGS)
 
 test: $(BUILD_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --timeout 600 tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal --timeout 600 tests
 
 gpu: $(BUILD_STAMP)
 	$(BIN)/python -m benchmarks.on_gpu $(ARGS)

@@ -26,6 +26,11 @@ if not torch.cuda.is_available():
     operators.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first, so that the last minutes do not belong to one worker alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
