@@ -6,15 +6,20 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated_gpu
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 os.environ["PYKVCACHE_LAUNCH_TABLE"] = "none"  # what was tuned on this machine is no part of tests
-if not torch.cuda.is_available():
+SIMULATED = os.environ.get("PYKVCACHE_SIMULATED_GPU")  # where its compiled part lies
+if SIMULATED:
+    simulated_gpu.install(Path(SIMULATED))
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 from cuda_host import build
@@ -22,7 +27,9 @@ from gpu_backends import GPU_BACKENDS
 
 from pykvcache import cli, operators, ops
 
-if not torch.cuda.is_available():
+if SIMULATED:
+    operators.LOADERS.update(dict.fromkeys(GPU_BACKENDS, lambda: "ready"))
+elif not torch.cuda.is_available():
     operators.LOADERS["cuda"] = build.load  # the CUDA kernels as host C++, on CPU tensors
 
 

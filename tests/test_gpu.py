@@ -28,6 +28,11 @@ BACKENDS = [name for name in ("triton", "cuda") if ops.backends()[name] == "read
 HEADS, KV_HEADS, DIM, BLOCK = 8, 2, 64, 16
 
 
+@pytest.fixture(autouse=True)
+def _move_to_gpu() -> None:
+    """Tensors are on the GPU already: conftest's fixture of this name has nothing to do."""
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
@@ -118,13 +123,14 @@ def test_no_operator_waits_for_the_gpu(backend: str) -> None:
     pairs = torch.tensor([[0, 1]], device="cuda")
     ends = torch.arange(5, dtype=torch.int32, device="cuda") * 2
     outs, lses = torch.randn(3, 4, HEADS, DIM, device="cuda"), torch.randn(3, 4, HEADS).cuda()
-    for _ in range(2):
+    for length in (2, 3):
+        key_ends = torch.arange(5, dtype=torch.int32, device="cuda") * length
         with no_waiting():
             pool.step(*inputs, backend)
             ops.merge_states(outs, lses, backend=backend)
             ops.copy_blocks([pool.k_cache], [pool.k_cache], pairs, backend=backend)
             ops.gather_kv(
-                pool.k_cache, pool.v_cache, pool.block_table, pool.seq_lens, ends, 8,
+                pool.k_cache, pool.v_cache, pool.block_table, pool.seq_lens, key_ends, 4 * length,
                 backend=backend,
             )  # fmt: skip
             q = inputs[0].repeat(2, 1, 1)

@@ -10,6 +10,7 @@ Read first: runner.py.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ Replay = Callable[[], object]
 Recorder = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
 MIN_COLUMNS = 64
 FIRST_PAUSE = 16  # captures left out after memory was short in one; then twice as many
+CAPTURING = threading.Lock()  # one engine of the process captures at a time
 WARM_UPS = 2  # lazily created handles and compiled kernels are not captured
 
 
@@ -38,28 +40,31 @@ def buckets(largest: int) -> list[int]:
 class CudaRecorder:
     """Captures CUDA graphs on one device; all of them share their memory, as one runs at a time.
 
+    Other threads may use the device meanwhile: only what this thread does is captured and checked.
+
     Args:
         device: where the model is.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._memory = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Capture what `run` launches; its result is written by replays."""
-        with torch.cuda.device(self._device):
+        with CAPTURING, torch.cuda.device(self._device):
             return self._record(run)
 
     def _record(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        stream = torch.cuda.Stream()
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        how = {"stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, pool=self._memory, **how):
             result = run()
         return graph.replay, result
 

@@ -37,7 +37,7 @@ from pykvcache.engine.graphs import DecodeGraphs
 def test_errors_anywhere_in_a_step(
     error: type[BaseException], call: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = make_engine(token_budget=24)
+    engine = make_engine(token_budget=24, cuda_graphs=False)
     owner, name = {
         "model": (engine._runner, "_forward"),
         "sampler": (engine._loop._sampler, "choose"),
@@ -140,7 +140,7 @@ def test_the_pool_goes_with_its_engine(graphs: bool) -> None:
     if graphs:
         runner = engine._runner
         runner.graphs = DecodeGraphs(
-            runner._forward_bucket, 1, torch.device("cpu"), 8, lambda run: (run, run())
+            runner._forward_bucket, 1, runner.device, 8, lambda run: (run, run())
         )
     engine.generate(make_prompts(), max_new_tokens=3)
     if runner_graphs := engine._runner.graphs:

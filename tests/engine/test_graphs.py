@@ -37,9 +37,7 @@ class Recorder:
 def with_graphs(engine: Any, record: Any, largest: int = 256) -> DecodeGraphs:
     runner = engine._runner
     groups = len(runner.cache.windows)
-    runner.graphs = DecodeGraphs(
-        runner._forward_bucket, groups, torch.device("cpu"), largest, record
-    )
+    runner.graphs = DecodeGraphs(runner._forward_bucket, groups, runner.device, largest, record)
     return runner.graphs
 
 

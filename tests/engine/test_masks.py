@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import DECODER, VOCAB, make_model, randomize
+from families import DECODER, DEVICE, VOCAB, make_model, randomize
 from torch import nn
 from transformers import PreTrainedModel
 from workload import one_by_one, random_prompt
@@ -97,10 +97,10 @@ def adds(module: nn.Module, extra: Any) -> None:
 
 EXTRAS: dict[str, tuple[Any, str]] = {
     "mask": (
-        lambda kwargs: {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)},
+        lambda kwargs: {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=DEVICE)},
         "makes an attention mask of its own",
     ),
-    "bias": (lambda kwargs: {"position_bias": torch.ones(1, 1, 1, 1)}, "adds a position bias"),
+    "bias": (lambda kwargs: {"position_bias": torch.ones(1, 1, 1, 1, device=DEVICE)}, "adds a position bias"),
     "both ways": (lambda kwargs: {"is_causal": False}, "lets tokens see later ones"),
 }
 
@@ -169,7 +169,7 @@ def test_a_patched_model_generates_while_an_engine_is_in_its_forward(
         assert one_by_one(model, prompt) == wanted
         cache = pykvcache.PagedCache(model.config, max_length=64, static=True)
         out = model.generate(
-            torch.tensor([prompt]), past_key_values=cache, max_new_tokens=len(wanted)
+            torch.tensor([prompt], device=DEVICE), past_key_values=cache, max_new_tokens=len(wanted)
         )
         assert out[0, len(prompt) :].tolist() == wanted
     finally:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import make_model
+from families import DEVICE, make_model
 from workload import assert_empty, make_engine, make_prompts, random_prompt
 
 from pykvcache import Sampling
@@ -19,7 +19,7 @@ PENALTY = 1.7
 
 def generated(prompt: list[int]) -> list[int]:
     tokens = make_model("llama").generate(
-        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, repetition_penalty=PENALTY
+        torch.tensor([prompt], device=DEVICE), max_new_tokens=12, do_sample=False, repetition_penalty=PENALTY
     )
     return tokens[0, len(prompt) :].tolist()
 

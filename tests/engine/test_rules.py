@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tr
-from families import VOCAB, make_model
+from families import DEVICE, VOCAB, make_model
 from workload import assert_empty, expected, make_engine, make_prompts, one_by_one, random_prompt
 
 import pykvcache
@@ -59,11 +59,12 @@ def test_rows_together_get_what_they_get_alone(
     monkeypatch.setattr(rules, "MOST_TOKENS", most)
     generator = random.Random(name)
     texts = [[generator.randint(1, 4) for _ in range(n)] for n in [*range(1, 9), 3, 3, 40, 70, 5]]
-    scores = torch.randn(len(texts), 12, generator=torch.Generator().manual_seed(0)) * 3
+    scores = torch.randn(len(texts), 12, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 3
     scores[2, 4] = -torch.inf
     alone = KNOWN[name]()
     wanted = [
-        alone(torch.tensor([text]), row[None])[0] for text, row in zip(texts, scores, strict=True)
+        alone(torch.tensor([text], device=DEVICE), row[None])[0]
+        for text, row in zip(texts, scores, strict=True)
     ]
     rule = Rule(together := KNOWN[name](), look_of(together))
     assert rule.look is not None
@@ -164,7 +165,7 @@ def test_random_configs_give_what_generate_gives(seed: int) -> None:
 
 def generated(prompt: list[int], processors: list[Any]) -> list[int]:
     tokens = make_model("llama").generate(
-        torch.tensor([prompt]),
+        torch.tensor([prompt], device=DEVICE),
         max_new_tokens=10,
         do_sample=False,
         logits_processor=tr.LogitsProcessorList(processors),

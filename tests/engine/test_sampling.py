@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import VOCAB, make_model
+from families import DEVICE, VOCAB, make_model
 from workload import assert_empty, expected, make_engine, make_prompts, random_prompt
 
 import pykvcache
@@ -23,7 +23,8 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 8}
 def next_logs(tokens: list[int]) -> torch.Tensor:
     """Log-probabilities [length, V] by the stock model."""
     with torch.no_grad():
-        return make_model("llama")(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        text = torch.tensor([tokens], device=DEVICE)
+        return make_model("llama")(text).logits[0].cpu().log_softmax(-1)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_repetition_penalty_and_processors_see_the_text() -> None:
 
     def only_seven(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen.append(input_ids[0].tolist())
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7], device=DEVICE), 0.0)
 
     outputs = make_engine().generate([PROMPT], Sampling(max_new_tokens=3, processors=[only_seven]))
     assert outputs[0].token_ids == [7, 7, 7]
@@ -97,7 +98,7 @@ def test_the_order_of_processors_and_the_penalty_of_the_config_are_those_of_gene
         outputs = engine.generate(make_prompts(), Sampling(max_new_tokens=8, processors=processors))
         for prompt, output in zip(make_prompts(), outputs, strict=True):
             tokens = model.generate(
-                torch.tensor([prompt]),
+                torch.tensor([prompt], device=DEVICE),
                 max_new_tokens=8,
                 do_sample=False,
                 logits_processor=transformers.LogitsProcessorList(processors),
@@ -226,8 +227,8 @@ def test_scores_are_the_models(family: str, settings: dict[str, Any]) -> None:
     scores = engine.score(prompt, completions, top_k=4)
     for completion, score in zip(completions, scores, strict=True):
         with torch.no_grad():
-            text = torch.tensor([prompt + completion])
-            logs = make_model(family)(text).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            text = torch.tensor([prompt + completion], device=DEVICE)
+            logs = make_model(family)(text).logits[0, len(prompt) - 1 : -1].cpu().log_softmax(-1)
         wanted = logs.gather(1, torch.tensor(completion)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(score.logprobs), wanted, rtol=0, atol=2e-4)
         assert score.total == pytest.approx(float(wanted.sum()), abs=1e-3)

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 WINDOW = 6
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 97
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {
@@ -303,4 +304,4 @@ def randomize(model: transformers.PreTrainedModel) -> transformers.PreTrainedMod
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     model.generation_config.eos_token_id = None
     model.generation_config.max_length = None
-    return model
+    return model.to(DEVICE)
