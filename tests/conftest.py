@@ -6,22 +6,16 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import simulated_gpu
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 os.environ["PYKVCACHE_LAUNCH_TABLE"] = "none"  # what was tuned on this machine is no part of tests
-SIMULATED = os.environ.get("PYKVCACHE_SIMULATED_GPU")  # where its compiled part lies
-if SIMULATED:
-    simulated_gpu.install(Path(SIMULATED))
-elif not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+from choose_gpu import SIMULATED
 from cuda_host import build
 from gpu_backends import GPU_BACKENDS
 

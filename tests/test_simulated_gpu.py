@@ -5,7 +5,6 @@ It changes torch for a whole process, so everything here runs in processes of it
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -172,3 +171,24 @@ ended = message(capture)
 wrong = {mode!r} == "global"
 assert ("not permitted" in heard[0], "previous error" in ended) == (wrong, wrong), (heard, ended)
 """)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "selection",
+    [
+        "not models and not engines",
+        "models and cuda and (llama or gpt_oss or bloom or diffllama or qwen3_next)",
+        "engines and cuda",
+    ],
+)
+def test_the_tests_for_gpus_pass_on_it(guard: Path, selection: str) -> None:
+    """Operators and models as a GPU would run them; all of it: see docs/measuring.md."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(TESTS / "test_gpu.py")]
+    environment = {**os.environ, "PYKVCACHE_SIMULATED_GPU": str(guard), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [*command, "-k", selection], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "passed" in done.stdout

@@ -1,11 +1,11 @@
 """Decode steps as replayed graphs: one launch for the whole model, by batch bucket.
 
-A captured forward reads tensors at fixed addresses, so a step is written into them first: ids,
-positions, block tables, lengths and slots. Rows that pad a bucket have no tokens in the cache and
-slot -1: they write nothing, and their logits are dropped. The work partition of attention is part
-of the graph, so it follows the lengths.
+A captured forward reads tensors at fixed addresses, so a step is written into them first, by one
+copy: ids, positions, slots, lengths and block tables. Rows that pad a bucket have no tokens in the
+cache and slot -1: they write nothing, and their logits are dropped. The work partition of attention
+is part of the graph, so it follows the lengths.
 
-Read first: runner.py.
+Read first: runner.py, staging.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pykvcache.batch import Batch, Int64Array
+from pykvcache.engine.staging import Staging
 from pykvcache.metadata import AttentionMetadata
 
 Replay = Callable[[], object]
@@ -63,8 +64,7 @@ class CudaRecorder:
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        how = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, pool=self._memory, **how):
+        with torch.cuda.graph(graph, self._memory, stream, "thread_local"):
             result = run()
         return graph.replay, result
 
@@ -78,42 +78,33 @@ class Bucket:
     """
 
     def __init__(self, rows: int, columns: int, groups: int, device: torch.device) -> None:
-        self.rows, self.columns = rows, columns
-        self.ids = torch.zeros(1, rows, dtype=torch.int64, device=device)
-        self.positions = torch.zeros_like(self.ids)
-        seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.rows, self.columns, self._groups = rows, columns, groups
+        numbers = [((rows,), torch.int64)] * (2 + groups)  # ids, positions, slots of each group
+        lengths, table = ((rows,), torch.int32), ((rows, columns), torch.int32)
+        self._inputs = Staging([*numbers, lengths, *[table] * groups], device)
+        ids, positions, *others = self._inputs.tensors
+        self.ids, self.positions = ids[None], positions[None]
+        slots, seq_lens, tables = others[:groups], others[groups], others[groups + 1 :]
         cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.metadata = [
-            AttentionMetadata(
-                torch.full((rows, columns), -1, dtype=torch.int32, device=device),
-                seq_lens,
-                cu_seqlens_q,
-                1,
-                torch.full((rows,), -1, dtype=torch.int64, device=device),
-            )
-            for _ in range(groups)
+            AttentionMetadata(tables[group], seq_lens, cu_seqlens_q, 1, slots[group])
+            for group in range(groups)
         ]
         self.replay: Replay | None = None
         self.logits: Tensor | None = None
 
     def fill(self, batch: Batch, ids: Int64Array, positions: Int64Array) -> None:
         """Write a step of at most `rows` rows, whose tables have at most `columns` columns."""
-        count = len(ids)
-        _write(self.ids[0], torch.from_numpy(ids), 0)
-        _write(self.positions[0], torch.from_numpy(positions), 0)
-        _write(self.metadata[0].seq_lens, torch.from_numpy(batch.seq_lens), 0)
-        for metadata, table, slots in zip(
-            self.metadata, batch.block_tables, batch.slot_mappings, strict=True
-        ):
-            source = torch.from_numpy(table)
-            metadata.block_table[:count, : source.shape[1]].copy_(source, non_blocking=True)
-            _write(metadata.slot_mapping, torch.from_numpy(slots), -1)
-
-
-def _write(target: Tensor, source: Tensor, padding: int) -> None:
-    """source into the head of target, padding into its tail."""
-    target[: len(source)].copy_(source, non_blocking=True)
-    target[len(source) :].fill_(padding)
+        inputs, groups, count = self._inputs, self._groups, len(ids)
+        inputs.wait()
+        values = [ids, positions, *batch.slot_mappings, batch.seq_lens]
+        paddings = [0, 0, *[-1] * groups, 0]
+        for array, value, padding in zip(inputs.arrays, values, paddings, strict=False):
+            array[:count] = value
+            array[count:] = padding
+        for array, table in zip(inputs.arrays[-groups:], batch.block_tables, strict=True):
+            array[:count, : table.shape[1]] = table
+        inputs.send(count)
 
 
 class DecodeGraphs:

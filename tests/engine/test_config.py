@@ -60,7 +60,10 @@ def test_a_request_may_have_a_minimum_of_its_own() -> None:
     prompt = make_prompts()[1]
     for least in (0, 1, 3, 8):
         wanted = model.generate(
-            torch.tensor([prompt], device=DEVICE), max_new_tokens=10, do_sample=False, min_new_tokens=least
+            torch.tensor([prompt], device=DEVICE),
+            max_new_tokens=10,
+            do_sample=False,
+            min_new_tokens=least,
         )
         output = engine.generate([prompt], Sampling(max_new_tokens=10, min_new_tokens=least))[0]
         assert output.token_ids == wanted[0, len(prompt) :].tolist()

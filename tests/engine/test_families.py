@@ -68,7 +68,9 @@ def test_prompts_whose_blocks_had_to_go_are_computed_again_once_for_all(family: 
 
 
 def test_a_preempted_sample_goes_on_from_the_blocks_of_its_prompt() -> None:
-    engine = make_engine(block_size=4, num_blocks=60, prefix_cache=False, max_running=2, swap_memory=0)
+    engine = make_engine(
+        block_size=4, num_blocks=60, prefix_cache=False, max_running=2, swap_memory=0
+    )
     prompt = random_prompt(40, 1)
     handle = engine.submit(prompt, Sampling(max_new_tokens=6, n=4))
     for _ in range(3):

@@ -100,7 +100,10 @@ EXTRAS: dict[str, tuple[Any, str]] = {
         lambda kwargs: {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=DEVICE)},
         "makes an attention mask of its own",
     ),
-    "bias": (lambda kwargs: {"position_bias": torch.ones(1, 1, 1, 1, device=DEVICE)}, "adds a position bias"),
+    "bias": (
+        lambda kwargs: {"position_bias": torch.ones(1, 1, 1, 1, device=DEVICE)},
+        "adds a position bias",
+    ),
     "both ways": (lambda kwargs: {"is_causal": False}, "lets tokens see later ones"),
 }
 

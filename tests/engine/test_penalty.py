@@ -19,7 +19,10 @@ PENALTY = 1.7
 
 def generated(prompt: list[int]) -> list[int]:
     tokens = make_model("llama").generate(
-        torch.tensor([prompt], device=DEVICE), max_new_tokens=12, do_sample=False, repetition_penalty=PENALTY
+        torch.tensor([prompt], device=DEVICE),
+        max_new_tokens=12,
+        do_sample=False,
+        repetition_penalty=PENALTY,
     )
     return tokens[0, len(prompt) :].tolist()
 

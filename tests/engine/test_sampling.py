@@ -79,7 +79,9 @@ def test_repetition_penalty_and_processors_see_the_text() -> None:
 
     def only_seven(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         seen.append(input_ids[0].tolist())
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7], device=DEVICE), 0.0)
+        return torch.full_like(scores, -torch.inf).index_fill(
+            1, torch.tensor([7], device=DEVICE), 0.0
+        )
 
     outputs = make_engine().generate([PROMPT], Sampling(max_new_tokens=3, processors=[only_seven]))
     assert outputs[0].token_ids == [7, 7, 7]

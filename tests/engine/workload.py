@@ -42,7 +42,10 @@ def one_by_one(
     model: PreTrainedModel, prompt: list[int], new_tokens: int = NEW_TOKENS
 ) -> list[int]:
     tokens = model.generate(
-        torch.tensor([prompt], device=model.device), max_new_tokens=new_tokens, do_sample=False, use_cache=True
+        torch.tensor([prompt], device=model.device),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
     )
     return tokens[0, len(prompt) :].tolist()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import DECODER, WINDOW, randomize
+from families import DECODER, DEVICE, WINDOW, randomize
 from test_identity import assert_same
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ def make(family: str, attention: str) -> PreTrainedModel:
 
 def prompts(rows: int, padded: bool = False) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, IMAGE, (rows, 12), generator=generator)
+    ids = torch.randint(3, IMAGE, (rows, 12), generator=generator).to(DEVICE)
     mask = torch.ones_like(ids)
     if padded:
         mask[1:, :5] = 0
@@ -116,12 +116,12 @@ def test_token_types(attention: str, way: str, backend: str) -> None:
     if way == "suffix":
         types[:, 8:] = 1
     if way == "image":
-        images = torch.full((3, PATCHES), IMAGE)
+        images = torch.full((3, PATCHES), IMAGE).to(DEVICE)
         inputs = {name: torch.cat([images, x], 1) for name, x in inputs.items()}
         inputs["attention_mask"][:] = 1
         types = torch.zeros_like(inputs["input_ids"])
         noise = torch.Generator().manual_seed(0)
-        inputs["pixel_values"] = torch.randn(3, 3, 16, 16, generator=noise)
+        inputs["pixel_values"] = torch.randn(3, 3, 16, 16, generator=noise).to(DEVICE)
     inputs["token_type_ids"] = types
     expected = generate(model, **inputs)
     pykvcache.patch(model, block_size=4, backend=backend)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import make_model
+from families import DEVICE, make_model
 from transformers import DynamicCache, PreTrainedModel
 from ways import NEW_TOKENS, PADS, PROMPT, greedy_tokens, inputs_for
 
@@ -70,7 +70,7 @@ def test_dropped_copies_free_their_blocks(llama: PreTrainedModel) -> None:
     used = cache.stats()["used_blocks"]
     assert twin.stats()["sharing_factor"] == 2.0
     with torch.no_grad():
-        llama(torch.ones(len(PADS), 1, dtype=torch.long), past_key_values=twin)
+        llama(torch.ones(len(PADS), 1, dtype=torch.long).to(DEVICE), past_key_values=twin)
     assert cache.stats()["used_blocks"] > used
     del twin
     assert allocator.num_sequences == len(PADS)
@@ -93,8 +93,8 @@ def test_copies_of_an_empty_cache_are_apart(llama: PreTrainedModel) -> None:
 
 @pytest.mark.slow
 def test_copies_of_a_cache_grow_their_pool_from_several_threads(llama: PreTrainedModel) -> None:
-    prompt = torch.randint(3, 60, (1, 40))
-    tails = [torch.cat([prompt, torch.randint(3, 60, (1, 4))], 1) for _ in range(4)]
+    prompt = torch.randint(3, 60, (1, 40)).to(DEVICE)
+    tails = [torch.cat([prompt, torch.randint(3, 60, (1, 4)).to(DEVICE)], 1) for _ in range(4)]
 
     def run(cache: Any, ids: torch.Tensor) -> torch.Tensor:
         return llama.generate(

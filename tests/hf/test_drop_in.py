@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import make_model
+from families import DEVICE, make_model
 from test_identity import TOLERANCE, assert_same
 from transformers import PreTrainedModel
 from ways import NEW_TOKENS, PADS, PROMPT, WAYS, greedy_tokens, inputs_for
@@ -30,7 +30,7 @@ def test_masks_that_are_not_left_padding(family: str, backend: str) -> None:
     holes[0, 2:5] = 0
     cases = {"right": right, "holes": holes}
     if family not in ("bloom", "llama4"):
-        visible = torch.ones(PROMPT, PROMPT, dtype=torch.bool).tril()
+        visible = torch.ones(PROMPT, PROMPT, dtype=torch.bool).to(DEVICE).tril()
         visible[6:, 3] = False
         minimum = torch.finfo(torch.float32).min
         cases["4D"] = torch.where(visible, 0.0, minimum).expand(len(PADS), 1, -1, -1)

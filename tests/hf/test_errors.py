@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import VOCAB, make_model
+from families import DEVICE, VOCAB, make_model
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from ways import inputs_for
@@ -95,17 +95,17 @@ def test_pool_too_small(llama: PreTrainedModel) -> None:
 def test_full_pool_keeps_what_it_has(llama: PreTrainedModel) -> None:
     pykvcache.patch(llama)
     cache = PagedCache(llama.config, num_blocks=3, block_size=4)
-    prompt = torch.arange(5, 15)[None]
+    prompt = torch.arange(5, 15).to(DEVICE)[None]
     with torch.no_grad():
         llama(prompt, past_key_values=cache)
         kept = [layer.keys.clone() for layer in cache.layers]
         with pytest.raises(OutOfBlocks, match="3"):
-            llama(torch.arange(20, 24)[None], past_key_values=cache)
+            llama(torch.arange(20, 24).to(DEVICE)[None], past_key_values=cache)
         assert cache.get_seq_length() == 10
         for layer, keys in zip(cache.layers, kept, strict=True):
             assert torch.equal(layer.keys, keys)
-        got = llama(torch.tensor([[20, 21]]), past_key_values=cache).logits
-        wanted = llama(torch.cat([prompt, torch.tensor([[20, 21]])], 1)).logits[:, -2:]
+        got = llama(torch.tensor([[20, 21]]).to(DEVICE), past_key_values=cache).logits
+        wanted = llama(torch.cat([prompt, torch.tensor([[20, 21]]).to(DEVICE)], 1)).logits[:, -2:]
     torch.testing.assert_close(got, wanted, rtol=0, atol=2e-4)
 
 
@@ -129,16 +129,16 @@ def test_wrong_batch(llama: PreTrainedModel) -> None:
     pykvcache.patch(llama)
     cache = PagedCache(llama.config)
     with torch.no_grad():
-        llama(torch.ones(2, 3, dtype=torch.long), past_key_values=cache)
+        llama(torch.ones(2, 3, dtype=torch.long).to(DEVICE), past_key_values=cache)
         with pytest.raises(ValueError, match="the cache holds 2 rows but keys have 3"):
-            llama(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
+            llama(torch.ones(3, 1, dtype=torch.long).to(DEVICE), past_key_values=cache)
         assert cache.get_seq_length() == 3
-        llama(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+        llama(torch.ones(2, 1, dtype=torch.long).to(DEVICE), past_key_values=cache)
 
 
 def test_wrong_dtype_and_shape(llama: PreTrainedModel) -> None:
     cache = PagedCache(llama.config)
-    k = torch.randn(1, 2, 3, 8)
+    k = torch.randn(1, 2, 3, 8).to(DEVICE)
     with pytest.raises(TypeError, match="keys must be one of float32, float16, bfloat16, got"):
         cache.update(k.double(), k.double(), 0)
     with pytest.raises(ValueError, match="k has 2 heads but v has 1"):
@@ -155,7 +155,7 @@ def test_crop_beyond_a_window() -> None:
     model = copy.deepcopy(make_model("mistral"))
     cache = PagedCache(model.config)
     with torch.no_grad():
-        model(torch.ones(1, 12, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(1, 12, dtype=torch.long).to(DEVICE), past_key_values=cache)
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-2)
     assert cache.get_seq_length() == 12
@@ -207,7 +207,7 @@ def test_crop_to_a_length_does_what_transformers_does(tokens: int) -> None:
     found = []
     for cache in caches:
         for layer in range(2):
-            cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), layer)
+            cache.update(*torch.ones(2, 1, 2, 5, 8).to(DEVICE), layer)
         try:
             cache.crop(tokens)
         except ValueError as error:
@@ -220,7 +220,7 @@ def test_crop_to_a_length_does_what_transformers_does(tokens: int) -> None:
 
 def test_caches_cannot_be_saved(llama: PreTrainedModel) -> None:
     cache = PagedCache(llama.config)
-    cache.update(torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8), 0)
+    cache.update(*torch.ones(2, 1, 2, 5, 8).to(DEVICE), 0)
     for save in (pickle.dumps, lambda value: torch.save(value, io.BytesIO())):
         with pytest.raises(TypeError, match=r"pickled nor saved.*copy.deepcopy") as caught:
             save(cache)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from families import ALTERNATING, DECODER, WINDOW, randomize
+from families import ALTERNATING, DECODER, DEVICE, WINDOW, randomize
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +20,12 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "i
 
 def prompts() -> Tensor:
     """Token ids [2, 12] without image tokens."""
-    return torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(7))
+    return torch.randint(3, 80, (2, 12), generator=torch.Generator().manual_seed(7)).to(DEVICE)
+
+
+def noise(*shape: int) -> Tensor:
+    """What stands for images."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(8)).to(DEVICE)
 
 
 def gemma3() -> tuple[PreTrainedModel, dict[str, Tensor]]:
@@ -43,7 +48,7 @@ def gemma3() -> tuple[PreTrainedModel, dict[str, Tensor]]:
         "input_ids": ids,
         "attention_mask": mask,
         "token_type_ids": (ids == IMAGE).long(),
-        "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(8)),
+        "pixel_values": noise(2, 3, 16, 16),
     }
     return transformers.Gemma3ForConditionalGeneration(config), inputs
 
@@ -66,14 +71,13 @@ def mllama() -> tuple[PreTrainedModel, dict[str, Tensor]]:
     )
     ids = prompts()
     ids[:, 2] = IMAGE
-    shape = (2, 1, 2, 3, 16, 16)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(8)),
-        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
-        "aspect_ratio_mask": torch.ones(2, 1, 2, dtype=torch.long),
-        "cross_attention_mask": torch.ones(2, 12, 1, 2, dtype=torch.long),
+        "pixel_values": noise(2, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long).to(DEVICE),
+        "aspect_ratio_mask": torch.ones(2, 1, 2, dtype=torch.long).to(DEVICE),
+        "cross_attention_mask": torch.ones(2, 12, 1, 2, dtype=torch.long).to(DEVICE),
     }
     return transformers.MllamaForConditionalGeneration(config), inputs
 

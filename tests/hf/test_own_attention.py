@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import VISION, make_model, randomize
+from families import DEVICE, VISION, make_model, randomize
 from test_identity import assert_same
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,7 +69,7 @@ def generate(model: PreTrainedModel, image: bool = False, **options: Any) -> Ten
     inputs = inputs_for(model)
     if image:
         generator = torch.Generator().manual_seed(8)
-        inputs["pixel_values"] = torch.randn(3, 3, 16, 16, generator=generator)
+        inputs["pixel_values"] = torch.randn(3, 3, 16, 16, generator=generator).to(DEVICE)
     torch.manual_seed(3)
     tokens: Tensor = model.generate(
         **inputs, **{"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0} | options
@@ -107,7 +107,7 @@ def test_prefixes_do_not_bring_padding() -> None:
     options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     short = model.generate(ids, **options)
     padded = torch.nn.functional.pad(short, (4, 0))
-    mask = (torch.arange(padded.shape[1]) >= 4).long()[None]
+    mask = (torch.arange(padded.shape[1]).to(DEVICE) >= 4).long()[None]
     expected = model.generate(padded, attention_mask=mask, **options)
     pykvcache.patch(model, block_size=4, prefix_cache=True)
     assert torch.equal(model.generate(ids, **options), short)
@@ -143,8 +143,8 @@ def test_pool_too_small_for_padding() -> None:
 def test_mask_of_another_width_is_not_padding_of_the_rows() -> None:
     """A mask of 4 columns says nothing about a forward of 6 positions."""
     cache = PagedCache(make_model("llama").config, block_size=1)
-    cache.announce(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]))
-    k = torch.randn(2, 2, 6, 8)
+    cache.announce(torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]]).to(DEVICE))
+    k = torch.randn(2, 2, 6, 8).to(DEVICE)
     cache.update(k, k, 0)
     assert not cache.rows.announced
     assert cache.stats()["used_blocks"] == 12

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VISION, make_model, randomize
+from families import DEVICE, FAMILIES, VISION, make_model, randomize
 from transformers import PreTrainedModel
 
 import pykvcache
@@ -31,7 +31,7 @@ Inputs = dict[str, Any]
 
 def prompts() -> Inputs:
     """Two prompts, the second padded on the left."""
-    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(7))
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(7)).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
@@ -39,7 +39,8 @@ def prompts() -> Inputs:
 
 def images() -> Inputs:
     """Two of them."""
-    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(8))}
+    generator = torch.Generator().manual_seed(8)
+    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator).to(DEVICE)}
 
 
 def blip() -> tuple[PreTrainedModel, Inputs]:
@@ -62,7 +63,7 @@ def blip2() -> tuple[PreTrainedModel, Inputs]:
         image_token_index=95,
     )
     inputs = prompts()
-    ids = torch.cat([torch.full((2, 4), 95), inputs["input_ids"].clamp(min=3)], 1)
+    ids = torch.cat([torch.full((2, 4), 95).to(DEVICE), inputs["input_ids"].clamp(min=3)], 1)
     return transformers.Blip2ForConditionalGeneration(config), {"input_ids": ids, **images()}
 
 
@@ -230,5 +231,5 @@ def test_model_that_went_away_patched() -> None:
     del model
     pykvcache.unpatch(other)
     with torch.no_grad():
-        out = other(torch.ones(1, 3, dtype=torch.long))
+        out = other(torch.ones(1, 3, dtype=torch.long).to(DEVICE))
     assert not isinstance(out.past_key_values, PagedCache)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import DEVICE
 from transformers import DynamicCache, PreTrainedModel
 from ways import greedy_tokens, inputs_for
 
@@ -133,7 +134,7 @@ def test_backward_through_blocks_is_an_error_whatever_is_trained(
         parameter.requires_grad = f"layers.0.self_attn.{trained}" in name
     pykvcache.patch(llama)
     cache = PagedCache(llama.config)
-    logits = llama(torch.randint(3, 60, (1, 5)), past_key_values=cache).logits
+    logits = llama(torch.randint(3, 60, (1, 5)).to(DEVICE), past_key_values=cache).logits
     with pytest.raises(RuntimeError, match="no gradient"):
         logits.sum().backward()
 
@@ -145,7 +146,7 @@ def test_heads_that_are_too_wide_are_refused_before_anything_runs(prompt: int) -
         num_key_value_heads=1, head_dim=640, vocab_size=64, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
-    ids = torch.randint(3, 60, (1, prompt))
+    ids = torch.randint(3, 60, (1, prompt)).to(DEVICE)
     before = model.generate(ids, max_new_tokens=3, do_sample=False)
     with pykvcache.patched(model), pytest.raises(ValueError, match="D must be 1 to 576, got 640"):
         model.generate(ids, max_new_tokens=3, do_sample=False)

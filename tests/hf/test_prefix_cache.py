@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+from families import DEVICE, FAMILIES, make_model
 from test_identity import assert_same, can, unpatched
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ class Twins:
 
 def prompt(seed: int, tokens: int, rows: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (rows, tokens), generator=generator)
+    return torch.randint(3, 97, (rows, tokens), generator=generator).to(DEVICE)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -234,9 +234,9 @@ def test_what_depends_on_more_than_tokens_is_not_kept() -> None:
     right_padding[0, -2:] = 0
     with torch.no_grad():
         model(inputs_embeds=embeds)
-        model(ids, position_ids=torch.arange(12)[None] * 2)
+        model(ids, position_ids=torch.arange(12).to(DEVICE)[None] * 2)
         model(ids, attention_mask=right_padding)
-        model(ids, attention_mask=torch.zeros(1, 1, 12, 12))
+        model(ids, attention_mask=torch.zeros(1, 1, 12, 12).to(DEVICE))
         model.train()
         model(ids)
         model.eval()

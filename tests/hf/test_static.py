@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
-from families import make_model
+from families import DEVICE, make_model
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig, PreTrainedModel
@@ -107,7 +107,7 @@ def test_a_graph_has_dense_keys_only_if_they_are_read(family: str, copies: bool)
 
     torch._dynamo.reset()
     forward = torch.compile(model.forward, backend=aot_autograd(fw_compiler=noting), fullgraph=True)
-    cache, ids = static(model), torch.arange(3, 13)[None]
+    cache, ids = static(model), torch.arange(3, 13).to(DEVICE)[None]
     with torch.no_grad():
         model(ids, past_key_values=cache)
         forward(input_ids=ids[:, :1], past_key_values=cache)
@@ -120,7 +120,7 @@ def test_a_graph_has_dense_keys_only_if_they_are_read(family: str, copies: bool)
 
 def test_attention_weights() -> None:
     model = copy.deepcopy(make_model("gemma2"))
-    ids = torch.arange(3, 13)[None]
+    ids = torch.arange(3, 13).to(DEVICE)[None]
     with torch.no_grad():
         expected = model(ids, output_attentions=True)
         pykvcache.patch(model)
@@ -134,7 +134,7 @@ def test_wrong_batch_changes_nothing(patched: bool) -> None:
     model = copy.deepcopy(make_model("llama"))
     if patched:
         pykvcache.patch(model)
-    cache, ids = static(model), torch.arange(3, 13).repeat(3, 1)
+    cache, ids = static(model), torch.arange(3, 13).to(DEVICE).repeat(3, 1)
     with torch.no_grad():
         model(ids, past_key_values=cache)
         twin = copy.deepcopy(cache)
@@ -148,7 +148,7 @@ def test_wrong_batch_changes_nothing(patched: bool) -> None:
 
 def test_wrong_shape_changes_nothing() -> None:
     cache = static(make_model("llama"))
-    k = torch.randn(2, 2, 3, 8)
+    k = torch.randn(2, 2, 3, 8).to(DEVICE)
     for layer in (0, 1):
         cache.update(k, k, layer)
     keys, _ = copy.deepcopy(cache).update(k[:, :, :1], k[:, :, :1], 0)
@@ -162,7 +162,7 @@ def test_wrong_shape_changes_nothing() -> None:
 
 def test_an_empty_cache_takes_another_batch() -> None:
     model = pykvcache.patch(copy.deepcopy(make_model("llama")))
-    cache, ids = static(model), torch.arange(3, 13).repeat(3, 1)
+    cache, ids = static(model), torch.arange(3, 13).to(DEVICE).repeat(3, 1)
     with torch.no_grad():
         expected = model(ids).logits
         model(ids[:2], past_key_values=cache)

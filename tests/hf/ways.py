@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from families import DEVICE
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -31,8 +32,8 @@ def inputs_for(model: PreTrainedModel, rows: int = len(PADS)) -> dict[str, Tenso
     if model.config.model_type == "whisper":
         frames = 2 * model.config.max_source_positions
         shape = (rows, model.config.num_mel_bins, frames)
-        return {"input_features": torch.randn(shape, generator=generator)}
-    ids = torch.randint(3, 97, (rows, PROMPT), generator=generator)
+        return {"input_features": torch.randn(shape, generator=generator).to(DEVICE)}
+    ids = torch.randint(3, 97, (rows, PROMPT), generator=generator).to(DEVICE)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(PADS[:rows]):
         columns = slice(PROMPT - pad, None) if model.config.is_encoder_decoder else slice(pad)
@@ -49,7 +50,7 @@ def greedy_tokens(model: PreTrainedModel, **options: Any) -> Tensor:
 
 def _random_ids(seed: int, tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (len(PADS), tokens), generator=generator)
+    return torch.randint(3, 97, (len(PADS), tokens), generator=generator).to(DEVICE)
 
 
 def _generate(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Result:
@@ -85,7 +86,7 @@ def logits(model: PreTrainedModel) -> Result:
         before = model(**inputs, **extra, use_cache=True)
         more = _random_ids(5, 5)
         if extra:
-            extra["position_ids"] = positions[:, -1:] + torch.arange(1, 6)
+            extra["position_ids"] = positions[:, -1:] + torch.arange(1, 6).to(DEVICE)
         after = model(
             input_ids=more,
             attention_mask=torch.cat([mask, torch.ones_like(more)], 1),
@@ -146,7 +147,7 @@ def assistant_of(model: PreTrainedModel) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for parameter in draft.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(DEVICE)
             parameter.add_(0.03 * noise * parameter.abs().mean())
     draft.generation_config.num_assistant_tokens = 4
     draft.generation_config.num_assistant_tokens_schedule = "constant"

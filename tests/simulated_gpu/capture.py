@@ -14,10 +14,11 @@ import weakref
 from typing import Any
 
 import torch
-from simulated_gpu.tensor import DeviceTensor
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from simulated_gpu.tensor import DeviceTensor
 
 NONSENSE = 0xFF  # as bytes: NaN in floating-point numbers, -1 in integers
 

@@ -11,9 +11,8 @@ import types
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from simulated_gpu.capture import Capture
 from simulated_gpu.device import STATE
 from simulated_gpu.tensor import DEVICE
@@ -81,7 +80,7 @@ class Event:
 class CUDAGraph:
     """A graph that `torch.cuda.graph` fills."""
 
-    pools: dict[Any, weakref.WeakSet[CUDAGraph]] = {}
+    pools: ClassVar[dict[Any, weakref.WeakSet[CUDAGraph]]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.capture: Capture | None = None

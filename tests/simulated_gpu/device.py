@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from simulated_gpu.capture import Capture, Launch
-from simulated_gpu.tensor import KNOWN, DeviceTensor, to_device, to_host
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from simulated_gpu.capture import Capture, Launch
+from simulated_gpu.tensor import KNOWN, DeviceTensor, to_device, to_host
 
 COPIES = ("aten::_to_copy", "aten::copy_")
 WAITS = {  # the size of their result, or the result itself, is known on the host
@@ -57,7 +58,9 @@ class State:
         capture = self.capture or self.captures.get(None)
         if capture is not None:
             capture.valid = False
-            raise RuntimeError(f"CUDA error: {what}: operation not permitted when stream is capturing")
+            raise RuntimeError(
+                f"CUDA error: {what}: operation not permitted when stream is capturing"
+            )
         if self.wait_mode == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
@@ -80,6 +83,8 @@ class Operators(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_device = any(isinstance(x, DeviceTensor) for x in tensors)
         target = kwargs.get("device")
+        if kwargs.get("pin_memory"):  # all of the host's memory is
+            kwargs = {**kwargs, "pin_memory": False}
         if not on_device and (target is None or target.type != "cuda"):
             return func(*args, **kwargs)
         name = func._schema.name
@@ -88,7 +93,6 @@ class Operators(TorchDispatchMode):
         if target is not None:
             on_device = target.type == "cuda"
             kwargs = {**kwargs, "device": torch.device("cpu")}
-        kwargs.pop("pin_memory", None)
         _check_devices(name, args, tensors)
         _check_waits(name, args, kwargs)
         return _run(func, args, kwargs, on_device)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from simulated_gpu.cuda_api import FAKES
-from simulated_gpu.device import Methods, Operators
 from torch import nn
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+
+from simulated_gpu.cuda_api import FAKES
+from simulated_gpu.device import Methods, Operators
 
 _entered = ExitStack()
 

@@ -68,4 +68,8 @@ def to_host(tree: Any) -> Any:
 
 def to_device(tree: Any) -> Any:
     """The same structure with CPU tensors as device tensors."""
-    return tree_map_only(Tensor, lambda x: x if isinstance(x, DeviceTensor) else DeviceTensor(x), tree)
+
+    def wrap(x: Tensor) -> DeviceTensor:
+        return x if isinstance(x, DeviceTensor) else DeviceTensor(x)
+
+    return tree_map_only(Tensor, wrap, tree)
