@@ -49,8 +49,11 @@ def elapsed(run: Contender, first: int, count: int) -> float:
 
 
 def as_graphs(run: Contender, copies: int) -> Contender:
-    """One CUDA graph for each copy of the data; a call replays that of its number."""
-    graphs: list[tuple[torch.cuda.CUDAGraph, Any]] = []
+    """One CUDA graph for each copy of the data; a call replays that of its number.
+
+    `run` lives as long as the result: graphs know addresses and keep no tensor.
+    """
+    graphs: list[tuple[torch.cuda.CUDAGraph, Any, Contender]] = []
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -61,10 +64,10 @@ def as_graphs(run: Contender, copies: int) -> Contender:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = run(copy)
-        graphs.append((graph, out))
+        graphs.append((graph, out, run))
 
     def replay(call: int) -> Any:
-        graph, out = graphs[call % copies]
+        graph, out, _ = graphs[call % copies]
         graph.replay()
         return out
 
