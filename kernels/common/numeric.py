@@ -47,7 +47,11 @@ def load_stored(pointers, mask, DTYPE: tl.constexpr, E4M3: tl.constexpr):
         return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(DTYPE)
     if E4M3 == E4M3_NATIVE:
         bits = tl.load(pointers, mask=mask, other=0)
-        return bits.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        x = bits.to(tl.float8e4nv, bitcast=True)
+        if DTYPE == tl.bfloat16:
+            # At once it would go through float16, and from there at 16 numbers a cycle.
+            return x.to(tl.float32).to(DTYPE)
+        return x.to(DTYPE)
     return tl.load(pointers, mask=mask, other=0.0).to(DTYPE)
 
 

@@ -25,7 +25,7 @@ from ptx_machine.parse import Program, parse
 # Of an H100 SXM; rates are a processor's, a cycle.
 PROCESSORS, CLOCK, BANDWIDTH = 132, 1.7e9, 3.35e12
 BYTES_PER_CYCLE = BANDWIDTH / CLOCK / PROCESSORS
-ISSUED, SPECIAL_LANES, CONVERTED_LANES, PRODUCTS = 4, 16, 64, 1024  # PRODUCTS: fp16, dense
+ISSUED, SPECIAL_LANES, PRODUCTS = 4, 16, 1024  # PRODUCTS: of 16-bit numbers, dense
 # F2F goes where special functions go.
 SLOW = ("MUFU", "F2F", "F2I", "I2F")
 REGISTERS, SHARED_BYTES, SHARED_RESERVED, THREADS, CTAS = 65536, 228 * 1024, 1024, 2048, 32
@@ -48,32 +48,24 @@ class Compiled:
 
 
 @dataclass
-class Shares:
-    """Of the time that the hot pass has at full bandwidth."""
+class Cycles:
+    """That a pass takes on a processor if nothing else limits it."""
 
+    memory: float  # at full bandwidth; 0 if the pass copies nothing
     issue: float
     special: float
     products: float
-    per_byte: float  # warp instructions
 
 
-def shares(hot: sass.Pass) -> Shares | None:
-    if not hot.copied_bytes:
-        return None
-    cycles = hot.copied_bytes / BYTES_PER_CYCLE
+def cycles(hot: sass.Pass) -> Cycles:
     slow = sum(n for name, n in hot.opcodes.items() if name.split(".")[0] in SLOW)
-    products = sum(n * _products(name) for name, n in hot.opcodes.items())
-    return Shares(
-        hot.issued / ISSUED / cycles,
-        slow * WARP / SPECIAL_LANES / cycles,
-        products / PRODUCTS / cycles,
-        hot.issued / hot.copied_bytes,
+    products = sum(n for name, n in hot.opcodes.items() if name.startswith("HMMA.16816"))
+    return Cycles(
+        hot.copied_bytes / BYTES_PER_CYCLE,
+        hot.issued / ISSUED,
+        slow * WARP / SPECIAL_LANES,
+        products * 16 * 8 * 16 / PRODUCTS,
     )
-
-
-def _products(opcode: str) -> int:
-    shape = re.match(r"HMMA\.16816", opcode)
-    return 16 * 8 * 16 if shape else 0
 
 
 def compiled(text: str, entry: str, ptxas: str, nvdisasm: str | None) -> Compiled:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from ptx_machine.copies import bytes_kept
 from ptx_machine.data import SHARED_SPACES, address_of, elements_of, space_of
 from ptx_machine.machine import Closure, Machine
 from ptx_machine.parse import SIZES, Instruction
@@ -193,12 +194,12 @@ def _watch_copy(counts: Counts, index: int) -> Watch | None:
     if ins.opcode[2] in ("commit_group", "bulk", "mbarrier"):
         return None
     width = int(ins.operands[2].text, 0)
-    size = machine.registers.read(ins.operands[3], "u32") if len(ins.operands) > 3 else None
+    kept = bytes_kept(machine, ins, width)
     to = _noting(counts.shared, index, width, passes)
     source = _noting(counts.loads, index, width, sectors)
     write = _at(machine, ins, address_of(machine, ins.operands[0], wide=False), to)
     read = _at(machine, ins, address_of(machine, ins.operands[1], wide=True), source)
-    return lambda mask: [*write(mask), *read(mask if size is None else (size > 0) & mask)]
+    return lambda mask: [*write(mask), *read((kept() > 0) & mask)]
 
 
 def _note_flight(counts: Counts, ins: Instruction) -> list[Callable[[], None]]:

@@ -120,9 +120,10 @@ class Row:
     flight_kib: float  # of a processor, at most
     pass_issued: int = 0
     pass_bytes: int = 0
-    issue_share: float | None = None
+    issue_share: float | None = None  # of the cycles that the bytes of a pass take
     special_share: float | None = None
     product_share: float | None = None
+    product_limit: float | None = None  # of the products' rate, if nothing but issue slots limits
 
 
 def ratio(of: int, to: int) -> float | None:
@@ -153,9 +154,12 @@ def row_of(call: str, kernel: str, run: cost.Run, made: cost.Compiled) -> Row:
     )  # fmt: skip
     if made.hot is not None:
         row.pass_issued, row.pass_bytes = made.hot.issued, made.hot.copied_bytes
-        if found := cost.shares(made.hot):
-            row.issue_share, row.special_share = found.issue, found.special
-            row.product_share = found.products
+        spent = cost.cycles(made.hot)
+        row.product_limit = spent.products / spent.issue
+        if spent.memory:
+            row.issue_share, row.special_share, row.product_share = (
+                each / spent.memory for each in (spent.issue, spent.special, spent.products)
+            )
     return row
 
 
@@ -219,7 +223,7 @@ def table_of(rows: list[Row], title: str) -> Table:
     heads = (
         "call", "kernel", "loads %", "B", "stores %", "worst line of global memory", "banks x",
         "worst line of shared memory", "regs", "CTAs", "KiB in flight", "pass: issued / bytes",
-        "issue %", "special %", "mma %",
+        "issue %", "special %", "mma %", "mma limit %",
     )  # fmt: skip
     for head in heads:
         table.add_column(head, overflow="fold")
@@ -231,7 +235,7 @@ def table_of(rows: list[Row], title: str) -> Table:
             "" if row.bank_passes is None else f"{row.bank_passes:.2f}", row.worst_shared,
             f"{row.registers}{' SPILLS' * bool(row.spilled)}", str(row.ctas),
             f"{row.flight_kib:.0f}", hot, percent(row.issue_share), percent(row.special_share),
-            percent(row.product_share),
+            percent(row.product_share), percent(row.product_limit),
         )  # fmt: skip
     return table
 

@@ -83,20 +83,17 @@ def functions(text: str) -> dict[str, str]:
 
 
 def hot_pass(text: str) -> Pass:
-    """Of the innermost loop that multiplies and copies; without copies, that multiplies."""
+    """Of the innermost loop that multiplies."""
     codes, labels = _read(text)
     loops = []
     for end, code in enumerate(codes):
         begin = _target(code, labels)
         if begin is not None and begin <= end:
-            inside = codes[begin : end + 1]
-            products = sum(c.kind == "mma" for c in inside)
-            copies = any(c.copied_bytes > 4 * WARP for c in inside)
-            if products:
-                loops.append((not copies, end - begin, begin, end))
+            if any(code.kind == "mma" for code in codes[begin : end + 1]):
+                loops.append((end - begin, begin, end))
     if not loops:
         raise ValueError("no loop multiplies")
-    _, _, begin, end = min(loops)
+    _, begin, end = min(loops)
     return _shortest(codes, labels, begin, end)
 
 
