@@ -204,7 +204,9 @@ def test_hot_pass() -> None:
     assert hot.counts["mma"] == 2 and hot.counts["control"] == 3
     assert hot.copied_bytes == 512
     spent = cost.cycles(hot)
-    assert spent.issue == 9 / 4 and spent.special == 2 * 32 / 16 and spent.products == 2 * 2048 / 1024
+    assert (
+        spent.issue == 9 / 4 and spent.special == 2 * 32 / 16 and spent.products == 2 * 2048 / 1024
+    )
     assert spent.memory == pytest.approx(512 / 14.9, rel=0.01)
     with pytest.raises(ValueError, match="no loop multiplies"):
         sass.hot_pass(text.replace("HMMA", "IMAD"))
@@ -220,7 +222,7 @@ def test_resident_ctas() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_the_command(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ptx_machine") / "profile.py"
+    script = Path(__file__).with_name("ptx_machine") / "report.py"
     target = tmp_path / "rows.json"
     command = [sys.executable, str(script), "--only", "D64 block 16 G1", "--json", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,8 @@ def compiled(text: str, entry: str, ptxas: str, nvdisasm: str | None) -> Compile
         hot = None
         if nvdisasm is not None:
             code = sass.functions(sass.disassemble(nvdisasm, cubin))[entry]
-            try:
+            with suppress(ValueError):  # of a kernel without products
                 hot = sass.hot_pass(code)
-            except ValueError:
-                pass  # a kernel without products
     return Compiled(registers, spilled, hot)
 
 

@@ -1,8 +1,9 @@
 """The hot loop of a kernel's machine code: what one pass of it issues.
 
-A loop of these kernels branches around what a call does not use (masks, scales, rescaling). The
-pass that is counted is the one that copies and multiplies most, and of those the shortest: what a
-full tile takes when the softmax maximum does not move. Reads what nvdisasm prints.
+A loop of these kernels branches around what a call does not use (masks, scales, rescaling). Of the
+innermost loop that multiplies, the pass that is counted is the one that copies and multiplies most,
+and of those the shortest: what a full tile takes when the softmax maximum does not move. Reads what
+nvdisasm prints.
 """
 
 from __future__ import annotations
@@ -88,9 +89,10 @@ def hot_pass(text: str) -> Pass:
     loops = []
     for end, code in enumerate(codes):
         begin = _target(code, labels)
-        if begin is not None and begin <= end:
-            if any(code.kind == "mma" for code in codes[begin : end + 1]):
-                loops.append((end - begin, begin, end))
+        if begin is None or begin > end:
+            continue
+        if any(code.kind == "mma" for code in codes[begin : end + 1]):
+            loops.append((end - begin, begin, end))
     if not loops:
         raise ValueError("no loop multiplies")
     _, begin, end = min(loops)

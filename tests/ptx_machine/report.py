@@ -1,7 +1,7 @@
 """What the kernels cost, counted without a GPU: docs/measuring.md says how to read it.
 
-    python tests/ptx_machine/profile.py [--backend triton|cuda] [--arch sm_80|sm_90|sm_90a]
-                                        [--only WORDS] [--json FILE] [--lines]
+python tests/ptx_machine/report.py [--backend triton|cuda] [--arch sm_80|sm_90|sm_90a]
+                                    [--only WORDS] [--json FILE] [--lines]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Annotated, Any
 os.environ["TRITON_INTERPRET"] = "0"  # read when triton is imported
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is when unset, without a warning
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(TESTS), str(TESTS.parent)]  # without this folder: `profile` is Python's
+sys.path[:1] = [str(TESTS), str(TESTS.parent)]  # without this folder
 
 import torch  # noqa: E402
 import typer  # noqa: E402
