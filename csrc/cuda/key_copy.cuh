@@ -55,21 +55,15 @@ class KeyCopier {
   static constexpr unsigned kAll = 0xffffffffu;
 
   __device__ __forceinline__ KeyCopier(const KernelParams& params, int lane)
-      : params_(params),
-        segment_(lane / kChunks),
-        chunk_(lane % kChunks),
-        side_(chunk_ / kTurns),
-        key_(chunk_ % kTurns * kRowsAtOnce + segment_) {}
+      : params_(params), lane_(lane) {}
 
   // Begins at position `first` of a sequence; later calls of copy() take `step` keys more each.
   __device__ __forceinline__ void start(const Sequence& sequence, int32_t kv_head, int32_t first,
                                         int32_t step) {
-    const AttentionParams& p = params_.attention;
     sequence_ = sequence;
     kv_head_ = kv_head;
-    position_ = first + key_;
+    position_ = first + key();
     step_ = step;
-    own_ = side_ == 0 ? p.k : p.v;
     next_ = sequence_.locate(params_.block_size, position_);
   }
 
@@ -81,12 +75,13 @@ class KeyCopier {
     position_ += step_;
     next_ = sequence_.locate(params_.block_size, position_);
     const bool there = place.block >= 0;
-    const uint32_t present = __reduce_or_sync(kAll, there ? 1u << key_ : 0u);
-    if (threadIdx.x % 32 == 0) stage.extras->present[group] = present;
+    const uint32_t present = __reduce_or_sync(kAll, there ? 1u << key() : 0u);
+    if (lane_ == 0) stage.extras->present[group] = present;
     // Bit i: whether the key of turn i is there.
-    const uint32_t turns = __ballot_sync(kAll, there) >> segment_ * kChunks;
-    const int64_t offset = there ? cache_offset(own_, place.block, kv_head_, place.slot) : 0;
-    const auto row = reinterpret_cast<uint64_t>(static_cast<const KV*>(own_.data) + offset);
+    const uint32_t turns = __ballot_sync(kAll, there) >> segment() * kChunks;
+    const CacheView& own = side() == 0 ? p.k : p.v;
+    const int64_t offset = there ? cache_offset(own, place.block, kv_head_, place.slot) : 0;
+    const auto row = reinterpret_cast<uint64_t>(static_cast<const KV*>(own.data) + offset);
     const int first_row = group * kGroupKeys;
     copy_side(row, stage.rows, turns, 0, first_row, p.head_dim);
     copy_side(row, stage.rows + Stage::kSideBytes, turns, kTurns, first_row, p.v_head_dim);
@@ -94,18 +89,26 @@ class KeyCopier {
   }
 
  private:
+  __device__ __forceinline__ int segment() const { return lane_ / kChunks; }
+  __device__ __forceinline__ int chunk() const {
+    return lane_ % kChunks;
+  }  // that it copies of rows
+  // Whose address this lane finds: of K (0) or V (1), key of the 16.
+  __device__ __forceinline__ int side() const { return chunk() / kTurns; }
+  __device__ __forceinline__ int key() const { return chunk() % kTurns * kRowsAtOnce + segment(); }
+
   // own_row: where the row of this lane's key begins, or any row if that is not there.
   // owners: lane of the segment that has the row of the first turn.
   __device__ __forceinline__ void copy_side(uint64_t own_row, unsigned char* rows, uint32_t turns,
                                             int owners, int first_row, int64_t dim) const {
-    const bool used = chunk_ * kChunk < dim * static_cast<int>(sizeof(KV));
+    const bool used = chunk() * kChunk < dim * static_cast<int>(sizeof(KV));
     const uint32_t real = used ? turns : 0;
-    const int part = used ? chunk_ * kChunk : 0;
-    const int place = chunk_offset<kRowBytes>(segment_, chunk_);
+    const int part = used ? chunk() * kChunk : 0;
+    const int place = chunk_offset<kRowBytes>(segment(), chunk());
 #pragma unroll
     for (int i = 0; i < kTurns; ++i) {
       const uint64_t from = __shfl_sync(kAll, own_row, owners + i, kChunks) + part;
-      const int row = i * kRowsAtOnce;  // segment_ has none of its bits
+      const int row = i * kRowsAtOnce;  // segment() has none of its bits
       copy_async_16(rows + (first_row + row) * kRowBytes + (place ^ chunk_flip<kRowBytes>(row)),
                     reinterpret_cast<const void*>(from), real & 1u << i);
     }
@@ -115,25 +118,21 @@ class KeyCopier {
   __device__ __forceinline__ void copy_scales(const Stage& stage, const BlockSlot& place,
                                               int first_row) const {
     const AttentionParams& p = params_.attention;
-    const ScaleView& scale = side_ == 0 ? p.k_scale : p.v_scale;
+    const ScaleView& scale = side() == 0 ? p.k_scale : p.v_scale;
     if (scale.kind != ScaleKind::kSlot) return;
     const bool real = place.block >= 0;
     const float* source =
         real ? block_scales(scale, place.block, kv_head_) + place.slot : scale.data;
-    copy_async_4(&stage.extras->scales[side_][first_row + key_], source, real);
+    copy_async_4(&stage.extras->scales[side()][first_row + key()], source, real);
   }
 
   const KernelParams& params_;
   Sequence sequence_;
-  CacheView own_;  // K or V, that this lane finds addresses in
   BlockSlot next_;
   int32_t kv_head_;
   int32_t position_;
   int32_t step_;
-  int segment_;
-  int chunk_;  // of the rows that its segment copies
-  int side_;   // 0: finds addresses in K, 1: in V
-  int key_;    // of 16, whose address it finds
+  int lane_;
 };
 
 // Query rows [first, first + count) of a sequence into shared memory, by all threads of the CTA;
