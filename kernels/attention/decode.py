@@ -110,8 +110,8 @@ def decode_kernel(
             q2 = load_queries(q, q_offsets, valid, DIM, DIM1, DIM2)
         row_scale = tl.full([ROWS], 1.0, tl.float32) * score_scale
         if HALF_KEYS:
-            q1, q2, unit = queries_in_unit(q1, q2, DIM2)
-            row_scale *= unit
+            q1, q2, q_unit = queries_in_unit(q1, q2, DIM2)
+            row_scale *= q_unit
         query = (r // GROUP).to(tl.int64)
         bias_offsets = head.to(tl.int64) * bias_stride_head + query * bias_stride_query
         highest = tl.full([ROWS], float("-inf"), tl.float32)

@@ -108,8 +108,8 @@ def prefill_kernel(
             value_scale *= WEIGHT_UNIT
         row_scale = tl.full([ROWS], 1.0, tl.float32) * score_scale
         if HALF_KEYS:
-            q1, q2, unit = queries_in_unit(q1, q2, DIM2)
-            row_scale *= unit
+            q1, q2, q_unit = queries_in_unit(q1, q2, DIM2)
+            row_scale *= q_unit
         slopes = None
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + head)
