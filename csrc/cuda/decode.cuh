@@ -56,6 +56,10 @@ struct Decode {
   __device__ __forceinline__ float* piece_values(int w) const {  // [16, kDim]
     return reinterpret_cast<float*>(ring(w));
   }
+  // Where a value lies in them: rows that are stored together use different banks.
+  __device__ __forceinline__ static int value_place(int row, int dim) {
+    return row * kDim + (dim ^ (row & 1) << 4 ^ (row & 2) << 2);
+  }
   __device__ __forceinline__ SoftmaxState* piece_states(int w) const {  // [16]
     auto* end = ring(kWarps) + kExtras * sizeof(typename Stage::Extras);
     return reinterpret_cast<SoftmaxState*>(end) + w * kRowTile;
@@ -112,11 +116,16 @@ struct Decode {
     for (int half = 0; half < 2; ++half) {
       const int row = Attention::row_of(0, half, lane);
 #pragma unroll
-      for (int tile = 0; tile < kDim / 8; ++tile)
-#pragma unroll
-        for (int c = 0; c < 2; ++c)
-          values[row * kDim + Tile::value_dim(tile, lane, c)] =
-              attention.values[0][tile][2 * half + c];
+      for (int tile = 0; tile < kDim / 8; tile += Tile::kFloat8 ? 2 : 1) {
+        float* to = values + value_place(row, Tile::value_dim(tile, lane, 0));
+        const float first = attention.values[0][tile][2 * half];
+        const float second = attention.values[0][tile][2 * half + 1];
+        if constexpr (Tile::kFloat8)  // the next tile has the dims between
+          *reinterpret_cast<float4*>(to) = {first, attention.values[0][tile + 1][2 * half], second,
+                                            attention.values[0][tile + 1][2 * half + 1]};
+        else
+          *reinterpret_cast<float2*>(to) = {first, second};
+      }
       if (lane % 4 == 0) piece_states(warp)[row] = attention.state[0][half];
     }
   }
@@ -150,7 +159,7 @@ struct Decode {
                 : (slot * p.num_kv_heads + rows.kv_head) * params.merged_rows + rows.first + row;
       for (int d = lane; d < dim; d += 32) {
         float sum = 0.0f;
-        for (int w = 0; w < kWarps; ++w) sum += weights[w] * piece_values(w)[row * kDim + d];
+        for (int w = 0; w < kWarps; ++w) sum += weights[w] * piece_values(w)[value_place(row, d)];
         if (whole)
           static_cast<T*>(p.out)[place * dim + d] = from_float<T>(sum * factor);
         else

@@ -1,9 +1,11 @@
 // From the block pool to shared memory: a warp copies 16 keys at a time, K and V, asynchronously.
 //
-// Lane r finds the address of key r in K, lane 16 + r in V; the lanes that copy its chunks get it
-// by a shuffle, so no address is computed twice. Block ids are fetched one call ahead (next_): the
-// copies would wait for them otherwise. Rows of keys that are not there, and dims past the head's,
-// are zeros: whatever the pool holds, 0 * NaN never enters a sum.
+// A row is copied by kChunks lanes, a segment of the warp. The segment finds the addresses of the
+// keys that it copies, K's in its lower half, V's in its upper one, and its lanes get them one by
+// one by a shuffle: no address is computed twice, and a copy costs few instructions beside it.
+// Block ids are fetched one call ahead (next_): the copies would wait for them otherwise. Rows of
+// keys that are not there, and dims past the head's, are zeros: whatever the pool holds, 0 * NaN
+// never enters a sum.
 #pragma once
 
 #include "cuda/shared_tile.cuh"
@@ -47,8 +49,9 @@ class KeyCopier {
  public:
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(KV));
   static constexpr int kChunks = kRowBytes / kChunk;  // of a row, a power of two
-  static constexpr int kRowsAtOnce = 32 / kChunks;
-  static_assert(kRowsAtOnce >= 1);
+  static constexpr int kRowsAtOnce = 32 / kChunks;    // one by each segment
+  static constexpr int kTurns = kGroupKeys / kRowsAtOnce;
+  static_assert(kRowsAtOnce >= 1 && 2 * kTurns == kChunks);
   static constexpr unsigned kAll = 0xffffffffu;
 
   __device__ __forceinline__ KeyCopier(const KernelParams& params, int lane)
@@ -59,7 +62,7 @@ class KeyCopier {
                                         int32_t step) {
     sequence_ = sequence;
     kv_head_ = kv_head;
-    position_ = first + lane_ % kGroupKeys;
+    position_ = first + key();
     step_ = step;
     next_ = sequence_.locate(params_.block_size, position_);
   }
@@ -71,31 +74,43 @@ class KeyCopier {
     const BlockSlot place = next_;
     position_ += step_;
     next_ = sequence_.locate(params_.block_size, position_);
-    const uint32_t present = __ballot_sync(kAll, place.block >= 0);
-    if (lane_ == 0) stage.extras->present[group] = present & 0xffffu;
-    const CacheView& mine = lane_ < kGroupKeys ? p.k : p.v;
-    const int64_t offset =
-        place.block < 0 ? -1 : cache_offset(mine, place.block, kv_head_, place.slot);
+    const bool there = place.block >= 0;
+    const uint32_t present = __reduce_or_sync(kAll, there ? 1u << key() : 0u);
+    if (lane_ == 0) stage.extras->present[group] = present;
+    // Bit i: whether the key of turn i is there.
+    const uint32_t turns = __ballot_sync(kAll, there) >> segment() * kChunks;
+    const CacheView& own = side() == 0 ? p.k : p.v;
+    const int64_t offset = there ? cache_offset(own, place.block, kv_head_, place.slot) : 0;
+    const auto row = reinterpret_cast<uint64_t>(static_cast<const KV*>(own.data) + offset);
     const int first_row = group * kGroupKeys;
-    copy_side(p.k, stage.rows, offset, 0, first_row, p.head_dim);
-    copy_side(p.v, stage.rows + Stage::kSideBytes, offset, kGroupKeys, first_row, p.v_head_dim);
+    copy_side(row, stage.rows, turns, 0, first_row, p.head_dim);
+    copy_side(row, stage.rows + Stage::kSideBytes, turns, kTurns, first_row, p.v_head_dim);
     copy_scales(stage, place, first_row);
   }
 
  private:
-  __device__ __forceinline__ void copy_side(const CacheView& cache, unsigned char* rows,
-                                            int64_t offset, int owners, int first_row,
-                                            int64_t dim) const {
-    const auto* base = static_cast<const KV*>(cache.data);
-    const int used = static_cast<int>(dim) * static_cast<int>(sizeof(KV)) / kChunk;
-    const int chunk = lane_ % kChunks;
+  __device__ __forceinline__ int segment() const { return lane_ / kChunks; }
+  __device__ __forceinline__ int chunk() const {
+    return lane_ % kChunks;
+  }  // that it copies of rows
+  // Whose address this lane finds: of K (0) or V (1), key of the 16.
+  __device__ __forceinline__ int side() const { return chunk() / kTurns; }
+  __device__ __forceinline__ int key() const { return chunk() % kTurns * kRowsAtOnce + segment(); }
+
+  // own_row: where the row of this lane's key begins, or any row if that is not there.
+  // owners: lane of the segment that has the row of the first turn.
+  __device__ __forceinline__ void copy_side(uint64_t own_row, unsigned char* rows, uint32_t turns,
+                                            int owners, int first_row, int64_t dim) const {
+    const bool used = chunk() * kChunk < dim * static_cast<int>(sizeof(KV));
+    const uint32_t real = used ? turns : 0;
+    const int part = used ? chunk() * kChunk : 0;
+    const int place = chunk_offset<kRowBytes>(segment(), chunk());
 #pragma unroll
-    for (int i = 0; i < kGroupKeys; i += kRowsAtOnce) {
-      const int row = i + lane_ / kChunks;
-      const int64_t from = __shfl_sync(kAll, offset, owners + row);
-      const bool real = from >= 0 && chunk < used;
-      const KV* source = base + (real ? from + chunk * (kChunk / static_cast<int>(sizeof(KV))) : 0);
-      copy_async_16(rows + chunk_offset<kRowBytes>(first_row + row, chunk), source, real);
+    for (int i = 0; i < kTurns; ++i) {
+      const uint64_t from = __shfl_sync(kAll, own_row, owners + i, kChunks) + part;
+      const int row = i * kRowsAtOnce;  // segment() has none of its bits
+      copy_async_16(rows + (first_row + row) * kRowBytes + (place ^ chunk_flip<kRowBytes>(row)),
+                    reinterpret_cast<const void*>(from), real & 1u << i);
     }
   }
 
@@ -103,13 +118,12 @@ class KeyCopier {
   __device__ __forceinline__ void copy_scales(const Stage& stage, const BlockSlot& place,
                                               int first_row) const {
     const AttentionParams& p = params_.attention;
-    const int side = lane_ / kGroupKeys;
-    const ScaleView& scale = side == 0 ? p.k_scale : p.v_scale;
+    const ScaleView& scale = side() == 0 ? p.k_scale : p.v_scale;
     if (scale.kind != ScaleKind::kSlot) return;
     const bool real = place.block >= 0;
     const float* source =
         real ? block_scales(scale, place.block, kv_head_) + place.slot : scale.data;
-    copy_async_4(&stage.extras->scales[side][first_row + lane_ % kGroupKeys], source, real);
+    copy_async_4(&stage.extras->scales[side()][first_row + key()], source, real);
   }
 
   const KernelParams& params_;

@@ -116,15 +116,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// ---- asynchronous copies from global to shared memory; !real writes zeros and reads nothing
+// ---- asynchronous copies from global to shared memory; real == 0 writes zeros and reads nothing
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
-__device__ __forceinline__ void copy_async_16(void* to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-               "l"(from), "r"(real ? 16 : 0)
-               : "memory");
+__device__ __forceinline__ void copy_async_16(void* to, const void* from, uint32_t real) {
+  asm volatile(
+      "{.reg .pred absent; setp.eq.u32 absent, %2, 0;\n"
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, absent;}" ::"r"(shared_address(to)),
+      "l"(from), "r"(real)
+      : "memory");
 }
 __device__ __forceinline__ void copy_async_4(void* to, const void* from, bool real) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),

@@ -15,12 +15,18 @@ namespace pykvcache::cuda {
 
 constexpr int kChunk = 16;  // bytes
 
+// What the offset of a chunk within its row is exclusive-ored with. Of two numbers without a common
+// bit it is the exclusive or of both.
 template <int kRowBytes>
-__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+__device__ __forceinline__ int chunk_flip(int row) {
   constexpr int kChunks = kRowBytes / kChunk;
   static_assert(kChunks >= 4 && (kChunks & (kChunks - 1)) == 0);
-  const int flip = kChunks >= 8 ? row & 7 : (row >> 1) & 3;
-  return row * kRowBytes + (chunk ^ flip) * kChunk;
+  return (kChunks >= 8 ? row & 7 : (row >> 1) & 3) * kChunk;
+}
+
+template <int kRowBytes>
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+  return row * kRowBytes + (chunk * kChunk ^ chunk_flip<kRowBytes>(row));
 }
 
 template <class T, class KV, int kDim>

@@ -210,7 +210,6 @@ struct WarpAttention {
   template <int kKeys>
   __device__ __forceinline__ void weigh(const KernelParams& params, const KeyTile& tile, int lane,
                                         float (&scores)[kRowTiles][kKeys / 8][4]) {
-    const bool slot_scales = params.attention.v_scale.kind == ScaleKind::kSlot;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -234,12 +233,25 @@ struct WarpAttention {
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            const float weight = exp2_fast(scores[m][n][i] - base);
-            state[m][half].sum += weight;
-            scores[m][n][i] = slot_scales && weight != 0.0f
-                                  ? weight * tile.value_scales[column_of(n, i, lane)]
-                                  : weight;
+            scores[m][n][i] = exp2_fast(scores[m][n][i] - base);
+            state[m][half].sum += scores[m][n][i];
           }
+      }
+    if (params.attention.v_scale.kind == ScaleKind::kSlot) scale_weights<kKeys>(tile, lane, scores);
+  }
+
+  // Weights of 0 stay: the scale of a key that is not there may be anything.
+  template <int kKeys>
+  __device__ __forceinline__ void scale_weights(const KeyTile& tile, int lane,
+                                                float (&weights)[kRowTiles][kKeys / 8][4]) const {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float scale = tile.value_scales[column_of(n, i, lane)];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+          if (weights[m][n][i] != 0.0f) weights[m][n][i] *= scale;
       }
   }
 

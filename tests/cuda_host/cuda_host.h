@@ -25,6 +25,12 @@
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
@@ -175,13 +181,15 @@ inline void __syncwarp() {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int from) {
+T __shfl_sync(unsigned, T value, int from, int width = 32) {
   struct Message {
     T value;
     int from;
   };
-  return cuda_host::collective<T>(Message{value, from}, [](auto&& in, auto&& out) {
-    for (int lane = 0; lane < 32; ++lane) out(lane) = in(in(lane).from % 32).value;
+  const int lane = cuda_host::current->lane;
+  const Message message{value, lane / width * width + from % width};
+  return cuda_host::collective<T>(message, [](auto&& in, auto&& out) {
+    for (int lane = 0; lane < 32; ++lane) out(lane) = in(in(lane).from).value;
   });
 }
 
@@ -201,6 +209,14 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
     unsigned votes = 0;
     for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(in(lane)) << lane;
     for (int lane = 0; lane < 32; ++lane) out(lane) = votes;
+  });
+}
+
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  return cuda_host::collective<unsigned>(value, [](auto&& in, auto&& out) {
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= in(lane);
+    for (int lane = 0; lane < 32; ++lane) out(lane) = all;
   });
 }
 

@@ -75,10 +75,10 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline void copy_async(void* to, const void* from, int bytes, bool real) {
   ::cuda_host::current->open_copies.push_back({to, real ? from : nullptr, bytes});
 }
-inline void copy_async_16(void* to, const void* from, bool real) {
+inline void copy_async_16(void* to, const void* from, uint32_t real) {
   if ((reinterpret_cast<uintptr_t>(to) | (real ? reinterpret_cast<uintptr_t>(from) : 0)) % 16)
     ::cuda_host::stop("cp.async of 16 bytes at an address that is not aligned to 16");
-  copy_async(to, from, 16, real);
+  copy_async(to, from, 16, real != 0);
 }
 inline void copy_async_4(void* to, const void* from, bool real) { copy_async(to, from, 4, real); }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from ptx_machine.data import address_of
 from ptx_machine.fault import Fault
 from ptx_machine.hopper import copy_box
-from ptx_machine.operands import Binders, Closure
+from ptx_machine.operands import Binders, Closure, predicate
 from ptx_machine.parse import Instruction
 from ptx_machine.shared import IN_FLIGHT, Shared
 
@@ -73,6 +74,20 @@ def _of(parts: list[Copies], threads: Array) -> list[Copies]:
     return [(t[m], g[m], a[m], v[m]) for (t, g, a, v), m in mine if m.any()]
 
 
+def bytes_kept(machine: Machine, ins: Instruction, size: int) -> Callable[[], Array]:
+    """() -> how many of the `size` bytes of cp.async come from the source, [threads]: the operand
+    is a number, or a predicate that says to ignore it. The rest is zeros."""
+    if len(ins.operands) < 4:
+        whole = np.full(machine.threads, size, np.uint32)
+        return lambda: whole
+    operand = ins.operands[3]
+    if operand.kind == "register" and machine.registers.array(operand.text).dtype == np.bool_:
+        ignored = predicate(machine, operand)
+        return lambda: np.where(ignored(), 0, size).astype(np.uint32)
+    kept = machine.registers.read(operand, "u32")
+    return lambda: kept
+
+
 @BINDERS.of("cp")
 def _copy(machine: Machine, ins: Instruction) -> Closure:
     groups, shared, memory = machine.groups, machine.shared, machine.memory
@@ -96,7 +111,7 @@ def _copy(machine: Machine, ins: Instruction) -> Closure:
     target = address_of(machine, ins.operands[0], wide=False)
     source = address_of(machine, ins.operands[1], wide=True)
     size = int(ins.operands[2].text, 0)
-    kept = machine.registers.read(ins.operands[3], "u32") if len(ins.operands) > 3 else None
+    kept = bytes_kept(machine, ins, size)
     if "cg" in ins.opcode and size != 16:
         raise Fault("cp.async.cg copies 16 bytes")
 
@@ -104,7 +119,7 @@ def _copy(machine: Machine, ins: Instruction) -> Closure:
         at, thread, granules = shared.places(target(), size, mask)
         values = np.zeros((len(thread), size), np.uint8)
         where = source()
-        left = np.full(machine.threads, size, np.uint32) if kept is None else kept
+        left = kept()
         if (left[thread] > size).any():
             raise Fault(f"cp.async of {int(left[thread].max())} bytes out of {size}")
         for count in np.unique(left[thread]):
