@@ -5,6 +5,7 @@ It changes torch for a whole process, so everything here runs in processes of it
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -183,7 +184,7 @@ assert ("not permitted" in heard[0], "previous error" in ended) == (wrong, wrong
     ],
 )
 def test_the_tests_for_gpus_pass_on_it(guard: Path, selection: str) -> None:
-    """Operators and models as a GPU would run them; all of it: see docs/measuring.md."""
+    """Operators and models as a GPU would run them; all of it: see docs/adding-a-backend.md."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", str(TESTS / "test_gpu.py")]
     environment = {**os.environ, "PYKVCACHE_SIMULATED_GPU": str(guard), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
