@@ -60,6 +60,8 @@ STEPS = (
          "tests/test_cache_ops.py", "tests/test_contract.py", "tests/test_triton.py"),
     ),
     Step("graphs", 240, (*PYTEST, "-n", "3", "--timeout", "200", "tests/test_gpu.py")),
+    Step("models", 360, (*PYTEST, "-n", "8", "--timeout", "200", "tests/hf")),
+    Step("engine", 360, (*PYTEST, "-n", "8", "--timeout", "200", "tests/engine")),
     Step("wgmma", 180, (*PYTEST, "--timeout", "60", "tests/test_cuda_wgmma.py"), hopper=True),
     Step("memcheck", 240, ("compute-sanitizer", "--tool", "memcheck", *SANITIZED)),
     Step("racecheck", 240, ("compute-sanitizer", "--tool", "racecheck", *SANITIZED)),

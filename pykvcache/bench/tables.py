@@ -27,7 +27,8 @@ def kernel_table(results: Sequence[Result]) -> Table:
     """Results of one phase: a line a contender, cases in groups."""
     decode = results[0].case.phase == "decode"
     unit = "GB/s of KV" if decode else "GFLOP/s"
-    peak = "% of read" if decode else "% of GEMM"
+    bandwidth = "read" if results[0].device == "cpu" else "copy"
+    peak = f"% of {bandwidth}" if decode else "% of GEMM"
     table = Table(title=results[0].case.phase, title_justify="left", box=None, pad_edge=False)
     for column in ("heads", "dtype"):
         table.add_column(column)

@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+from ptx_machine.fault import Fault
 from ptx_machine.machine import Machine
 from ptx_machine.parse import parse
 from pykvcache.kernels.launch import attention, operators
@@ -55,7 +56,7 @@ class Launcher:
         self.taken = [(i, n, types[n]) for i, n in enumerate(names) if types[n] != "constexpr"]
         self.threads, self.shared = 32 * metadata.num_warps, metadata.shared
         if metadata.global_scratch_size or metadata.profile_scratch_size:
-            raise NotImplementedError("scratch memory")
+            raise Fault("a kernel wants scratch memory, which this machine does not have")
 
     def __call__(self, x: int, y: int, z: int, stream: int, ptx: str, *rest: Any) -> None:
         if min(x, y, z) < 1 or x >= 2**31 or max(y, z) > 65535:
