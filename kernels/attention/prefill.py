@@ -17,16 +17,12 @@ import triton
 import triton.language as tl
 from pykvcache.kernels.attention.plan import row_tiles
 from pykvcache.kernels.attention.tiles import (
-    CHANNEL_SCALE,
     HEAD_SCALE,
     LOG2E,
-    WEIGHT_UNIT,
     attend_tiles,
     load_queries,
-    queries_in_unit,
     store_rows,
 )
-from pykvcache.kernels.common.numeric import PLAIN
 from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
 
 
@@ -70,11 +66,6 @@ def prefill_kernel(
     E4M3: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One query tile; rows of at most DECODE_ROWS query rows are left to decode."""
-    Q_DTYPE: tl.constexpr = q.dtype.element_ty
-    HALVES: tl.constexpr = tl.bfloat16 == Q_DTYPE and E4M3 != PLAIN
-    HALF_KEYS: tl.constexpr = HALVES and K_SCALE != CHANNEL_SCALE
-    HALF_VALUES: tl.constexpr = HALVES and V_SCALE <= HEAD_SCALE
-    VALUE_DTYPE: tl.constexpr = tl.float16 if HALF_VALUES else Q_DTYPE
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     group = tl.program_id(1)
@@ -104,12 +95,6 @@ def prefill_kernel(
             score_scale *= tl.load(k_scale + kv_head * k_scale_stride_head)
         if V_SCALE == HEAD_SCALE:
             value_scale *= tl.load(v_scale + kv_head * v_scale_stride_head)
-        if HALF_VALUES:
-            value_scale *= WEIGHT_UNIT
-        row_scale = tl.full([ROWS], 1.0, tl.float32) * score_scale
-        if HALF_KEYS:
-            q1, q2, q_unit = queries_in_unit(q1, q2, DIM2)
-            row_scale *= q_unit
         slopes = None
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + head)
@@ -159,12 +144,12 @@ def prefill_kernel(
                 k_scale_stride_block,
                 v_scale + kv_head * v_scale_stride_head if V_SCALE > HEAD_SCALE else v_cache,
                 v_scale_stride_block,
-                row_scale, softcap, window, chunk, slopes,
+                score_scale, softcap, window, chunk, slopes,
                 bias + row.to(tl.int64) * bias_stride_batch if BIAS > 0 else q, bias_offsets,
                 bias_stride_key, valid,
                 DIM, DIM1, DIM2, V_DIM, V_DIM1, V_DIM2, BLOCK_SIZE, TILE,
                 CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, alibi_slopes is not None, BIAS,
-                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED, VALUE_DTYPE, HALF_VALUES,
+                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED,
             )  # fmt: skip
 
         rescale = tl.full([ROWS], 1.0, tl.float32)
