@@ -4,6 +4,7 @@ elsewhere."""
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ if ops.backends()["triton"] != "ready":
 
 import triton
 import triton.language as tl
-from pykvcache.kernels.common.numeric import decode_e4m3, encode_e4m3
+from pykvcache.kernels.common.numeric import decode_e4m3, encode_e4m3, in_unit, unit_of_rows
 from pykvcache.kernels.launch import attention, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,6 +36,15 @@ def decode_all(bits, values, SIZE: tl.constexpr):
 def encode_all(values, bits, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     tl.store(bits + i, encode_e4m3(tl.load(values + i)))
+
+
+@triton.jit
+def units_of_all(x, halves, units):
+    i = tl.arange(0, 16)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    numbers = tl.load(x + i)
+    unit = unit_of_rows(numbers)
+    tl.store(halves + i, in_unit(numbers, unit))
+    tl.store(units + tl.arange(0, 16), unit)
 
 
 def test_every_float8_is_decoded_exactly() -> None:
@@ -56,6 +66,41 @@ def test_float8_is_rounded_like_torch() -> None:
     encode_all[(1,)](x, bits, 4096)
     expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
     torch.testing.assert_close(bits.view(torch.float8_e4m3fn).float(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("magnitude", [-133, -100, -20, 0, 15, 100, 127])
+def test_rows_of_bfloat16_fit_float16_in_a_unit_of_their_own(magnitude: int) -> None:
+    x = torch.randn(16, 64, dtype=torch.float64) * torch.logspace(0, -30, 64, 2.0)
+    x = (x / x.abs().amax(1, keepdim=True) * 2.0**magnitude).bfloat16().to(DEVICE)
+    x[3], x[4, 1:], x[5, 7] = 0, 0, torch.nan
+    halves = torch.empty(16, 64, dtype=torch.float16, device=DEVICE)
+    units = torch.empty(16, device=DEVICE)
+    units_of_all[(1,)](x, halves, units)
+    back = halves.double() * units.double()[:, None]
+    lost = (back - x.double()).abs()[torch.isfinite(x)].max()
+    assert lost <= 2.0 ** (magnitude - 39) + 2.0**-126  # below are subnormal numbers
+    assert torch.isfinite(halves).sum() == 16 * 64 - 1
+    assert (units.log2() == units.log2().round()).all()
+
+
+@pytest.mark.parametrize("exponent", [-90, 90])
+@pytest.mark.parametrize("scales", ["head", "slot", "channel"])
+def test_queries_over_float8_may_be_of_any_size(scales: str, exponent: int) -> None:
+    """A power of two in q and its inverse in the scale change no bit."""
+    rows = ((1, 70), (30, 50))
+    case = Case("fp8", rows, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, scales=scales)
+    data = build(case)
+    (q, *rest), kwargs = data.args, dict(data.kwargs)
+    first = attention_on_device((q, *rest), kwargs)
+    kwargs["scale"] *= 2.0**-exponent
+    again = attention_on_device((q * 2.0**exponent, *rest), kwargs)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+def attention_on_device(args: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    moved = {name: move(value) for name, value in kwargs.items()}
+    return ops.paged_attention(*map(move, args), **moved, backend="triton")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -15,13 +15,17 @@ import triton
 import triton.language as tl
 from pykvcache.kernels.attention.plan import row_tiles, sharing_programs
 from pykvcache.kernels.attention.tiles import (
+    CHANNEL_SCALE,
     HEAD_SCALE,
     LOG2E,
+    WEIGHT_UNIT,
     attend_tiles,
     load_queries,
+    queries_in_unit,
     store_rows,
 )
 from pykvcache.kernels.common.addressing import find_row
+from pykvcache.kernels.common.numeric import PLAIN
 from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
 
 
@@ -54,6 +58,11 @@ def decode_kernel(
     E4M3: tl.constexpr, FIXED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program's share; FIXED=True takes units one by one instead of runs of them."""
+    Q_DTYPE: tl.constexpr = q.dtype.element_ty
+    HALVES: tl.constexpr = tl.bfloat16 == Q_DTYPE and E4M3 != PLAIN
+    HALF_KEYS: tl.constexpr = HALVES and K_SCALE != CHANNEL_SCALE
+    HALF_VALUES: tl.constexpr = HALVES and V_SCALE <= HEAD_SCALE
+    VALUE_DTYPE: tl.constexpr = tl.float16 if HALF_VALUES else Q_DTYPE
     program, group = tl.program_id(0), tl.program_id(1)
     kv_head = (group // SPLIT).to(tl.int64)
     units = tl.load(plan + rows)
@@ -67,6 +76,8 @@ def decode_kernel(
         score_scale *= tl.load(k_scale + kv_head * k_scale_stride_head)
     if V_SCALE == HEAD_SCALE:
         value_scale *= tl.load(v_scale + kv_head * v_scale_stride_head)
+    if HALF_VALUES:
+        value_scale *= WEIGHT_UNIT
     slopes = None
     if alibi_slopes is not None:
         slopes = tl.load(alibi_slopes + head)
@@ -97,6 +108,10 @@ def decode_kernel(
         q2 = q1
         if DIM2 > 0:
             q2 = load_queries(q, q_offsets, valid, DIM, DIM1, DIM2)
+        row_scale = score_scale
+        if HALF_KEYS:
+            q1, q2, q_unit = queries_in_unit(q1, q2, DIM2)
+            row_scale = score_scale * q_unit[:, None]
         query = (r // GROUP).to(tl.int64)
         bias_offsets = head.to(tl.int64) * bias_stride_head + query * bias_stride_query
         highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -111,12 +126,12 @@ def decode_kernel(
             k_scale_stride_block,
             v_scale + kv_head * v_scale_stride_head if V_SCALE > HEAD_SCALE else v_cache,
             v_scale_stride_block,
-            score_scale, softcap, window, chunk, slopes,
+            row_scale, softcap, window, chunk, slopes,
             bias + row.to(tl.int64) * bias_stride_batch if BIAS > 0 else q, bias_offsets,
             bias_stride_key, valid,
             DIM, DIM1, DIM2, V_DIM, V_DIM1, V_DIM2, BLOCK_SIZE, TILE,
             CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, alibi_slopes is not None, BIAS,
-            K_SCALE, V_SCALE, E4M3, True, INTERPRETED,
+            K_SCALE, V_SCALE, E4M3, True, INTERPRETED, VALUE_DTYPE, HALF_VALUES,
         )  # fmt: skip
 
         if whole:

@@ -149,7 +149,7 @@ def prefill_kernel(
                 bias_stride_key, valid,
                 DIM, DIM1, DIM2, V_DIM, V_DIM1, V_DIM2, BLOCK_SIZE, TILE,
                 CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, alibi_slopes is not None, BIAS,
-                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED,
+                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED, q.dtype.element_ty, False,
             )  # fmt: skip
 
         rescale = tl.full([ROWS], 1.0, tl.float32)

@@ -8,7 +8,13 @@ power of two are cut into two parts, DIM1 + DIM2 (80 = 64 + 16, 576 = 512 + 64),
 import triton
 import triton.language as tl
 from pykvcache.kernels.common.addressing import load_blocks, slot_offsets, spread_ids
-from pykvcache.kernels.common.numeric import load_stored, product, product_of_wide
+from pykvcache.kernels.common.numeric import (
+    in_unit,
+    load_stored,
+    product,
+    product_of_wide,
+    unit_of_rows,
+)
 from pykvcache.kernels.common.softmax import softmax_step
 
 # Kinds of k_scale and v_scale: float32 [HKV] (or [], with a stride of 0), [num_blocks, HKV,
@@ -19,6 +25,10 @@ SLOT_SCALE = tl.constexpr(2)
 CHANNEL_SCALE = tl.constexpr(3)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
+# Float8 is multiplied as float16, of bfloat16 queries too: it is that after one instruction for two
+# numbers, to bfloat16 it takes five, and decode then has no issue slots to spare. q is in a unit of
+# its row, weights in this one. Scales of channels or, of V, of slots need bfloat16's range.
+WEIGHT_UNIT = tl.constexpr(2.0**-15)
 
 
 @triton.jit
@@ -27,6 +37,19 @@ def load_queries(q, offsets, valid, DIM: tl.constexpr, FIRST: tl.constexpr, PART
     d = FIRST + tl.arange(0, PART)
     mask = valid[:, None] & (d < DIM)[None, :]
     return tl.load(q + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def queries_in_unit(q1, q2, DIM2: tl.constexpr):
+    """q1, q2 as float16, and their common unit [ROWS]."""
+    unit = unit_of_rows(q1)
+    if DIM2 > 0:
+        unit = tl.maximum(unit, unit_of_rows(q2))
+    first = in_unit(q1, unit)
+    second = first
+    if DIM2 > 0:
+        second = in_unit(q2, unit)
+    return first, second, unit
 
 
 @triton.jit
@@ -91,7 +114,8 @@ def attend_tiles(
     k_cache, k_stride_block, k_stride_slot,  # at the KV head
     v_cache, v_stride_block, v_stride_slot,
     k_scale, k_scale_stride_block, v_scale, v_scale_stride_block,  # at the KV head
-    scale, softcap, window, chunk,
+    scale,  # a number, or one a row, [ROWS, 1]
+    softcap, window, chunk,
     slopes,  # [ROWS], or None
     bias, bias_offsets, bias_stride_key,  # at the batch row; [ROWS]
     row_valid,  # [ROWS]: rows that have a bias
@@ -103,12 +127,13 @@ def attend_tiles(
     BIAS: tl.constexpr,  # 0 none, 1 float, 2 bool
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3: tl.constexpr, MASKED: tl.constexpr, INTERPRETED: tl.constexpr,
+    DTYPE: tl.constexpr,  # of V and weights; these are in WEIGHT_UNIT if HALF_VALUES
+    HALF_VALUES: tl.constexpr,
 ):  # fmt: skip
     """Take KV tiles [tile_begin, tile_end) into the state, those of [gap_begin, gap_end) left out.
 
     MASKED=False promises that every query sees every key of these tiles; holes are masked anyhow.
     """
-    DTYPE: tl.constexpr = q1.dtype
     # A key times its channel's scale needs more digits than bfloat16 has.
     WIDE_KEYS: tl.constexpr = K_SCALE == CHANNEL_SCALE and q1.dtype != tl.float32
     KEY_DTYPE: tl.constexpr = tl.float32 if WIDE_KEYS else q1.dtype
@@ -182,6 +207,8 @@ def attend_tiles(
         if V_SCALE == SLOT_SCALE:
             at = v_scale + tl.maximum(ids, 0).to(tl.int64) * v_scale_stride_block + slot
             weights *= tl.load(at, mask=valid, other=0.0)[None, :]
+        if HALF_VALUES:
+            weights *= 1.0 / WEIGHT_UNIT
         weights = weights.to(DTYPE)
         part = load_side(
             v_cache, v_scale, v_scale_stride_block, blocks, offsets, valid, V_DIM, 0, V_DIM1, TILE,

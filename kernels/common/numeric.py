@@ -52,6 +52,23 @@ def load_stored(pointers, mask, DTYPE: tl.constexpr, E4M3: tl.constexpr):
 
 
 @triton.jit
+def unit_of_rows(x):
+    """The power of two, float32 [M], in which the largest number of each row of a bfloat16 x [M, N]
+    lies between 2^14 and 2^15: a float16 then holds the row to 2^-39 of it."""
+    bits = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(tl.maximum(bits >> 23, 127 - 100), 254)  # biased
+    return ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def in_unit(x, unit):
+    """x [M, N] as float16, row m in the unit `unit[m]`."""
+    bits = unit.to(tl.int32, bitcast=True)
+    inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)  # of a power of two, exact
+    return (x.to(tl.float32) * inverse[:, None]).to(tl.float16)
+
+
+@triton.jit
 def product(a, b, INTERPRETED: tl.constexpr):
     """a @ b in float32; float32 operands are not rounded to tf32.
 
