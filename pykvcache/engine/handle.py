@@ -93,6 +93,7 @@ class ScoreJob:
     def __init__(self, completion: Int64Array, top_k: int) -> None:
         self.completion, self.top_k = completion, top_k
         self.score = Score([])
+        self.error: Exception | None = None
 
 
 class Call:

@@ -51,6 +51,9 @@ class Loop:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
         self.meter, self.delivery = Meter(scheduler), Delivery()
+        self._epoch = (
+            self.blocks.epoch
+        )  # whose vocabulary the tokens of requests were compared with
         self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
         self._sampler = Sampler(runner.vocabulary, eos)
@@ -72,6 +75,8 @@ class Loop:
         """
         self._thread = threading.get_ident()
         try:
+            if self._epoch != self.blocks.epoch:
+                self._end_unknown()
             with torch.inference_mode():
                 self._step(shield)
             return self._heard
@@ -112,6 +117,23 @@ class Loop:
         if prompts.any():
             self.swap.observe(int(step.counts.sum()), seconds)
         self.meter.step(len(step.lanes), step.num_tokens, seconds)
+
+    def _end_unknown(self) -> None:
+        """End requests with tokens that the model, whose weights have changed, knows no more."""
+        last = self.runner.vocabulary - 1
+        for request in self.scheduler.requests():
+            if (token := int(self._text(request).max())) <= last:
+                continue
+            owner = request.owner
+            owner.error = ValueError(
+                f"token {token} of a request is not in the vocabulary any more, "
+                f"which ends at {last} now"
+            )
+            if isinstance(owner, Sample):
+                self.end(owner, "error")
+            else:
+                self.scheduler.finish(request)
+        self._epoch = self.blocks.epoch
 
     def end(self, sample: Sample, reason: str) -> None:
         """The sample ends, wherever it is; its blocks are given back."""

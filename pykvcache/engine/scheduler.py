@@ -77,6 +77,10 @@ class Scheduler:
         """Requests that have a lane."""
         return self.lanes.num_running
 
+    def requests(self) -> list[Request]:
+        """All of them, running or waiting."""
+        return [*filter(None, self.lanes.requests), *self._waiting.in_order()]
+
     def check(self, request: Request) -> None:
         """Refuse what could not even run alone.
 

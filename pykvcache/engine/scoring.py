@@ -47,7 +47,8 @@ class Scorer:
         """One score for each completion; nothing is left behind, whatever happens.
 
         Raises:
-            ValueError: one of them could never fit; nothing was started.
+            ValueError: one of them could never fit, and nothing was started; or the vocabulary has
+                shrunk meanwhile and lacks one of their tokens.
         """
         jobs = [ScoreJob(completion, top_k) for completion in completions]
         family = Family(None, len(prompt) - 1)
@@ -65,6 +66,9 @@ class Scorer:
             finally:
                 shield.open = False
                 self._give_back(requests)
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
         return [job.score for job in jobs]
 
     def _request(self, prompt: Int64Array, job: ScoreJob, family: Family) -> Request:

@@ -169,3 +169,42 @@ def test_rotary_embeddings_that_look_at_the_whole_forward_bound_a_request() -> N
     assert outputs[1].cached_tokens == 21  # these embeddings write a buffer in every forward
     with pytest.raises(ValueError, match="longer than the 32 positions of the original range"):
         engine.generate([random_prompt(30, 1)], max_new_tokens=4)
+
+
+def test_requests_whose_tokens_a_smaller_vocabulary_lacks_end_alone() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, block_size=4, num_blocks=200, token_budget=8)
+    last = model.config.vocab_size - 1
+    texts = [[5, last, 6], [7, 8, 9], [3] * 30 + [last], [3] * 30]
+    handles = [engine.submit(text, max_new_tokens=40) for text in texts]
+    for _ in range(2):
+        engine.step()
+    model.resize_token_embeddings(last)
+    with torch.no_grad():
+        model.lm_head.weight[:] = 0
+        model.lm_head.weight[4] = 1  # the others go on with what there still is
+    for handle, text in zip(handles, texts, strict=True):
+        if last in text:
+            with pytest.raises(ValueError, match=f"token {last} .*ends at {last - 1} now"):
+                handle.result()
+        else:
+            assert handle.result()[0].finish_reason == "length"
+    assert_empty(engine)
+
+
+def test_a_score_ends_when_a_smaller_vocabulary_lacks_its_tokens() -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, block_size=4, num_blocks=200, token_budget=8)
+    last = model.config.vocab_size - 1
+    changed = []
+
+    def shrink(event: Any) -> None:
+        if not changed:
+            changed.append(model.resize_token_embeddings(last))
+
+    handle = engine.submit([1, 2], max_new_tokens=3, on_token=shrink)
+    with pytest.raises(ValueError, match=f"token {last} .*ends at {last - 1} now"):
+        engine.score([4] * 30, [[5, 6], [7, last, 8]])
+    assert changed
+    handle.cancel()
+    assert_empty(engine)
