@@ -51,9 +51,7 @@ class Loop:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
         self.meter, self.delivery = Meter(scheduler), Delivery()
-        self._epoch = (
-            self.blocks.epoch
-        )  # whose vocabulary the tokens of requests were compared with
+        self._epoch = self.blocks.epoch  # of the weights whose vocabulary has all tokens
         self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
         self._sampler = Sampler(runner.vocabulary, eos)
