@@ -13,8 +13,8 @@ namespace {
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(pykvcache::cpu_isa_name()); }
 
 PyMethodDef methods[] = {
-    {"signatures", pykvcache::list_signatures, METH_NOARGS,
-     "C++ signature of every registered operator."},
+    pykvcache::kListSignatures,
+    pykvcache::kTakeBadArgument,
     {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set that the CPU kernels run with."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -21,4 +21,18 @@ inline PyObject* list_signatures(PyObject*, PyObject*) {
   return list;
 }
 
+// A str: what the newest bad argument of an operator in this thread was; "" if that was asked for.
+inline PyObject* take_bad_argument(PyObject*, PyObject*) {
+  PyObject* text = PyUnicode_FromString(bad_argument().c_str());
+  bad_argument().clear();
+  return text;
+}
+
+// What both modules offer, to be put among their methods.
+inline constexpr PyMethodDef kListSignatures = {"signatures", list_signatures, METH_NOARGS,
+                                                "C++ signature of every registered operator."};
+inline constexpr PyMethodDef kTakeBadArgument = {
+    "take_bad_argument", take_bad_argument, METH_NOARGS,
+    "What the newest bad argument of an operator in this thread was; '' if it was taken."};
+
 }  // namespace pykvcache

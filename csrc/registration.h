@@ -1,6 +1,10 @@
 // Registers stable-ABI kernels and remembers their C++ signatures, so that Python can compare them
 // with the schema table at import. A boxed kernel trusts its schema blindly: without this check an
 // edited schema would hand the kernel shifted arguments and return garbage.
+//
+// Kernels throw std::invalid_argument for bad arguments, which has to be ValueError in Python.
+// torch makes it one before 2.15 and RuntimeError since, so its text is kept for
+// pykvcache/operators.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,9 +12,11 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace pykvcache {
@@ -68,10 +74,31 @@ inline std::vector<std::string>& signatures() {
   return all;
 }
 
+// What the newest bad argument of this thread was.
+inline std::string& bad_argument() {
+  thread_local std::string text;
+  return text;
+}
+
+// A kernel that leaves a note of its bad argument.
+template <auto Kernel>
+struct Noting;
+template <class R, class... Args, R (*Kernel)(Args...)>
+struct Noting<Kernel> {
+  static R call(Args... args) {
+    try {
+      return Kernel(std::forward<Args>(args)...);
+    } catch (const std::invalid_argument& error) {
+      bad_argument() = error.what();
+      throw;
+    }
+  }
+};
+
 }  // namespace pykvcache
 
 #define KV_IMPL(m, name, fn)                                                    \
   do {                                                                          \
-    (m).impl(name, TORCH_BOX(&fn));                                             \
+    (m).impl(name, TORCH_BOX(&::pykvcache::Noting<&fn>::call));                 \
     ::pykvcache::signatures().push_back(name + ::pykvcache::schema_types(&fn)); \
   } while (false)

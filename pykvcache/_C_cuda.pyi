@@ -3,6 +3,7 @@
 from typing import Any
 
 def signatures() -> list[str]: ...
+def take_bad_argument() -> str: ...
 def explain_launch(
     dtype: int,
     cache_dtype: int,

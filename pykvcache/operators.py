@@ -18,6 +18,7 @@ import importlib.util
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,15 +123,44 @@ def _schema_word(torch_type: object) -> str:
     return re.sub(r"List\[(\w+)\]", r"\1[]", text)
 
 
+def name_bad_arguments(backend: str, take_bad_argument: Callable[[], str]) -> None:
+    """Let bad arguments of C++ kernels be ValueErrors where torch says RuntimeError, from 2.15 on.
+
+    Args:
+        take_bad_argument: returns, once, what the newest bad argument of this thread was.
+    """
+    table, nothing = _tables[backend], torch.empty(0)
+    try:
+        table.merge_states(nothing, nothing)
+    except ValueError:
+        return
+    except RuntimeError:
+        for name in SCHEMAS:
+            setattr(table, name, _naming(getattr(table, name), take_bad_argument))
+
+
+def _naming(operator: Callable[..., Any], take_bad_argument: Callable[[], str]) -> Any:
+    def call(*arguments: Any) -> Any:
+        try:
+            return operator(*arguments)
+        except RuntimeError as error:
+            if str(error) == take_bad_argument():
+                raise ValueError(str(error)) from None
+            raise
+
+    return call
+
+
 def _load_cpu() -> str:
     try:
         from pykvcache import _C
     except ImportError as error:
         return f"not built or not loadable ({error}); build it with: pip install -e ."
     check_signatures(_C.signatures(), "cpu")
-    if not hasattr(_C, "set_launches"):
+    if not hasattr(_C, "take_bad_argument"):
         raise ImportError("pykvcache._C is older than its sources; rebuild with: pip install -e .")
     launch_table.use_user_table_on_cpu()
+    name_bad_arguments("cpu", _C.take_bad_argument)
     return "ready"
 
 
@@ -163,6 +193,7 @@ def _load_cuda() -> str:
             "toolkit installed, build it with: PYKVCACHE_CUDA=1 pip install -e ."
         )
     check_signatures(_C_cuda.signatures(), "cuda")
+    name_bad_arguments("cuda", _C_cuda.take_bad_argument)
     return "ready"
 
 

@@ -58,8 +58,8 @@ PyObject* explain(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"signatures", pykvcache::list_signatures, METH_NOARGS,
-     "C++ signature of every registered operator."},
+    pykvcache::kListSignatures,
+    pykvcache::kTakeBadArgument,
     {"explain_launch", explain, METH_VARARGS, "Which kernels a call of paged_attention launches."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -153,5 +153,7 @@ def load(defines: str = "") -> str:
 
     if shutil.which(CXX[0]) is None:
         return f"no C++ compiler ({CXX[0]})"
-    operators.check_signatures(emulation(defines).signatures(), "cuda")
+    module = emulation(defines)
+    operators.check_signatures(module.signatures(), "cuda")
+    operators.name_bad_arguments("cuda", module.take_bad_argument)
     return "ready"
