@@ -180,3 +180,24 @@ def test_tensors_without_plain_memory_count_as_changed() -> None:
     module = nn.Linear(4, 4)
     module.register_buffer("sparse", torch.eye(3).to_sparse())
     assert not Fingerprint(module).same(Fingerprint(module))
+
+
+@pytest.mark.parametrize("shape", [(1024, 512), (96, 64), (512, 1376), (8, 64, 48), (3, 4000)])
+def test_writes_through_data_to_a_band_of_rows_or_columns_are_noticed(
+    shape: tuple[int, ...],
+) -> None:
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(torch.randn(shape)))
+    guard = WeightsGuard(module)
+    for dim, size in enumerate(shape):
+        width = -(-size // 50)
+        for begin in range(0, size - width + 1, width):
+            band = module.weight.data.narrow(dim, begin, width)
+            old = band.clone()
+            band.neg_()
+            assert not guard.changed(thorough=False)
+            assert guard.changed(thorough=True), (dim, begin, width)
+            band.copy_(old)
+            assert not guard.changed(thorough=True)
+    module.weight.data.flatten()[-1] += 1  # a token that was added to an embedding
+    assert guard.changed(thorough=True)
