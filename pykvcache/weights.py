@@ -93,8 +93,8 @@ class Fingerprint:
 
     Version counters and addresses show every ordinary change. Writing through `.data` changes
     neither, so some elements of each tensor are compared, too: at least one of every 2 % of its
-    rows, of its columns and of what is left of them, and the last. A model with tensors that have no
-    plain memory (sparse ones) counts as changed every time.
+    rows, and of its columns, and the last. A model with tensors that have no plain memory (sparse
+    ones) counts as changed every time.
     """
 
     def __init__(self, model: nn.Module | Weights) -> None:
@@ -132,7 +132,7 @@ def _sample(tensor: Tensor) -> Sample | None:
     step = _even_step(tuple(ordered.shape))
     last = tensor.numel() - 1
     count = last // step + 1
-    return (count,), (step,), tensor.storage_offset() + last - (count - 1) * step
+    return (count,), (step,), int(tensor.storage_offset()) + last - (count - 1) * step
 
 
 @functools.cache

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -29,8 +30,14 @@ USES: dict[str, Callable[[pykvcache.Engine], object]] = {
 }
 
 
-def interrupt_at(use: Callable[[], object], lines: set[int]) -> int:
-    """Run `use` with SIGINT at these of the lines of the engine that it executes; counts them."""
+def interrupt_at(
+    use: Callable[[], object], lines: set[int], numbers: Sequence[int] = (signal.SIGINT,)
+) -> int:
+    """Run `use` with signals, in turns, at these of the lines of the engine that it executes.
+
+    Returns how many lines it executes.
+    """
+    turns = itertools.cycle(numbers)
     count = 0
 
     def local(frame: FrameType, event: str, arg: Any) -> Any:
@@ -38,7 +45,7 @@ def interrupt_at(use: Callable[[], object], lines: set[int]) -> int:
         if event == "line":
             count += 1
             if count in lines:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(next(turns))
         return local
 
     def every(frame: FrameType, event: str, arg: Any) -> Any:
@@ -48,7 +55,7 @@ def interrupt_at(use: Callable[[], object], lines: set[int]) -> int:
     sys.settrace(every)
     try:
         use()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TimeoutError):
         pass
     finally:
         sys.settrace(before)
@@ -84,6 +91,36 @@ def test_interrupts_while_cancelling_leave_nothing_behind(name: str) -> None:
     for first in range(40, total, total // 12):
         interrupt_at(lambda: USES[name](engine), set(range(first, first + 2000)))
         assert_empty(engine)
+
+
+@pytest.fixture
+def other_handlers() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does, SIGALRM says that time is up."""
+
+    def time_is_up(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    given = {signal.SIGTERM: signal.default_int_handler, signal.SIGALRM: time_is_up}
+    before = {number: signal.signal(number, handler) for number, handler in given.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("other_handlers")
+@pytest.mark.parametrize("name", USES)
+def test_other_signals_whose_handlers_raise_leave_nothing_behind(name: str) -> None:
+    engine = make_engine(token_budget=8)
+    total = interrupt_at(lambda: USES[name](engine), set())
+    for line in [*range(1, 100, 3), *range(100, total + 1, total // 40)]:
+        for numbers in ([signal.SIGTERM], [signal.SIGALRM, signal.SIGTERM, signal.SIGINT]):
+            lines = set(range(line, line + 2 * len(numbers), 2))
+            interrupt_at(lambda: USES[name](engine), lines, numbers)
+            assert_empty(engine)
+    handlers = list(map(signal.getsignal, (signal.SIGTERM, signal.SIGALRM, signal.SIGINT)))
+    assert [getattr(handler, "__name__", "") for handler in handlers] == [
+        "default_int_handler", "time_is_up", "default_int_handler",
+    ]  # fmt: skip
 
 
 def test_an_interrupt_while_many_are_submitted_cancels_all(
