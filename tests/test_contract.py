@@ -35,17 +35,22 @@ def _positional(case: Case) -> tuple[Any, ...]:
     )
 
 
+def operators_of(backend: str) -> Any:
+    """As torch has them."""
+    return getattr(torch.ops, f"pykvcache_{backend}")
+
+
 @pytest.mark.parametrize("backend", READY)
 class TestOpcheck:
     def test_paged_attention(self, backend: str) -> None:
-        op = ops.table(backend, "cpu").paged_attention
+        op = operators_of(backend).paged_attention.default
         torch.library.opcheck(op, _positional(EVERYTHING))
         torch.library.opcheck(op, _positional(Case("latent", latent=True, num_kv_heads=1)))
 
     def test_write_kv(self, backend: str) -> None:
         k, cache = torch.randn(3, 2, 8), torch.zeros(4, 2, 4, 8)
         args = (k, k, cache, cache.clone(), torch.tensor([0, -1, 7]))
-        torch.library.opcheck(ops.table(backend, "cpu").write_kv, (*args, None, None))
+        torch.library.opcheck(operators_of(backend).write_kv.default, (*args, None, None))
         fp8 = [cache.to(torch.float8_e4m3fn), cache.to(torch.float8_e4m3fn)]
         scales = [torch.ones(4, 2, 4), torch.ones(4, 2, 4)]
         checks = (
@@ -53,20 +58,24 @@ class TestOpcheck:
             "test_faketensor",
         )  # the others multiply fp8 tensors
         torch.library.opcheck(
-            ops.table(backend, "cpu").write_kv, (k, k, *fp8, args[4], *scales), test_utils=checks
+            operators_of(backend).write_kv.default,
+            (k, k, *fp8, args[4], *scales),
+            test_utils=checks,
         )
 
     def test_merge_copy_gather_slots_plan(self, backend: str) -> None:
-        table = ops.table(backend, "cpu")
-        torch.library.opcheck(table.merge_states, (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4)))
+        table = operators_of(backend)
+        torch.library.opcheck(
+            table.merge_states.default, (torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4))
+        )
         a, b = torch.randn(5, 2, 4, 8), torch.randn(5, 2, 4, 8)
         copies = [a.clone(), b.clone()]
-        torch.library.opcheck(table.copy_blocks, ([a, b], copies, torch.tensor([[0, 1]])))
+        torch.library.opcheck(table.copy_blocks.default, ([a, b], copies, torch.tensor([[0, 1]])))
         blocks, lengths = torch.tensor([[0, 3], [2, -1]]).int(), torch.tensor([7, 2]).int()
         starts = torch.tensor([0, 7, 9]).int()
-        torch.library.opcheck(table.gather_kv, (a, b, blocks, lengths, starts, 9))
-        torch.library.opcheck(table.slot_mapping, (blocks, lengths, starts, 9, 4))
-        torch.library.opcheck(table.plan, (lengths, starts, 7, 4, 2, 8, 0, 0, False))
+        torch.library.opcheck(table.gather_kv.default, (a, b, blocks, lengths, starts, 9))
+        torch.library.opcheck(table.slot_mapping.default, (blocks, lengths, starts, 9, 4))
+        torch.library.opcheck(table.plan.default, (lengths, starts, 7, 4, 2, 8, 0, 0, False))
 
 
 @pytest.mark.parametrize("backend", READY)
