@@ -222,6 +222,8 @@ class Engine:
         """
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token must be callable, got {on_token!r}")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, got {sampling!r:.60}")
         settings = parse_settings([prompt], sampling, max_new_tokens)
         handles = self._handles([prompt], settings, priority, salt, Call(), on_token)
         try:

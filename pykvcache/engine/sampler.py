@@ -1,6 +1,6 @@
 """Tokens from logits: rows with equal settings go through transformers' processors together.
 
-A seeded row draws its noise from (seed, sample, position) alone, so its tokens do not depend on
+A seeded row draws its number from (seed, sample, position) alone, so its tokens do not depend on
 what else runs, on chunks or on preemptions.
 
 Read first: sampling.py, rules.py. Read next: engine.py.
@@ -31,6 +31,10 @@ from pykvcache.engine.rules import Processor, RowRules, Rule, Texts, look_of, pr
 from pykvcache.engine.sampling import LogProbs, Sampling
 
 Filters = tuple[object, ...]
+
+SUM_BYTES = 32 * 2**20  # of probabilities that are summed at once
+DRAWS = 2**52  # numbers that may be drawn; a float64 holds this many below 1
+UNDRAWABLE = "all scores are -inf, or one is nan or inf"
 
 
 class Sampler:
@@ -67,7 +71,7 @@ class Sampler:
         distinct: Callable[[int], Distinct],
         ruled: Callable[[int], RowRules],
     ) -> tuple[Int64Array, dict[int, Exception]]:
-        """Next tokens, int64 [R], and what processors of users raised, by row.
+        """Next tokens, int64 [R], and errors by row: of processors, or that no token can be drawn.
 
         Args:
             logits: [R, V] of the model; not changed.
@@ -98,15 +102,18 @@ class Sampler:
                 scores[torch.tensor(early, dtype=torch.long)[:, None], self._eos] = -torch.inf
             scores = process([each.after for each in made], known, scores, failed)
             scores = _own(setting.processors, known, scores, failed)
-            if made or setting.processors:
-                _check(scores, setting.greedy, failed)
-            errors |= {rows[i]: error for i, error in failed.items()}
             if setting.greedy:
                 tokens[rows] = likeliest(scores)
+                if made or setting.processors:
+                    _check(scores, failed)
             else:
                 scores = _warpers(setting)(None, scores)
                 places = [(settings[r].seed, streams[r], generated[r]) for r in rows]
-                tokens[rows] = _draw(scores, places).cpu().numpy()
+                drawn = _draw(scores, places)
+                for i in np.flatnonzero(drawn < 0).tolist():
+                    failed.setdefault(i, ValueError(f"no token can be drawn: {UNDRAWABLE}"))
+                tokens[rows] = np.maximum(drawn, 0)
+            errors |= {rows[i]: error for i, error in failed.items()}
         return tokens, errors
 
     def _is_untouched(self, setting: Sampling, generated: int) -> bool:
@@ -164,14 +171,11 @@ def _processed(processors: Sequence[Processor], ids: Tensor, scores: Tensor) -> 
     return scores
 
 
-def _check(scores: Tensor, greedy: bool, errors: dict[int, Exception]) -> None:
-    """Note an error for each row of scores [n, V] from which no token can be chosen."""
+def _check(scores: Tensor, errors: dict[int, Exception]) -> None:
+    """Note an error for each row of processed scores [n, V] that has no largest."""
     for row, best in enumerate(scores.amax(-1).tolist()):  # nan if there is one
-        if math.isnan(best) or (best == -math.inf and not greedy):
-            errors.setdefault(
-                row,
-                ValueError("processors leave no token to draw: all scores are -inf, or one is nan"),
-            )
+        if math.isnan(best):
+            errors.setdefault(row, ValueError("processors leave a score that is nan"))
 
 
 def _warpers(setting: Sampling) -> LogitsProcessorList:
@@ -215,21 +219,32 @@ def _groups(settings: Sequence[Sampling]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _draw(scores: Tensor, places: Sequence[tuple[int | None, int, int]]) -> Tensor:
-    """Sample each row of scores [n, V] in proportion to exp(score).
+def _draw(scores: Tensor, places: Sequence[tuple[int | None, int, int]]) -> Int64Array:
+    """Sample each row of scores [n, V] in proportion to exp(score); -1 if that is no distribution.
 
-    The largest of score - log(E), E exponential noise, is such a sample (Gumbel-max trick).
+    Takes the first token at which the sum of the probabilities so far exceeds a number in [0, 1).
 
     Args:
         places: (seed, sample, position) of each row.
     """
-    noise = torch.empty(scores.shape, dtype=torch.float32, device="cpu").exponential_()
-    for row, place in zip(noise, places, strict=True):
+    numbers = torch.randint(DRAWS, (len(places),))
+    for row, place in enumerate(places):
         if place[0] is not None:
             digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-            row.exponential_(generator=generator)
-    return (scores - noise.to(scores.device).log()).argmax(-1)
+            numbers[row] = int.from_bytes(digest, "little") % DRAWS
+    levels = (numbers.double() / DRAWS).to(scores.device)
+    size = max(SUM_BYTES // (8 * scores.shape[1]), 1)
+    pairs = zip(scores.split(size), levels.split(size), strict=True)
+    drawn: Int64Array = torch.cat([_drawn_at(*pair) for pair in pairs]).cpu().numpy()
+    return drawn
+
+
+def _drawn_at(scores: Tensor, levels: Tensor) -> Tensor:
+    """The tokens [n] of scores [n, V] at levels [n] of their cumulative distributions; or -1."""
+    sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1]
+    found = torch.searchsorted(sums, (levels * total)[:, None], right=True)[:, 0]
+    return torch.where(total.isnan(), -1, found)
 
 
 def log_probs(logits: Tensor, tokens: Int64Array, top: int) -> tuple[list[float], list[LogProbs]]:

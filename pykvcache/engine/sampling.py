@@ -30,7 +30,8 @@ class Sampling:
             the model's generation config.
         min_new_tokens: no end-of-text token before so many; default: that of the model's generation
             config.
-        seed: makes the tokens a function of the prompt and the seed alone, whatever else runs.
+        seed: makes the tokens a function of the logits and the seed alone, whatever else runs; in
+            less than float32 the rounding of logits depends on how many rows a step has.
         n: samples of the prompt, which is computed once.
         stop: token ids, or lists of token ids, that end the output; they stay part of it.
             None = nothing does.
@@ -62,6 +63,8 @@ class Sampling:
     processors: Sequence[Callable[[Any, Any], Any]] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
         for name, least in (
             ("max_new_tokens", 1),
             ("n", 1),

@@ -34,6 +34,10 @@ BAD = {
     "sampling must be a Sampling": lambda e: e.generate([[1]], [3]),
     "sampling must be a Sampling or a list of them, got 5": lambda e: e.generate([[1]], 5),
     r"prompts\[0\] must be a list of token ids": lambda e: e.generate([[[1], [2, 3]]]),
+    r"sampling must be a Sampling, got \[Sampling": lambda e: e.submit([1], [Sampling()]),
+    "ignore_eos must be True or False, got 'no'": lambda e: e.submit(
+        [1], Sampling(ignore_eos="no")
+    ),
     "completions must be a list": lambda e: e.score([1], None),
     "priority must be within": lambda e: e.submit([1], priority=10**17),
     "salt must fit 64 bits": lambda e: e.submit([1], salt=2**63),

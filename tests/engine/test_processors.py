@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from families import make_model
 from workload import assert_empty, expected, make_engine, make_prompts
 
+import pykvcache
 from pykvcache import Sampling
 
 BAD: dict[str, Any] = {
@@ -32,14 +35,31 @@ def test_what_is_no_scores_ends_its_request(
     _refused(Sampling(processors=[none, *after], temperature=temperature), message)
 
 
+NO_TOKEN = "no token can be drawn: all scores are -inf, or one is nan or inf"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_sampling_from_what_is_no_distribution_is_an_error_as_in_generate(value: float) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    engine = pykvcache.Engine(model, block_size=4, num_blocks=100)
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    with pytest.raises(ValueError, match=NO_TOKEN):
+        engine.generate([[5, 6, 7]], Sampling(max_new_tokens=4, temperature=1.0, logprobs=0))
+    with pytest.raises(RuntimeError):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=True)
+    assert_empty(engine)
+
+
 @pytest.mark.parametrize(
-    ("value", "temperature"), [(float("nan"), 1.0), (float("nan"), None), (-float("inf"), 1.0)]
+    ("value", "temperature"),
+    [(torch.nan, 1.0), (torch.nan, None), (-torch.inf, 1.0), (torch.inf, 1.0)],
 )
 def test_scores_from_which_nothing_can_be_drawn_end_their_request(
     value: float, temperature: float | None
 ) -> None:
     fill = Sampling(processors=[lambda ids, s: torch.full_like(s, value)], temperature=temperature)
-    _refused(fill, "processors leave no token to draw: all scores are -inf, or one is nan")
+    _refused(fill, NO_TOKEN if temperature else "processors leave a score that is nan")
 
 
 def _refused(sampling: Sampling, message: str) -> None:
