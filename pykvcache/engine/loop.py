@@ -111,9 +111,9 @@ class Loop:
             self.scheduler.undo(step)
             raise
         seconds = time.perf_counter() - started
-        prompts = step.counts > 1
-        if prompts.any():
-            self.swap.observe(int(step.counts.sum()), seconds)
+        prompts = bool((step.counts > 1).any())
+        if prompts or not self.swap.token_rate:
+            self.swap.observe(step.num_tokens, seconds, prompts)
         self.meter.step(len(step.lanes), step.num_tokens, seconds)
 
     def _end_unknown(self) -> None:

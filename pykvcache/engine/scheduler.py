@@ -26,7 +26,7 @@ from pykvcache.engine.request import Lanes, Request
 from pykvcache.engine.step import Options, Preemption, Step
 from pykvcache.errors import OutOfBlocks
 
-SwapOut = Callable[[Request], bool]
+SwapOut = Callable[[Request], float | None]
 Cost = Callable[[int], float]
 
 
@@ -41,7 +41,8 @@ class Scheduler:
         blocks: where requests get their blocks.
         options: limits.
         swap_out: moves the blocks of a request to host memory if that is cheaper than computing
-            them again; returns whether it did. The request has given its blocks back either way.
+            them again; returns the seconds that it costs, None if it is not. Then the request
+            still has its blocks.
         swap_in: the reverse, for a request that was opened; after OutOfBlocks it is closed.
         drop_swapped: forgets what was moved there.
         cost: estimated seconds to compute so many tokens again.
@@ -157,16 +158,18 @@ class Scheduler:
         tokens = int(self.lanes.computed[request.lane])
         seconds = self._cost(tokens)
         self.lanes.remove(request.lane)
-        swapped = False
+        moved: float | None = None
         try:
-            swapped = self._swap_out is not None and self._swap_out(request)
+            moved = None if self._swap_out is None else self._swap_out(request)
         finally:
-            if not swapped:
+            method = "recompute" if moved is None else "swap"
+            if moved is None:
                 self.recomputed_tokens += tokens
                 self.blocks.close(request)
+            else:
+                seconds = moved
             request.preemptions += 1
             self.num_preemptions += 1
-            method = "swap" if swapped else "recompute"
             self.preemptions.append(Preemption(request.order, self.steps, tokens, method, seconds))
             self._waiting.push(request)
 

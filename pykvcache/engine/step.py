@@ -48,7 +48,8 @@ class Options:
 class Preemption:
     """One entry of the log: who lost its blocks, in which step, and what that costs.
 
-    `tokens` had been computed; `method` is "recompute" or "swap", `seconds` the estimated cost.
+    `tokens` had been computed. `method` is "recompute" or "swap". `seconds` is what it costs: to
+    compute them again at the rate of the steps so far, or twice what moving the blocks away took.
     """
 
     order: int

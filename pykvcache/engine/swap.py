@@ -53,6 +53,7 @@ class SwapSpace:
         self._blocks, self._allocator = blocks, blocks.allocator
         self.used = self.peak = 0
         self.token_rate = 0.0  # prompt tokens a second, measured by the engine
+        self._decode_rate = 0.0  # of steps without prompts, until there is one with some
         self._copy_rate: float | None = None
 
     def copy_seconds(self, nbytes: int) -> float:
@@ -63,19 +64,26 @@ class SwapSpace:
 
     def compute_seconds(self, tokens: int) -> float:
         """Estimated time to compute keys and values of so many tokens again."""
-        return tokens / self.token_rate if self.token_rate else float(tokens)
+        rate = self.token_rate or self._decode_rate
+        return tokens / rate if rate else float(tokens)
 
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A step with so many tokens of prompts took so long."""
+    def observe(self, tokens: int, seconds: float, prompts: bool) -> None:
+        """A step with so many tokens, some of them of prompts or not, took so long."""
         rate = tokens / max(seconds, 1e-9)
+        if not prompts:
+            self._decode_rate = rate
+            return
         self.token_rate = rate if not self.token_rate else 0.8 * self.token_rate + 0.2 * rate
 
-    def take(self, request: Request) -> bool:
-        """Move the blocks of a request here if there is room and that is cheaper; closes it."""
+    def take(self, request: Request) -> float | None:
+        """Move the blocks of a request here if there is room and that is cheaper; closes it.
+
+        Returns what that and moving back take: twice the seconds that it took. None: not moved.
+        """
         allocator, seq = self._allocator, request.seq
         assert seq is not None and request.swapped is None
         if request.epoch != self._blocks.epoch:  # other weights filled them
-            return False
+            return None
         tables = [allocator.block_table([seq], group)[0] for group in range(self._blocks.groups)]
         positions = [np.flatnonzero(table >= 0) for table in tables]
         nbytes = sum(
@@ -84,10 +92,10 @@ class SwapSpace:
             for storage in self.pool.group_storages(group)
         )
         if nbytes == 0 or self.used + nbytes > self.limit:
-            return False
+            return None
         if self.copy_seconds(nbytes) >= self.compute_seconds(request.computed):
-            return False
-        data = []
+            return None
+        started, data = time.perf_counter(), []
         for group, present in enumerate(positions):
             blocks = torch.from_numpy(tables[group][present].astype(np.int64))
             storages = self.pool.group_storages(group)
@@ -97,7 +105,7 @@ class SwapSpace:
         self.used += nbytes
         self.peak = max(self.peak, self.used)
         self._blocks.close(request)
-        return True
+        return 2 * (time.perf_counter() - started)
 
     def restore(self, request: Request) -> None:
         """Move back what an opened request did not find in the pool; its copy here is given up.

@@ -304,3 +304,31 @@ def test_scores_of_a_single_token_keep_their_salt() -> None:
     engine.score([5], [PROMPT], salt=7)
     output = engine.generate([[5, *PROMPT]], max_new_tokens=2)[0]
     assert output.cached_tokens == 0
+
+
+def test_what_computing_again_costs_is_measured_without_prompts_too() -> None:
+    """Prompts of one token are decode steps from the first on."""
+    engine = make_engine(num_blocks=14, head_room=0.0, prefix_cache=False)
+    handles = [engine.submit([token], max_new_tokens=40) for token in (5, 7, 9)]
+    while not engine.stats().preemptions:
+        engine.step()
+    entry, busy = engine.stats().preemption_log[0], engine.stats().step_time.max
+    assert engine._swap.token_rate == 0  # nothing was computed in chunks
+    assert 0 < entry.seconds <= entry.tokens * busy
+    for _ in range(3):
+        engine._swap.observe(1000, 1.0, prompts=True)
+    assert engine._swap.compute_seconds(500) == 0.5
+    for handle in handles:
+        handle.cancel()
+    assert_empty(engine)
+
+
+def test_the_log_says_what_a_swap_took_not_what_it_saved() -> None:
+    engine = make_engine(swap_memory="1MiB")
+    engine._swap.compute_seconds = lambda tokens: 1e6  # type: ignore[method-assign]
+    handle = engine.submit(PROMPT, max_new_tokens=9)
+    engine.step()
+    preempt(engine, handle.samples[0].request, swap=True)
+    assert 0 < engine.stats().preemption_log[-1].seconds < 60
+    assert handle.result()[0].token_ids == one_by_one(make_model("llama"), PROMPT, 9)
+    assert_empty(engine)
