@@ -178,7 +178,7 @@ class Loop:
         """Take the next tokens of lanes [R] whose samples nobody watches."""
         lanes = self.lanes
         lanes.append(rows, tokens)
-        self.meter.generated(len(rows))
+        self._note_times(rows, time.perf_counter())
         full = lanes.known[rows] >= lanes.limit[rows]
         eos = np.isin(tokens, self._eos) & lanes.ends_at_eos[rows]
         for i in np.flatnonzero(full | eos).tolist():
@@ -252,12 +252,23 @@ class Loop:
 
     def _append(self, requests: Sequence[Request], tokens: Int64Array) -> None:
         """Add one new token to each request, tokens [R]; some may wait."""
-        self.meter.generated(len(requests))
+        now = time.perf_counter()
         lanes = np.array([request.lane for request in requests], np.int64)
         runs = lanes >= 0
         self.lanes.append(lanes[runs], tokens[runs])
-        for i in np.flatnonzero(~runs).tolist():
+        self._note_times(lanes[runs], now)
+        waiting = np.flatnonzero(~runs).tolist()
+        for i in waiting:
             requests[i].tokens = np.append(requests[i].tokens, tokens[i])
+            requests[i].token_time = now
+        self.meter.generated(len(waiting))
+
+    def _note_times(self, rows: Int64Array, now: float) -> None:
+        """Lanes [R] have got a token."""
+        times = self.lanes.token_time
+        gaps = now - times[rows]
+        times[rows] = now
+        self.meter.generated(len(rows), gaps[gaps == gaps])  # nan: it is the first
 
     def _decide_plain(self, sample: Sample) -> None:
         """From its first token on, a request may be settled as part of an array."""
@@ -354,6 +365,7 @@ class Loop:
                 request.logits_from += end - begin  # not again after a preemption
                 lanes.logits_from[lane] = request.logits_from
             if lanes.computed[lane] >= lanes.known[lane]:
+                self.meter.scored(len(request.prompt), min(request.cached, len(request.prompt)))
                 self.scheduler.finish(request)
         return logits[others]
 

@@ -70,6 +70,7 @@ class Request:
     owner: Any = None
     family: Family | None = None
     placed: float = 0.0  # when it first got a lane, time.perf_counter()
+    token_time: float = np.nan  # when its newest token came, as long as it is not in a lane
     room_needed: int = 0  # free blocks for which it was too much when its prefix was looked up,
     retry_at: int = 0  # and the step that looks again, since more of it may be there
 
@@ -102,6 +103,7 @@ class Lanes:
         logits_from: first position whose logits are wanted, -1 = that of the newest token.
         key: place in the queue.
         last_step: when the lane last took part in a step.
+        token_time: when the newest generated token came, time.perf_counter(); nan: there is none.
         plain, ends_at_eos: as of the request.
         tokens: the known ones of each.
     """
@@ -115,6 +117,7 @@ class Lanes:
         self.logits_from = np.zeros(count, np.int64)
         self.key = np.zeros(count, np.int64)
         self.last_step = np.zeros(count, np.int64)
+        self.token_time = np.zeros(count)
         self.plain, self.ends_at_eos = np.zeros(count, bool), np.zeros(count, bool)
         self.tokens = TokenTable(count)
         self._used = np.zeros(count, bool)
@@ -151,7 +154,7 @@ class Lanes:
         self.known[lane], self.limit[lane] = len(tokens), request.limit
         self.logits_from[lane], self.key[lane] = request.logits_from, request.key
         self.plain[lane], self.ends_at_eos[lane] = request.plain, request.ends_at_eos
-        self.last_step[lane] = -1
+        self.last_step[lane], self.token_time[lane] = -1, request.token_time
         if request.family is not None:
             request.family.running += 1
         self._active = None
@@ -164,6 +167,7 @@ class Lanes:
         output = self.tokens[lane, len(request.prompt) : self.known[lane]]
         request.output = output.astype(np.int64)
         request.computed = int(self.computed[lane])
+        request.token_time = float(self.token_time[lane])
         if request.family is not None:
             request.family.running -= 1
         self.tokens.clear(lane)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pykvcache.allocator import BlockAllocator
 from pykvcache.engine.sampling import Output
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
     from pykvcache.engine.swap import SwapSpace
 
 KEPT = 10_000  # newest steps and outputs that times are taken from
+KEPT_GAPS = 100_000  # newest tokens, the same
+
+
+FloatArray = NDArray[np.float64]
+NO_GAPS: FloatArray = np.zeros(0)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds: mean, median, 99th percentile and largest of the newest 10,000; 0 without any."""
+    """Seconds: mean, median, 99th percentile and largest of the newest ones; 0 without any."""
 
     mean: float = 0.0
     p50: float = 0.0
@@ -30,9 +36,9 @@ class Times:
     max: float = 0.0
 
     @classmethod
-    def of(cls, seconds: deque[float]) -> Times:
-        """Of a list of durations."""
-        if not seconds:
+    def of(cls, seconds: deque[float] | FloatArray) -> Times:
+        """Of durations."""
+        if not len(seconds):
             return cls()
         array = np.array(seconds)
         p50, p99 = np.percentile(array, [50, 99])
@@ -51,13 +57,16 @@ class EngineStats:
         preemption_log: the newest 1,000.
         swapped_bytes, peak_swapped_bytes: in host memory.
         waiting, running: requests now.
-        steps, step_time: of forwards.
+        steps, step_time: of forwards; times of the newest 10,000.
         mean_rows: rows a step.
-        finished, cancelled: samples.
-        prompt_tokens, output_tokens: of ended samples. Those that ended before they had their turn
-            count in `cancelled` only.
+        finished, cancelled: samples. scored: completions.
+        prompt_tokens: of ended samples and scored completions. Samples that ended before they had
+            their turn count in `cancelled` only.
+        output_tokens: of ended samples.
         tokens_per_second: tokens generated over the time in which steps ran.
-        queue_time, time_to_first_token, time_between_tokens: of ended samples.
+        queue_time, time_to_first_token: of the newest 10,000 ended samples.
+        time_between_tokens: from the token before to each of the newest 100,000 tokens, whatever
+            came between: long prompts of others, a preemption, time without a step.
     """
 
     pool: PoolStats
@@ -74,6 +83,7 @@ class EngineStats:
     mean_rows: float
     finished: int
     cancelled: int
+    scored: int
     prompt_tokens: int
     output_tokens: int
     tokens_per_second: float
@@ -90,12 +100,12 @@ class Meter:
         self._first_step_number = scheduler.steps
         self._steps = self._rows = self._tokens = 0
         self._busy = 0.0
-        self._finished = self._cancelled = self._generated = 0
+        self._finished = self._cancelled = self._scored = self._generated = 0
         self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._step_times: deque[float] = deque(maxlen=KEPT)
         self._queued: deque[float] = deque(maxlen=KEPT)
         self._first: deque[float] = deque(maxlen=KEPT)
-        self._between: deque[float] = deque(maxlen=KEPT)
+        self._between, self._gaps = np.zeros(KEPT_GAPS), 0
 
     @property
     def rate(self) -> float:
@@ -110,9 +120,22 @@ class Meter:
         self._busy += seconds
         self._step_times.append(seconds)
 
-    def generated(self, tokens: int) -> None:
-        """So many samples got a token."""
+    def generated(self, tokens: int, gaps: FloatArray = NO_GAPS) -> None:
+        """So many samples got a token; seconds since their last one, of those that had one."""
         self._generated += tokens
+        begin = self._gaps % KEPT_GAPS
+        end = begin + len(gaps)
+        if end <= KEPT_GAPS:
+            self._between[begin:end] = gaps
+        else:
+            self._between[np.arange(begin, end) % KEPT_GAPS] = gaps
+        self._gaps += len(gaps)
+
+    def scored(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A completion was scored."""
+        self._scored += 1
+        self._prompt_tokens += prompt_tokens
+        self._cached_tokens += cached_tokens
 
     def finished(self, output: Output, started: bool) -> None:
         """A sample ended; `started`: its prompt was computed, or found, at least in part."""
@@ -129,8 +152,6 @@ class Meter:
         self._queued.append(output.queued)
         if count:
             self._first.append(output.first_token)
-        if count > 1:
-            self._between.append((output.total - output.first_token) / (count - 1))
 
     def stats(
         self, scheduler: Scheduler, allocator: BlockAllocator, swap: SwapSpace
@@ -151,10 +172,11 @@ class Meter:
             self._rows / self._steps if self._steps else 0.0,
             self._finished,
             self._cancelled,
+            self._scored,
             self._prompt_tokens,
             self._output_tokens,
             self._generated / self._busy if self._busy else 0.0,
             Times.of(self._queued),
             Times.of(self._first),
-            Times.of(self._between),
+            Times.of(self._between[: min(self._gaps, KEPT_GAPS)]),
         )

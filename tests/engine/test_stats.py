@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from workload import make_engine, make_prompts, random_prompt
 
@@ -57,3 +58,42 @@ def test_the_rate_of_tokens_is_that_of_the_steps_it_is_taken_over() -> None:
     stats = engine.stats()
     assert stats.tokens_per_second == pytest.approx(5 / stats.step_time.mean)
     assert all(handle.result() for handle in handles)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_every_gap_between_tokens_counts(plain: bool) -> None:
+    engine = make_engine()
+    handle = engine.submit(
+        make_prompts()[0], max_new_tokens=11, on_token=None if plain else lambda event: None
+    )
+    for _ in range(5):
+        engine.step()
+    time.sleep(0.5)
+    engine._scheduler.preempt(handle.samples[0].request)  # its last token is not forgotten
+    handle.result()
+    between = engine.stats().time_between_tokens
+    assert between.max >= 0.5
+    assert between.p50 < 0.4
+    assert between.mean == pytest.approx(
+        (handle.outputs[0].total - handle.outputs[0].first_token) / 10, rel=0.1
+    )
+
+
+def test_gaps_are_those_of_the_newest_tokens() -> None:
+    meter = make_engine()._loop.meter
+    meter.generated(4, np.full(99_999, 7.0))
+    meter.generated(4, np.array([1.0, 2.0, 3.0]))
+    kept = np.sort(meter._between)
+    assert kept[:4].tolist() == [1, 2, 3, 7] and len(kept) == 100_000
+    meter.generated(4, np.full(99_998, 5.0))
+    assert sorted(set(meter._between)) == [2, 3, 5]
+
+
+def test_scores_count() -> None:
+    engine = make_engine()
+    prompt = random_prompt(40, 1)
+    for _ in range(2):
+        engine.score(prompt, [[5, 6], [7]])
+    stats = engine.stats()
+    assert (stats.scored, stats.prompt_tokens, stats.finished) == (4, 160, 0)
+    assert stats.hit_rate == (0 + 39 + 39 + 39) / 160
