@@ -4,7 +4,7 @@ Events are queued while the engine is locked, in the order in which they happen,
 it is not, by one thread at a time. So a callback may run the engine, cancel or submit: what it
 causes is delivered after it has returned.
 
-Read first: sampling.py, interrupts.py. Read next: loop.py.
+Read first: sampling.py, interrupts.py. Read next: handle.py.
 """
 
 from __future__ import annotations
@@ -12,52 +12,60 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.sampling import Event
 
+Owner = TypeVar("Owner")
 Listener = Callable[[Event], None]
 
 
-class Delivery:
-    """The queue of an engine's events that have a listener."""
+class Delivery(Generic[Owner]):
+    """The queue of an engine's events that have a listener, with whose listener it is."""
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[Event, Listener]] = deque()
+        self._queue: deque[tuple[Event, Listener, Owner]] = deque()
         self._lock = threading.Lock()  # of `_delivering`
         self._delivering = False
 
-    def put(self, event: Event, listener: Listener) -> None:
+    def put(self, event: Event, listener: Listener, owner: Owner) -> None:
         """The event has happened; the engine is locked."""
-        self._queue.append((event, listener))
+        self._queue.append((event, listener, owner))
 
-    def deliver(self, shield: Shield) -> None:
+    def deliver(self, shield: Shield) -> list[tuple[Owner, Exception]]:
         """Call the listeners of all events, also after one has raised; the engine is not locked.
 
         Does nothing inside of a callback or while another thread delivers: that one goes on with
         what was queued meanwhile. Ctrl-C comes through in callbacks and waits elsewhere.
 
+        Returns:
+            The errors that listeners raised, and whose they are.
+
         Raises:
-            BaseException: what a listener raised first, but an interrupt before an error.
+            BaseException: the first interrupt, or the like, that came out of a listener.
         """
-        error: BaseException | None = None
+        errors: list[tuple[Owner, Exception]] = []
+        interrupt: BaseException | None = None
         delivered = self._next(True)
         while delivered is not None:
-            event, listener = delivered
+            event, listener, owner = delivered
             try:
                 shield.open = True
                 listener(event)
                 shield.open = False
+            except Exception as error:
+                shield.open = False
+                errors.append((owner, error))
             except BaseException as raised:
                 shield.open = False
-                interrupt = not isinstance(raised, Exception)
-                if error is None or (interrupt and isinstance(error, Exception)):
-                    error = raised
+                interrupt = interrupt or raised
             delivered = self._next(False)
-        if error is not None:
-            raise error
+        if interrupt is not None:
+            raise interrupt
+        return errors
 
-    def _next(self, begin: bool) -> tuple[Event, Listener] | None:
+    def _next(self, begin: bool) -> tuple[Event, Listener, Owner] | None:
         """The next event for this thread, which is about to `begin` or delivers already."""
         with self._lock:
             if begin and self._delivering:

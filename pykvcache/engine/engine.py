@@ -169,11 +169,11 @@ class Engine:
                 with progress_bar(total, progress) as advance:
                     while call.ended < total:
                         before = call.ended
-                        self.step()
+                        self._advance(())
                         advance(call.ended - before, self._loop.meter.rate)
             finally:
                 shield.open = False
-                self._cancel(handles)
+                self._cancel(handles, ())
         outputs = [output for handle in handles for output in handle.outputs]
         raise_errors(outputs)
         return outputs
@@ -199,7 +199,7 @@ class Engine:
             self._queue(handles)
             return stream
         except BaseException:
-            self._cancel(handles)
+            self._cancel(handles, ())
             raise
 
     def submit(
@@ -218,7 +218,8 @@ class Engine:
             prompt, sampling, max_new_tokens, priority, salt: as in `generate`.
             on_token: called with every event of this request, in order and never inside of
                 another callback, when the engine has done its step; it may use the engine. What
-                it raises comes out of the `step` that called it, which counts as done.
+                it raises comes out of the `step` that called it, which counts as done, or, when
+                `generate` and the like of others run the engine, out of its `Handle.result`.
         """
         if on_token is not None and not callable(on_token):
             raise TypeError(f"on_token must be callable, got {on_token!r}")
@@ -230,7 +231,7 @@ class Engine:
             self._queue(handles)
             return handles[0]
         except BaseException:
-            self._cancel(handles)
+            self._cancel(handles, ())
             raise
 
     def score(
@@ -264,7 +265,7 @@ class Engine:
         with self._lock:
             self._accept()
         new_request = functools.partial(self._inputs.request, new_tokens=1, priority=0, salt=salt)
-        scorer = Scorer(self._scheduler, self._lock, self.step, new_request)
+        scorer = Scorer(self._scheduler, self._lock, lambda: self._advance(()), new_request)
         return scorer.score(first, endings, int(top_k))
 
     def step(self) -> list[Event]:
@@ -274,14 +275,35 @@ class Engine:
 
         Raises:
             RuntimeError: a processor or a hook of the model calls it; nothing was changed.
+            Exception: what the callback of any request raised; the step counts as done.
         """
+        return self._advance(None)
+
+    def _advance(self, own: Sequence[Handle] | None) -> list[Event]:
+        """Run one step for those who have these handles, see `_deliver`."""
         self._loop.check_outside()
         with uninterrupted() as shield:
             try:
                 with shield.holding(self._lock):
                     return self._step(shield)
             finally:
-                self._loop.delivery.deliver(shield)
+                self._deliver(shield, own)
+
+    def _deliver(self, shield: Shield, own: Sequence[Handle] | None) -> None:
+        """Call the callbacks; what those of `own` raise comes out, None: what any of them raises.
+
+        Others have nothing to do with the call that runs: their errors wait for `Handle.result`.
+        """
+        raised: Exception | None = None
+        for handle, error in self._loop.delivery.deliver(shield):
+            if own is None or handle in own:
+                raised = raised or error
+                continue
+            handle.error = handle.error or error
+            text = f"a callback of another request raised {error!r}; its result() raises it, too"
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        if raised is not None:
+            raise raised
 
     def _step(self, shield: Shield) -> list[Event]:
         self._cancel_dropped()
@@ -298,7 +320,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """What happened since the start, and where the pool's slots are now."""
-        self._cancel(())  # those that were dropped
+        self._cancel((), ())  # those that were dropped
         with self._lock:
             return self._loop.meter.stats(self._scheduler, self._allocator, self._swap)
 
@@ -366,14 +388,14 @@ class Engine:
         self._freshness.begin(thorough=self._unchecked)
         self._unchecked = False
 
-    def _cancel(self, handles: Sequence[Handle]) -> None:
-        """End all samples that have not ended, then tell those who watch them."""
+    def _cancel(self, handles: Sequence[Handle], own: Sequence[Handle] | None) -> None:
+        """End all samples that have not ended, then tell those who watch them, see `_deliver`."""
         with uninterrupted() as shield:
             self._dropped.extend(handles)
             with self._lock:
                 self._cancel_dropped()
             if not self._loop.is_inside():  # the step will deliver when it is over
-                self._loop.delivery.deliver(shield)
+                self._deliver(shield, own)
 
     def _drop(self, handles: Sequence[Handle]) -> None:
         """Nobody has these handles any more; may be called at any time, by any thread."""

@@ -130,7 +130,7 @@ class Stream:
         call = self._call
         while not call.events and call.ended < self._total:
             try:
-                self._engine.step()
+                self._engine._advance(())
             except BaseException:
                 self.close()
                 raise
@@ -143,7 +143,7 @@ class Stream:
 
     def close(self) -> None:
         """Cancel what has not ended."""
-        self._engine._cancel(self._handles)
+        self._engine._cancel(self._handles, ())
 
     def __del__(self) -> None:
         # The garbage collector may come here from anywhere, also from inside a step.
@@ -159,9 +159,9 @@ def raise_errors(outputs: Iterable[Output]) -> None:
 
 
 class _Engine(Protocol):
-    def step(self) -> list[Event]: ...
+    def _advance(self, own: Sequence[Handle] | None) -> list[Event]: ...
 
-    def _cancel(self, handles: Sequence[Handle]) -> None: ...
+    def _cancel(self, handles: Sequence[Handle], own: Sequence[Handle] | None) -> None: ...
 
     def _drop(self, handles: Sequence[Handle]) -> None: ...
 
@@ -172,6 +172,7 @@ class Handle:
     def __init__(self, engine: _Engine, call: Call) -> None:
         self._engine, self._call = engine, call
         self._ended = 0
+        self.error: Exception | None = None  # of its callback, when others ran the engine
         self.samples: list[Sample] = []
         self.distinct: Int64Array | None = None  # tokens of the prompt, once asked for
 
@@ -190,17 +191,19 @@ class Handle:
 
         By a processor, or a hook of the model: when the step that runs is over.
         """
-        self._engine._cancel([self])
+        self._engine._cancel([self], None)
 
     def result(self) -> list[Output]:
         """Run the engine until this is done; one output a sample.
 
         Raises:
-            Exception: what a processor of this request raised.
+            Exception: what a processor or the callback of this request raised.
         """
         while not self.done:
-            self._engine.step()
+            self._engine._advance([self])
         raise_errors(self.outputs)
+        if self.error is not None:
+            raise self.error
         return self.outputs
 
     def sample_ended(self) -> None:

@@ -21,7 +21,7 @@ from pykvcache.engine.config import ConfigRules
 from pykvcache.engine.delivery import Delivery
 from pykvcache.engine.distinct import Distinct
 from pykvcache.engine.fresh import FreshScheduler
-from pykvcache.engine.handle import Sample, ScoreJob
+from pykvcache.engine.handle import Handle, Sample, ScoreJob
 from pykvcache.engine.interrupts import Shield
 from pykvcache.engine.request import BoolArray, Request
 from pykvcache.engine.rules import RowRules, Texts
@@ -50,7 +50,7 @@ class Loop:
     ) -> None:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
-        self.meter, self.delivery = Meter(scheduler), Delivery()
+        self.meter, self.delivery = Meter(scheduler), Delivery[Handle]()
         self._epoch = self.blocks.epoch  # of the weights whose vocabulary has all tokens
         self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
@@ -153,7 +153,7 @@ class Loop:
             self._heard.append(event)
         sample.handle.put_event(event)
         if sample.listener is not None:
-            self.delivery.put(event, sample.listener)
+            self.delivery.put(event, sample.listener, sample.handle)
 
     def _settle(self, step: Step, ids: Int64Array, logits: Tensor) -> None:
         lanes = self.lanes

@@ -169,6 +169,39 @@ def test_an_interrupt_outranks_what_a_callback_raised() -> None:
     assert isinstance(raised, KeyboardInterrupt)
 
 
+OTHERS: dict[str, Callable[[pykvcache.Engine], object]] = {
+    "generate": lambda e: [o.token_ids for o in e.generate(make_prompts()[1:3], max_new_tokens=4)],
+    "stream": lambda e: [x.token_id for x in e.stream([make_prompts()[1]], max_new_tokens=4)],
+    "score": lambda e: [round(s.total, 3) for s in e.score(make_prompts()[1], [[7, 8], [9]])],
+    "result": lambda e: e.submit(make_prompts()[1], max_new_tokens=4).result()[0].token_ids,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_callback_raises_is_its_own_requests_affair(name: str) -> None:
+    engine = make_engine()
+    wanted = OTHERS[name](engine)
+
+    def complain(event: Event) -> None:
+        raise BrokenPipeError("the client went away")
+
+    handle = engine.submit(make_prompts()[0], max_new_tokens=10, on_token=complain)
+    with pytest.warns(RuntimeWarning, match="BrokenPipeError.* went away"):
+        assert OTHERS[name](engine) == wanted
+    assert not handle.done
+    with pytest.raises(BrokenPipeError):
+        handle.result()  # at the next token
+    with pytest.raises(BrokenPipeError):
+        engine.step()
+    for _ in range(20):
+        with contextlib.suppress(BrokenPipeError):
+            engine.step()
+    assert handle.outputs[0].token_ids == expected("llama")[0]
+    with pytest.raises(BrokenPipeError):
+        handle.result()  # what came while others ran the engine
+    assert_empty(engine)
+
+
 def test_cancelling_outside_of_steps_keeps_no_events() -> None:
     engine = make_engine()
     handle = engine.submit(make_prompts()[0], max_new_tokens=9, on_token=lambda event: None)
