@@ -169,7 +169,8 @@ class KVPool:
             raise ValueError(f"k has {k.shape[1]} heads but v has {v.shape[1]}")
         dtype = self.kv_dtype or k.dtype
         if dtype not in KV_DTYPES:
-            raise TypeError(f"keys must be one of {_names(KV_DTYPES)}, got {dtype}")
+            hint = "" if self.kv_dtype else " from the model: convert it, as in model.float()"
+            raise TypeError(f"keys must be one of {_names(KV_DTYPES)}, got {dtype}{hint}")
         heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
         for name, dim in (("D", k_dim), ("Dv", v_dim)):
             if not 1 <= dim <= MAX_HEAD_DIM:

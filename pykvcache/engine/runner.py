@@ -24,6 +24,7 @@ from pykvcache.engine.graphs import Bucket, CudaRecorder, DecodeGraphs
 from pykvcache.engine.linears import Linears
 from pykvcache.engine.request import ranges
 from pykvcache.engine.step import Step
+from pykvcache.hf.arguments import check_model
 from pykvcache.hf.packed import PackedCache
 from pykvcache.hf.packed_attention import SEES_LATER, observed, packed_attention, register
 from pykvcache.hf.reaches import LATER, Reaches
@@ -249,8 +250,7 @@ def check_packable(model: Any) -> None:
     Raises:
         TypeError: not a transformers model. ValueError: it cannot; the message says why.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model(model)
     name = type(model).__name__
     if model.training:
         raise ValueError(f"{name} is in training mode; call model.eval() first")

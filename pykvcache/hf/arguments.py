@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pykvcache.cache import KV_DTYPES
 from pykvcache.sizes import parse_memory as parse_memory
@@ -35,3 +35,16 @@ def check_config(config: object) -> None:
     given = type(config).__name__
     hint = ", pass its .config" if hasattr(config, "config") else ""
     raise TypeError(f"config must be a transformers PreTrainedConfig, got {given}{hint}")
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no transformers model.
+
+    Raises:
+        TypeError: such as what torch.compile returns.
+    """
+    if isinstance(model, PreTrainedModel):
+        return
+    given = type(model).__name__
+    hint = "; call model.compile() and pass the model" if hasattr(model, "_orig_mod") else ""
+    raise TypeError(f"model must be a transformers PreTrainedModel, got {given}{hint}")

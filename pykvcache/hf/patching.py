@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from pykvcache import ops
+from pykvcache.hf.arguments import check_model
 from pykvcache.hf.attention import EAGER_NAME, SDPA_NAME, register
 from pykvcache.hf.implementations import Implementations
 from pykvcache.hf.loans import not_lent
@@ -165,8 +166,7 @@ def patch(
             or it is patched with other settings.
         RuntimeError: the backend cannot be used here.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    check_model(model)
     settings: dict[str, Any] = {
         "block_size": block_size,
         "num_blocks": num_blocks,

@@ -226,3 +226,16 @@ def test_learned_positions_bound_a_request() -> None:
     with pytest.raises(ValueError, match="longer than the 256 positions of its learned position"):
         engine.generate([[1] * 200], max_new_tokens=58)
     assert len(engine.generate([[1] * 200], max_new_tokens=57)[0].token_ids) == 57
+
+
+def test_a_compiled_wrapper_is_refused_with_what_to_do() -> None:
+    wrapper = torch.compile(make_model("llama"))
+    for call in (lambda: pykvcache.Engine(wrapper), lambda: pykvcache.patch(wrapper)):  # type: ignore[arg-type, type-var]
+        with pytest.raises(TypeError, match=r"got OptimizedModule; call model\.compile\(\)"):
+            call()
+
+
+def test_a_dtype_that_pools_do_not_hold_is_the_models() -> None:
+    model = copy.deepcopy(make_model("llama")).double()
+    with pytest.raises(TypeError, match=r"got torch\.float64 from the model: convert it"):
+        pykvcache.Engine(model, num_blocks=9)
