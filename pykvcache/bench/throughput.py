@@ -243,12 +243,14 @@ class Capacity:
     """Requests at once on one budget of KV tokens.
 
     padded: mean size of padded batches, requests in file order, as many as fit with the longest
-        prompt and output of the batch. engine: mean number running while one waits.
+        prompt and output of the batch. padded_generating: mean number of its rows that have not
+        ended yet, over its steps. engine: mean number running while one waits.
     """
 
     requests: int
     budget_tokens: int
     padded: float
+    padded_generating: float
     engine: float
     engine_peak: int
     preemptions: int
@@ -256,17 +258,24 @@ class Capacity:
     budget_bytes: int
 
 
-def padded_batches(requests: list[tuple[int, int]], budget: int) -> list[int]:
-    """Sizes of consecutive batches with batch x (longest prompt + longest output) <= budget."""
-    sizes: list[int] = []
-    prompt = output = size = 0
+def padded_batches(requests: list[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Consecutive batches with batch x (longest prompt + longest output) <= budget.
+
+    Args:
+        requests: prompt and output tokens of each.
+
+    Returns:
+        The output tokens of the rows of each batch.
+    """
+    batches: list[list[int]] = []
+    prompt = output = 0
     for new_prompt, new_output in requests:
-        longest = max(prompt, new_prompt), max(output, new_output)
-        if size and (size + 1) * sum(longest) > budget:
-            sizes.append(size)
-            longest, size = (new_prompt, new_output), 0
-        (prompt, output), size = longest, size + 1
-    return [*sizes, size] if size else sizes
+        prompt, output = max(prompt, new_prompt), max(output, new_output)
+        if not batches or (len(batches[-1]) + 1) * (prompt + output) > budget:
+            batches.append([])
+            prompt, output = new_prompt, new_output
+        batches[-1].append(new_output)
+    return batches
 
 
 def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capacity:
@@ -286,12 +295,14 @@ def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capaci
         running.append(scheduler.num_running)
     while scheduler.num_running:
         engine.step()
+    batches = padded_batches(trace, budget)
     allocator = engine.pool.allocator
     assert allocator is not None
     return Capacity(
         requests,
         budget,
-        float(np.mean(padded_batches(trace, budget))),
+        float(np.mean(list(map(len, batches)))),
+        sum(map(sum, batches)) / max(sum(map(max, batches)), 1),
         float(np.mean(running)),
         max(running),
         engine.stats().preemptions,

@@ -130,3 +130,18 @@ def test_engine_overhead_command(run, tmp_path: Path) -> None:
     assert set(found) == {
         f"rows={n} {k}" for n in (1, 4) for k in ("plan", "settle", "rest", "step")
     }
+
+
+def test_padded_batches_are_those_that_fit() -> None:
+    requests = [(10, 5), (20, 1), (1, 2), (100, 100), (1, 1)]
+    assert throughput.padded_batches(requests, 50) == [[5, 1], [2], [100], [1]]
+    assert throughput.padded_batches(requests[:3], 75) == [[5, 1, 2]]
+    assert throughput.padded_batches(requests[:3], 74) == [[5, 1], [2]]
+
+
+def test_more_requests_run_on_a_budget_than_padded_ones() -> None:
+    found = throughput.measure_capacity(80, 16_384)
+    assert 1 <= found.padded_generating <= found.padded
+    assert found.engine > 1.2 * found.padded
+    assert found.engine_peak >= found.engine
+    assert found.budget_bytes * 0.5 < found.peak_bytes <= found.budget_bytes

@@ -37,7 +37,7 @@ from pykvcache.cli.bench.options import (
 
 MOST_ROWS, MOST_STEPS = 4096, 100_000
 ROWS, STEPS = "1,8,32,256", 200
-CAPACITIES = ((500, 65_536), (2000, 262_144))  # requests, tokens of the pool
+CAPACITIES = ((500, 65_536), (1000, 131_072), (2000, 262_144))  # requests, tokens of the pool
 
 
 def result_table(results: list[Result]) -> Table:
@@ -60,14 +60,14 @@ def result_table(results: list[Result]) -> Table:
 
 def capacity_table(found: list[Capacity]) -> Table:
     table = Table(box=None, pad_edge=False)
-    columns = ("budget tokens", "requests", "padded", "engine", "ratio", "peak", "preempted")
-    for column in (*columns, "peak / budget bytes"):
+    columns = ("budget tokens", "padded", "generating", "engine", "ratio", "peak", "preempted")
+    for column in (*columns, "bytes"):
         table.add_column(column, justify="right")
     for c in found:
         table.add_row(
             f"{c.budget_tokens:,}",
-            str(c.requests),
             f"{c.padded:.1f}",
+            f"{c.padded_generating:.1f}",
             f"{c.engine:.1f}",
             f"{c.engine / c.padded:.2f}x",
             str(c.engine_peak),
