@@ -12,6 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch is a CUDA build, with CUDA code of its own"
+)
 
 TESTS = Path(__file__).parent
 START = """

@@ -28,10 +28,14 @@ def install(guard: Path) -> None:
 
     Args:
         guard: where to put the compiled device guard; used as it is if it is there.
+
+    Raises:
+        RuntimeError: torch is a CUDA build, whose own device guard would ask for a driver.
     """
-    if torch.version.cuda is None:
-        _load_guard(guard)
-    _set(torch.version, "cuda", torch.version.cuda or "13.0")
+    if torch.version.cuda is not None:
+        raise RuntimeError("the simulated GPU needs a torch that is built without CUDA")
+    _load_guard(guard)
+    _set(torch.version, "cuda", "13.0")
     for name, value in FAKES.items():
         _set(torch.cuda, name, value)
     _set(threading.Thread, "run", _with_modes(threading.Thread.run))
