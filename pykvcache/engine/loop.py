@@ -28,7 +28,7 @@ from pykvcache.engine.rules import RowRules, Texts
 from pykvcache.engine.runner import ModelRunner
 from pykvcache.engine.sampler import Sampler, likeliest, log_probs
 from pykvcache.engine.sampling import Event, LogProbs
-from pykvcache.engine.stats import Meter
+from pykvcache.engine.stats import FloatArray, Meter
 from pykvcache.engine.step import Step
 from pykvcache.engine.swap import SwapSpace
 
@@ -178,7 +178,7 @@ class Loop:
         """Take the next tokens of lanes [R] whose samples nobody watches."""
         lanes = self.lanes
         lanes.append(rows, tokens)
-        self._note_times(rows, time.perf_counter())
+        self.meter.generated(len(rows), self._gaps(rows, time.perf_counter()))
         full = lanes.known[rows] >= lanes.limit[rows]
         eos = np.isin(tokens, self._eos) & lanes.ends_at_eos[rows]
         for i in np.flatnonzero(full | eos).tolist():
@@ -256,19 +256,18 @@ class Loop:
         lanes = np.array([request.lane for request in requests], np.int64)
         runs = lanes >= 0
         self.lanes.append(lanes[runs], tokens[runs])
-        self._note_times(lanes[runs], now)
-        waiting = np.flatnonzero(~runs).tolist()
-        for i in waiting:
+        gaps = self._gaps(lanes[runs], now)
+        for i in np.flatnonzero(~runs).tolist():
             requests[i].tokens = np.append(requests[i].tokens, tokens[i])
             requests[i].token_time = now
-        self.meter.generated(len(waiting))
+        self.meter.generated(len(requests), gaps[~np.isnan(gaps)])
 
-    def _note_times(self, rows: Int64Array, now: float) -> None:
-        """Lanes [R] have got a token."""
+    def _gaps(self, rows: Int64Array, now: float) -> FloatArray:
+        """Seconds [R] since the tokens before the new ones of these lanes; nan: it is the first."""
         times = self.lanes.token_time
-        gaps = now - times[rows]
+        gaps: FloatArray = now - times[rows]
         times[rows] = now
-        self.meter.generated(len(rows), gaps[gaps == gaps])  # nan: it is the first
+        return gaps
 
     def _decide_plain(self, sample: Sample) -> None:
         """From its first token on, a request may be settled as part of an array."""
