@@ -4,7 +4,6 @@ elsewhere."""
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import pytest
 import torch
@@ -81,26 +80,6 @@ def test_rows_of_bfloat16_fit_float16_in_a_unit_of_their_own(magnitude: int) -> 
     assert lost <= 2.0 ** (magnitude - 39) + 2.0**-126  # below are subnormal numbers
     assert torch.isfinite(halves).sum() == 16 * 64 - 1
     assert (units.log2() == units.log2().round()).all()
-
-
-@pytest.mark.parametrize("exponent", [-90, 90])
-@pytest.mark.parametrize("scales", ["head", "slot", "channel"])
-def test_queries_over_float8_may_be_of_any_size(scales: str, exponent: int) -> None:
-    """A power of two in q and its inverse in the scale change no bit."""
-    rows = ((1, 70), (30, 50))
-    case = Case("fp8", rows, dtype=torch.bfloat16, cache_dtype=torch.float8_e4m3fn, scales=scales)
-    data = build(case)
-    (q, *rest), kwargs = data.args, dict(data.kwargs)
-    first = attention_on_device((q, *rest), kwargs)
-    kwargs["scale"] *= 2.0**-exponent
-    again = attention_on_device((q * 2.0**exponent, *rest), kwargs)
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-
-
-def attention_on_device(args: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    moved = {name: move(value) for name, value in kwargs.items()}
-    return ops.paged_attention(*map(move, args), **moved, backend="triton")
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

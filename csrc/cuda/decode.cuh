@@ -32,14 +32,16 @@ struct Decode {
   using Tile = SharedTile<T, KV, kDim>;
 
   // Shared memory: q (if registers hold it, it passes through the rings), then every warp's ring,
-  // what belongs to the rings, and states. At the end of a piece a warp's values [16, kDim] take
-  // the place of its ring.
+  // what belongs to the rings, states, and units of q's rows. At the end of a piece a warp's values
+  // [16, kDim] take the place of its ring.
   static constexpr int kQueryBytes = kHoldsQueries ? 0 : kRowTile * Tile::kQueryBytes;
   static constexpr int kRingBytes = kStages * Stage::kRowsBytes;
   static constexpr int kExtras = kWarps * kStages;
-  static constexpr int kSharedBytes = kQueryBytes + kWarps * kRingBytes +
-                                      kExtras * static_cast<int>(sizeof(typename Stage::Extras)) +
-                                      kWarps * kRowTile * static_cast<int>(sizeof(SoftmaxState));
+  static constexpr int kSharedBytes =
+      kQueryBytes + kWarps * kRingBytes +
+      kExtras * static_cast<int>(sizeof(typename Stage::Extras)) +
+      kWarps * kRowTile * static_cast<int>(sizeof(SoftmaxState)) +
+      (Tile::kFloat8 ? kRowTile : 0) * static_cast<int>(sizeof(float));
   static_assert(kRingBytes >= kRowTile * kDim * static_cast<int>(sizeof(float)));
 
   unsigned char* shared = dynamic_shared();
@@ -65,11 +67,15 @@ struct Decode {
     return reinterpret_cast<SoftmaxState*>(end) + w * kRowTile;
   }
 
+  __device__ __forceinline__ float* query_units() const {  // [16]
+    return reinterpret_cast<float*>(piece_states(kWarps));
+  }
+
   // Keys [begin, end) of a sequence against its row tile; leaves the warps' states in shared
   // memory.
   __device__ __forceinline__ void attend_piece(const KernelParams& params, const WarpRows& rows,
                                                int32_t begin, int32_t end) const {
-    stage_queries<T, KV, kDim>(params, rows, kRowTile, shared);
+    stage_queries<T, KV, kDim>(params, rows, kRowTile, shared, query_units());
     // q is written by all threads before any warp reads it.
     KV_OMITTABLE(decode_query_barrier, __syncthreads());
 
@@ -98,13 +104,14 @@ struct Decode {
       KV_OMITTABLE(decode_warp_barrier, __syncwarp());
       if (i + kStages - 1 < count) copier.copy(stage(refilled), 0);
       copy_commit();
-      attention.template attend<kGroupKeys>(
-          params, rows, shared, stage(current).tile(first + i * kStep, 0, 1), scale, lane);
+      attention.template attend<kGroupKeys>(params, rows, shared, query_units(),
+                                            stage(current).tile(first + i * kStep, 0, 1), scale,
+                                            lane);
       refilled = current;
       current = current + 1 == kStages ? 0 : current + 1;
     }
     copy_wait<0>();
-    attention.finish();
+    attention.finish(params);
     // Every lane has read the ring that the values overwrite.
     KV_OMITTABLE(decode_value_barrier, __syncwarp());
     store_state(attention);
@@ -132,6 +139,7 @@ struct Decode {
 
   // Combines the warps' states and writes the piece: to the output if it is `whole`, else to
   // `slot`.
+  template <class Out>
   __device__ __forceinline__ void write_piece(const KernelParams& params, const WarpRows& rows,
                                               bool whole, int64_t slot) const {
     const AttentionParams& p = params.attention;
@@ -161,7 +169,7 @@ struct Decode {
         float sum = 0.0f;
         for (int w = 0; w < kWarps; ++w) sum += weights[w] * piece_values(w)[value_place(row, d)];
         if (whole)
-          static_cast<T*>(p.out)[place * dim + d] = from_float<T>(sum * factor);
+          static_cast<Out*>(p.out)[place * dim + d] = from_float<Out>(sum * factor);
         else
           params.part_values[place * dim + d] = sum * factor;
       }
@@ -190,7 +198,11 @@ struct Decode {
     // All warps' states are written before any is read.
     KV_OMITTABLE(decode_state_barrier, __syncthreads());
     const bool whole = entry == row_begin && entry_end == row_end;
-    write_piece(params, rows, whole, params.piece_units > 1 ? entry : blockIdx.x + row);
+    const int64_t slot = params.piece_units > 1 ? entry : blockIdx.x + row;
+    if (Tile::kFloat8 && p.q_dtype == DType::kBFloat16)
+      write_piece<BFloat16>(params, rows, whole, slot);
+    else
+      write_piece<T>(params, rows, whole, slot);
     // States and q are read before the next piece overwrites them.
     KV_OMITTABLE(decode_piece_barrier, __syncthreads());
   }

@@ -28,15 +28,13 @@ auto dispatch_cache(DType dtype, Function&& function) {
   return dispatch_float(dtype, function);
 }
 
-// function(Type<T>, Type<KV>) for what tensor cores take: T is 2 bytes, KV is T or Float8.
+// function(Type<T>, Type<KV>) for what tensor cores multiply: KV and q are T, or KV is Float8, T is
+// Half, and q is either.
 template <class Function>
 auto dispatch_tensor_cores(const AttentionParams& p, Function&& function) {
-  const auto with_q = [&](auto q) {
-    if (p.k.dtype == DType::kFloat8E4M3) return function(q, Type<Float8>());
-    return function(q, q);
-  };
-  if (p.q_dtype == DType::kFloat16) return with_q(Type<Half>());
-  return with_q(Type<BFloat16>());
+  if (p.k.dtype == DType::kFloat8E4M3) return function(Type<Half>(), Type<Float8>());
+  if (p.q_dtype == DType::kFloat16) return function(Type<Half>(), Type<Half>());
+  return function(Type<BFloat16>(), Type<BFloat16>());
 }
 
 }  // namespace pykvcache::cuda

@@ -135,15 +135,42 @@ class KeyCopier {
   int lane_;
 };
 
+// 16 dims of a row of bfloat16 become halves in a unit of the row, which is returned. The other
+// dims are with the other lanes of a segment of kLanes; all lanes of a warp take part.
+template <int kLanes>
+__device__ __forceinline__ float to_halves(uint32_t (&words)[8]) {
+  constexpr unsigned kAll = 0xffffffffu;
+  float numbers[8][2];
+  float largest = 0.0f;
+#pragma unroll
+  for (int w = 0; w < 8; ++w)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      numbers[w][half] = to_float(BFloat16{static_cast<uint16_t>(words[w] >> (16 * half))});
+      largest = fmaxf(largest, fabsf(numbers[w][half]));
+    }
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+    largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, lanes));
+  const float unit = unit_of<14>(largest);
+  const float inverse = inverse_of(unit);
+#pragma unroll
+  for (int w = 0; w < 8; ++w)
+    words[w] = pack<Half>(numbers[w][0] * inverse, numbers[w][1] * inverse);
+  return unit;
+}
+
 // Query rows [first, first + count) of a sequence into shared memory, by all threads of the CTA;
-// rows that are not there are zeros. Visible to others after the caller's barrier.
+// rows that are not there are zeros. Float8: as halves, with their units [count]. Visible to others
+// after the caller's barrier. `count` rows are whole warps' work.
 template <class T, class KV, int kDim>
 __device__ __forceinline__ void stage_queries(const KernelParams& params, const WarpRows& rows,
-                                              int count, unsigned char* to) {
+                                              int count, unsigned char* to, float* units) {
   using Tile = SharedTile<T, KV, kDim>;
   const AttentionParams& p = params.attention;
-  for (int i = threadIdx.x; i < count * (kDim / 16); i += blockDim.x) {
-    const int row = i / (kDim / 16), part = i % (kDim / 16);  // 16 dims, 2 chunks
+  constexpr int kParts = kDim / 16;
+  for (int i = threadIdx.x; i < count * kParts; i += blockDim.x) {
+    const int row = i / kParts, part = i % kParts;  // 16 dims, 2 chunks
     alignas(16) uint32_t words[8] = {};
     if (rows.first + row < rows.end) {
       const QueryRow query = query_row(params, rows.sequence, rows.kv_head, rows.first + row);
@@ -158,6 +185,10 @@ __device__ __forceinline__ void stage_queries(const KernelParams& params, const 
 #pragma unroll
         for (int w = 0; w < 4; ++w) words[Tile::swizzled_word(half * 4 + w)] = read[w];
       }
+    }
+    if constexpr (Tile::kFloat8) {
+      const float unit = p.q_dtype == DType::kBFloat16 ? to_halves<kParts>(words) : 1.0f;
+      if (part == 0) units[row] = unit;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half)

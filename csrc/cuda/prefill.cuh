@@ -29,18 +29,22 @@ struct Prefill {
   using Tiles = QueryTiles<kRows>;
   static_assert(Stage::kGroups <= kWarps);
 
-  // Shared memory: q, the stages, what belongs to the stages.
+  // Shared memory: q, units of its rows, the stages, what belongs to the stages.
   static constexpr int kQueryBytes = kRows * Tile::kQueryBytes;
+  static constexpr int kUnitBytes = Tile::kFloat8 ? kRows * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kSharedBytes =
-      kQueryBytes +
+      kQueryBytes + kUnitBytes +
       kStages * (Stage::kRowsBytes + static_cast<int>(sizeof(typename Stage::Extras)));
 
   unsigned char* shared = dynamic_shared();
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32;
 
+  __device__ __forceinline__ float* query_units() const {  // [kRows]
+    return reinterpret_cast<float*>(shared + kQueryBytes);
+  }
   __device__ __forceinline__ Stage stage(int index) const {
-    unsigned char* stages = shared + kQueryBytes;
+    unsigned char* stages = shared + kQueryBytes + kUnitBytes;
     auto* extras = reinterpret_cast<typename Stage::Extras*>(stages + kStages * Stage::kRowsBytes);
     return {stages + index * Stage::kRowsBytes, extras + index};
   }
@@ -48,14 +52,17 @@ struct Prefill {
   __device__ __forceinline__ void run(const KernelParams& params) const {
     WarpRows rows;
     if (!Tiles::find(params, rows)) return;
-    stage_queries<T, KV, kDim>(params, rows, kRows, shared);
+    stage_queries<T, KV, kDim>(params, rows, kRows, shared, query_units());
     const KeyRange keys = Tiles::keys(params, rows);
     rows.first += warp * kRowTile * kRowTiles;
     Attention attention;
     attention.start(params, rows, lane);
     walk(params, rows, keys, attention);
-    attention.finish();
-    write(params, rows, attention);
+    attention.finish(params);
+    if (Tile::kFloat8 && params.attention.q_dtype == DType::kBFloat16)
+      write<BFloat16>(params, rows, attention);
+    else
+      write<T>(params, rows, attention);
   }
 
   __device__ __forceinline__ void walk(const KernelParams& params, const WarpRows& rows,
@@ -63,6 +70,7 @@ struct Prefill {
     const int32_t first = keys.begin / kTileKeys * kTileKeys;
     const int32_t count = keys.end > first ? (keys.end - first + kTileKeys - 1) / kTileKeys : 0;
     const float scale = params.attention.scale * head_scale(params.attention.k_scale, rows.kv_head);
+    const float* units = query_units() + warp * kRowTile * kRowTiles;
     const unsigned char* q = shared + warp * kRowTile * kRowTiles * Tile::kQueryBytes;
     KeyCopier<KV, kDim> copier(params, lane);
     copier.start(rows.sequence, rows.kv_head, first + warp * kGroupKeys, kTileKeys);
@@ -83,7 +91,7 @@ struct Prefill {
         const KeyTile tile =
             stage(current).tile(first + i * kTileKeys + step * kStepKeys,
                                 step * (kStepKeys / kGroupKeys), kStepKeys / kGroupKeys);
-        attention.template attend<kStepKeys>(params, rows, q, tile, scale, lane);
+        attention.template attend<kStepKeys>(params, rows, q, units, tile, scale, lane);
       }
       refilled = current;
       current = current + 1 == kStages ? 0 : current + 1;
@@ -91,6 +99,7 @@ struct Prefill {
     copy_wait<0>();
   }
 
+  template <class Out>
   __device__ __forceinline__ void write(const KernelParams& params, const WarpRows& rows,
                                         Attention& attention) const {
     const AttentionParams& p = params.attention;
@@ -106,14 +115,14 @@ struct Prefill {
         SoftmaxState& state = attention.state[m][half];
         const float rescale = p.sinks != nullptr ? state.add_sink(p.sinks[query.head]) : 1.0f;
         const float factor = state.normalizer() * rescale * value_scale;
-        T* out = static_cast<T*>(p.out) + place * p.v_head_dim;
+        Out* out = static_cast<Out*>(p.out) + place * p.v_head_dim;
 #pragma unroll
         for (int tile = 0; tile < kDim / 8; ++tile)
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int d = Tile::value_dim(tile, lane, c);
             if (d < p.v_head_dim)
-              out[d] = from_float<T>(attention.values[m][tile][2 * half + c] * factor);
+              out[d] = from_float<Out>(attention.values[m][tile][2 * half + c] * factor);
           }
         if (lane % 4 == 0) p.lse[place] = state.lse();
       }

@@ -47,6 +47,9 @@ __device__ __forceinline__ float to_float(Float8 x) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3)));
 }
 
+__device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
+
 template <class T>
 __device__ T from_float(float x);  // rounds to nearest even; Float8 saturates
 template <>
@@ -84,30 +87,21 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
   return __byte_perm(a, b, selector);
 }
 
-// The two Float8 in the low half of a word as halves: exact.
-__device__ __forceinline__ __half2 halves_of_float8(uint32_t pair) {
+// The two Float8 in the low half of a word as two Half: exact.
+__device__ __forceinline__ uint32_t unpack_float8(uint32_t pair) {
 #if __CUDA_ARCH__ >= 890
-  return __half2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+  const __half2 both(
+      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+  return reinterpret_cast<const uint32_t&>(both);
 #else
   // The same bits in a half's fields are 2^8 times too small: the biases are 7 and 15. What is NaN
   // would then be 480.
   const uint32_t high = byte_permute(pair, 0, 0x1404);
   const uint32_t bits = (high & 0x80008000u) | (high & 0x7f007f00u) >> 1;
   const __half2 value = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
-  const uint32_t checked = reinterpret_cast<const uint32_t&>(value) |
-                           __heq2_mask(__habs2(value), __float2half2_rn(480.0f));
-  return reinterpret_cast<const __half2&>(checked);
+  return reinterpret_cast<const uint32_t&>(value) |
+         __heq2_mask(__habs2(value), __float2half2_rn(480.0f));
 #endif
-}
-
-// The same as two T.
-template <class T>
-__device__ __forceinline__ uint32_t unpack_float8(uint32_t pair) {
-  const __half2 both = halves_of_float8(pair);
-  if constexpr (__is_same(T, Half))
-    return reinterpret_cast<const uint32_t&>(both);
-  else
-    return pack<T>(__low2float(both), __high2float(both));
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -3,10 +3,10 @@
 // A chunk's place in its row is exclusive-ored with the row, so that the eight rows that one
 // load_matrices phase reads at one chunk lie in different banks.
 //
-// Float8 is turned into T in registers. One 8x8 matrix of 2-byte elements holds 16 dims of a Float8
-// row: lane t gets dims 4t to 4t + 3, where two of T's matrices would give it 2t, 2t + 1, 2t + 8
-// and 2t + 9. The order of dims is free as long as q has the same (swizzled_word) and the output
-// is read in it (value_dim).
+// Float8 is turned into halves in registers, and T is Half then, whatever q's dtype is. One 8x8
+// matrix of 2-byte elements holds 16 dims of a Float8 row: lane t gets dims 4t to 4t + 3, where two
+// of T's matrices would give it 2t, 2t + 1, 2t + 8 and 2t + 9. The order of dims is free as long as
+// q has the same (swizzled_word) and the output is read in it (value_dim).
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -34,7 +34,7 @@ struct SharedTile {
   static constexpr bool kFloat8 = sizeof(KV) == 1;
   static constexpr int kQueryBytes = kDim * static_cast<int>(sizeof(T));  // of a row
   static constexpr int kCacheBytes = kDim * static_cast<int>(sizeof(KV));
-  static_assert(kDim % 32 == 0);
+  static_assert(kDim % 32 == 0 && (!kFloat8 || __is_same(T, Half)));
 
   // Where word i of the 8 words (16 dims) of q lies within them.
   __device__ static __forceinline__ int swizzled_word(int i) {
@@ -71,7 +71,7 @@ struct SharedTile {
   __device__ static __forceinline__ uint32_t key_word(const uint32_t (&words)[4], int step, int i,
                                                       int w) {
     if constexpr (kFloat8)
-      return unpack_float8<T>(words[step % 2 * 2 + i] >> (16 * w) & 0xffff);
+      return unpack_float8(words[step % 2 * 2 + i] >> (16 * w) & 0xffff);
     else
       return words[2 * i + w];
   }
@@ -86,8 +86,8 @@ struct SharedTile {
                                w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // bytes 0 and 2: an even dim of two keys; 1 and 3: an odd one
-        b[i / 2 * 2][i % 2] = unpack_float8<T>(byte_permute(w[i], 0, 0x4420));
-        b[i / 2 * 2 + 1][i % 2] = unpack_float8<T>(byte_permute(w[i], 0, 0x4431));
+        b[i / 2 * 2][i % 2] = unpack_float8(byte_permute(w[i], 0, 0x4420));
+        b[i / 2 * 2 + 1][i % 2] = unpack_float8(byte_permute(w[i], 0, 0x4431));
       }
     } else {
 #pragma unroll

@@ -7,6 +7,7 @@
 
 #include "cuda/logits.cuh"
 #include "cuda/shared_tile.cuh"
+#include "cuda/unit.cuh"
 
 namespace pykvcache::cuda {
 
@@ -20,14 +21,17 @@ struct KeyTile {
   uint32_t present;  // bit i: key begin + i is there
 };
 
-// kHoldsQueries: q stays in registers, which must suffice.
+// T: what is multiplied. kHoldsQueries: q stays in registers, which must suffice.
 template <class T, class KV, int kDim, int kRowTiles, bool kHoldsQueries>
 struct WarpAttention {
   using Tile = SharedTile<T, KV, kDim>;
   static constexpr unsigned kAll = 0xffffffffu;
 
+  static constexpr bool kHalves = __is_same(T, Half);  // weights are in kWeightUnit
+
   float values[kRowTiles][kDim / 8][4];
   SoftmaxState state[kRowTiles][2];
+  float value_unit;  // of values, if slots have scales and T is Half
   uint32_t queries[kHoldsQueries ? kRowTiles : 1][kHoldsQueries ? kDim / 16 : 1][4];
   KeyRange common;  // keys that all of this lane's rows see
 
@@ -38,6 +42,7 @@ struct WarpAttention {
   __device__ __forceinline__ void start(const KernelParams& params, const WarpRows& rows,
                                         int lane) {
     common = {0, INT32_MAX};
+    value_unit = unit_of<-1>(0.0f);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -72,23 +77,32 @@ struct WarpAttention {
         Tile::load_queries(q, m * kRowTile, step, lane, queries[m][step]);
   }
 
-  // q: rows of this warp in shared memory, unless it holds them. `scale` holds the head's k_scale.
+  // q: rows of this warp in shared memory, unless it holds them; units: of these rows, if KV is
+  // Float8. `scale` holds the head's k_scale.
   template <int kKeys>
   __device__ __forceinline__ void attend(const KernelParams& params, const WarpRows& rows,
-                                         const unsigned char* q, const KeyTile& tile, float scale,
-                                         int lane) {
+                                         const unsigned char* q, const float* units,
+                                         const KeyTile& tile, float scale, int lane) {
     float scores[kRowTiles][kKeys / 8][4];
     multiply_queries<kKeys>(q, tile, lane, scores);
+    float scales[kRowTiles][2];  // from products of rows to scores
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        scales[m][half] = Tile::kFloat8 ? scale * units[row_of(m, half, lane)] : scale;
     if (has_plain_logits(params.attention))
-      mask<kKeys>(params, rows, tile, scale * kLog2e, lane, scores);
+      mask<kKeys>(params, rows, tile, scales, lane, scores);
     else
-      modify<kKeys>(params, rows, tile, scale, lane, scores);
+      modify<kKeys>(params, rows, tile, scales, lane, scores);
     weigh<kKeys>(params, tile, lane, scores);
     add_values<kKeys>(tile, lane, scores);
   }
 
-  // Completes the sums of the rows. All lanes of a row then have the same state.
-  __device__ __forceinline__ void finish() {
+  // Completes the sums of the rows, and takes units out. All lanes of a row then have the same
+  // state.
+  __device__ __forceinline__ void finish(const KernelParams& params) {
+    const bool slot_scales = params.attention.v_scale.kind == ScaleKind::kSlot;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -96,6 +110,10 @@ struct WarpAttention {
         float& sum = state[m][half].sum;
         sum += __shfl_xor_sync(kAll, sum, 1);
         sum += __shfl_xor_sync(kAll, sum, 2);
+        if constexpr (kHalves) {
+          sum *= kWeightUnit;
+          rescale(m, half, slot_scales ? kWeightUnit * value_unit : kWeightUnit);
+        }
       }
   }
 
@@ -152,15 +170,15 @@ struct WarpAttention {
   // Scales, and hides keys; most tiles hide none.
   template <int kKeys>
   __device__ __forceinline__ void mask(const KernelParams& params, const WarpRows& rows,
-                                       const KeyTile& tile, float factor, int lane,
-                                       float (&scores)[kRowTiles][kKeys / 8][4]) const {
+                                       const KeyTile& tile, const float (&scales)[kRowTiles][2],
+                                       int lane, float (&scores)[kRowTiles][kKeys / 8][4]) const {
     constexpr uint32_t kFull = kKeys == 32 ? ~0u : (1u << (kKeys % 32)) - 1;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[m][n][i] *= factor;
+        for (int i = 0; i < 4; ++i) scores[m][n][i] *= scales[m][i / 2] * kLog2e;
     if (tile.present == kFull && common.begin <= tile.begin && tile.begin + kKeys <= common.end)
       return;
 #pragma unroll
@@ -179,8 +197,8 @@ struct WarpAttention {
   // The same with softcap, ALiBi, bias and scales of slots.
   template <int kKeys>
   __device__ __forceinline__ void modify(const KernelParams& params, const WarpRows& rows,
-                                         const KeyTile& tile, float scale, int lane,
-                                         float (&scores)[kRowTiles][kKeys / 8][4]) const {
+                                         const KeyTile& tile, const float (&scales)[kRowTiles][2],
+                                         int lane, float (&scores)[kRowTiles][kKeys / 8][4]) const {
     const AttentionParams& p = params.attention;
     const bool slot_scales = p.k_scale.kind == ScaleKind::kSlot;
 #pragma unroll
@@ -197,6 +215,7 @@ struct WarpAttention {
             const int column = column_of(n, i, lane);
             float& score = scores[m][n][i];
             if (row < rows.end && is_visible(range, tile, column)) {
+              const float scale = scales[m][half];
               const float own = slot_scales ? scale * tile.key_scales[column] : scale;
               score = modified_logit(p, rows.sequence, query, tile.begin + column, score * own);
             } else {
@@ -221,14 +240,8 @@ struct WarpAttention {
         top = fmaxf(top, __shfl_xor_sync(kAll, top, 1));
         top = fmaxf(top, __shfl_xor_sync(kAll, top, 2));
         const float factor = state[m][half].raise(top);
-        const float base = state[m][half].base();
-        if (!__all_sync(kAll, factor == 1.0f)) {  // the maximum rarely moves
-#pragma unroll
-          for (int n = 0; n < kDim / 8; ++n) {
-            values[m][n][2 * half] *= factor;
-            values[m][n][2 * half + 1] *= factor;
-          }
-        }
+        const float base = state[m][half].base() + (kHalves ? kWeightExponent : 0);
+        if (!__all_sync(kAll, factor == 1.0f)) rescale(m, half, factor);  // it rarely moves
 #pragma unroll
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
@@ -240,19 +253,54 @@ struct WarpAttention {
     if (params.attention.v_scale.kind == ScaleKind::kSlot) scale_weights<kKeys>(tile, lane, scores);
   }
 
-  // Weights of 0 stay: the scale of a key that is not there may be anything.
+  __device__ __forceinline__ void rescale(int m, int half, float factor) {
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      values[m][n][2 * half] *= factor;
+      values[m][n][2 * half + 1] *= factor;
+    }
+  }
+
+  // Weights of 0 stay: the scale of a key that is not seen may be anything.
   template <int kKeys>
   __device__ __forceinline__ void scale_weights(const KeyTile& tile, int lane,
-                                                float (&weights)[kRowTiles][kKeys / 8][4]) const {
+                                                float (&weights)[kRowTiles][kKeys / 8][4]) {
+    float scales[kKeys / 8][2];
+    float largest = 0.0f;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float scale = tile.value_scales[column_of(n, i, lane)];
+        if (i < 2) scales[n][i] = tile.value_scales[column_of(n, i, lane)];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
-          if (weights[m][n][i] != 0.0f) weights[m][n][i] *= scale;
+          if (weights[m][n][i] != 0.0f) largest = fmaxf(largest, fabsf(scales[n][i % 2]));
       }
+    const float inverse = kHalves ? inverse_of(raise_unit(largest)) : 1.0f;
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+          if (weights[m][n][i] != 0.0f) weights[m][n][i] *= scales[n][i % 2] * inverse;
+  }
+
+  // Makes the unit of values so large that weights times scales of slots, at most `largest` in this
+  // lane, have room in halves; returns it.
+  __device__ __forceinline__ float raise_unit(float largest) {
+    // Numbers without a sign are in the order of their bits.
+    largest = bits_float(__reduce_max_sync(kAll, float_bits(largest)));
+    const float before = value_unit;
+    value_unit = fmaxf(before, unit_of<-1>(largest));
+    if (value_unit != before) {
+      const float factor = before * inverse_of(value_unit);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) rescale(m, half, factor);
+    }
+    return value_unit;
   }
 
   template <int kKeys>

@@ -212,12 +212,19 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   });
 }
 
-inline unsigned __reduce_or_sync(unsigned, unsigned value) {
-  return cuda_host::collective<unsigned>(value, [](auto&& in, auto&& out) {
+template <class Combine>
+unsigned __reduce_sync(unsigned value, Combine&& combine) {
+  return cuda_host::collective<unsigned>(value, [&](auto&& in, auto&& out) {
     unsigned all = 0;
-    for (int lane = 0; lane < 32; ++lane) all |= in(lane);
+    for (int lane = 0; lane < 32; ++lane) all = combine(all, in(lane));
     for (int lane = 0; lane < 32; ++lane) out(lane) = all;
   });
+}
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  return __reduce_sync(value, [](unsigned a, unsigned b) { return a | b; });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return __reduce_sync(value, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
 
 inline bool __all_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) == ~0u; }

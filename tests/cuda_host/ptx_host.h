@@ -55,9 +55,8 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-template <class T>
-uint32_t unpack_float8(uint32_t pair) {
-  return pack<T>(float8_to_float(pair & 0xff), float8_to_float(pair >> 8 & 0xff));
+inline uint32_t unpack_float8(uint32_t pair) {
+  return pack<Half>(float8_to_float(pair & 0xff), float8_to_float(pair >> 8 & 0xff));
 }
 
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
