@@ -31,7 +31,7 @@ if ops.backends()["cuda"] != "ready":
 FP8 = torch.float8_e4m3fn
 ASAN = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DKV_HOST_THREADS"
 # Cases of driver.cpp.
-CASE_OF = {"decode": 4, "prefill": 0, "plain": 5, "wgmma": 6, "gather": 8, "plan": -1}
+CASE_OF = {"decode": 4, "prefill": 0, "plain": 5, "wgmma": 6, "gather": 8, "plan": -1, "merge": 4}
 OMITTABLE = {
     name
     for file in (build.ROOT / "csrc/cuda").glob("*.cuh")

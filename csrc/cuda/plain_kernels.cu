@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kPlanThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 4)
     merge_pieces_kernel(const __grid_constant__ KernelParams params) {
   merge_pieces<T>(params);
 }
@@ -43,11 +43,12 @@ void plan(const KernelParams& params, Stream stream) {
 
 void merge_pieces(const KernelParams& params, Stream stream) {
   const AttentionParams& p = params.attention;
-  const dim3 grid{static_cast<unsigned>(p.batch),
-                  groups_of(p.num_kv_heads * params.merged_rows, kMergeWarps)};
+  const dim3 grid{static_cast<unsigned>(merge_columns(params)),
+                  static_cast<unsigned>(p.num_kv_heads * params.merged_rows)};
+  if (grid.x == 0) return;  // one program cuts nothing
   dispatch_float(p.q_dtype, [&](auto type) {
-    launch(&merge_pieces_kernel<typename decltype(type)::type>, grid, kMergeThreads, 0, stream,
-           params);
+    launch(&merge_pieces_kernel<typename decltype(type)::type>, grid, kMergeThreads,
+           kMergeWarps * static_cast<int>(p.v_head_dim * sizeof(float)), stream, params);
   });
 }
 

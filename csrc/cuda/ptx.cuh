@@ -104,6 +104,22 @@ __device__ __forceinline__ uint32_t unpack_float8(uint32_t pair) {
 #endif
 }
 
+// A load that is issued where it stands: the compiler moves plain ones to where they are used, and
+// each of a few would wait for the one before it.
+__device__ __forceinline__ float4 load_now(const float4* from) {
+  float4 x;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ float load_now(const float* from) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -67,6 +67,11 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
+template <class T>
+T load_now(const T* from) {
+  return *from;
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 // ---- cp.async
