@@ -9,6 +9,7 @@ import torch
 from gpu_backends import skip_if_values_are_not_read
 from op_cases import CASES, Case, build
 from op_oracle import assert_as_good_as_dense, dense_attention
+from torch import Tensor
 
 from pykvcache import ops
 
@@ -115,21 +116,21 @@ def test_block_ids_above_65535(backend: str) -> None:
         ops.paged_attention(q, k_cache, v_cache, moved, *rest, **data.kwargs, backend=backend)
 
 
+def sparse(*shape: int, strides: tuple[int, ...] | None = None) -> Tensor:
+    """bfloat16; only the touched pages of it become real memory."""
+    strides = strides or torch.empty(shape, device="meta").stride()
+    elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    storage = torch.UntypedStorage(2 * elements)
+    return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, shape, strides)
+
+
 @pytest.mark.parametrize("backend", READY)
 def test_pool_above_2_to_31_elements(backend: str) -> None:
-    """Only the touched pages of the 8 GiB pools become real memory."""
-    heads, dim, block_size = 8, 128, 128
+    heads, dim, block_size = 8, 128, 16
     num_blocks = 2**31 // (heads * dim * block_size) + 8
-    k_cache, v_cache = (
-        torch.empty(0, dtype=torch.bfloat16).set_(
-            torch.UntypedStorage(num_blocks * heads * block_size * dim * 2),
-            0,
-            (num_blocks, heads, block_size, dim),
-        )
-        for _ in range(2)
-    )
-    length, last = 200, num_blocks - 1
-    slots = torch.cat([torch.arange(128) + last * block_size, torch.arange(72) + 5 * block_size])
+    k_cache, v_cache = (sparse(num_blocks, heads, block_size, dim) for _ in range(2))
+    length, last = 25, num_blocks - 1
+    slots = torch.cat([torch.arange(16) + last * block_size, torch.arange(9) + 5 * block_size])
     k, v = (torch.randn(length, heads, dim, dtype=torch.bfloat16) for _ in range(2))
     table = torch.tensor([[last, 5]], dtype=torch.int32)
     lengths, starts = torch.tensor([length], dtype=torch.int32), torch.tensor([0, 1]).int()
@@ -140,6 +141,28 @@ def test_pool_above_2_to_31_elements(backend: str) -> None:
         q.float().transpose(0, 1), k.float().transpose(0, 1), v.float().transpose(0, 1)
     )
     torch.testing.assert_close(out.float(), expected.transpose(0, 1), atol=2e-2, rtol=2e-2)
+    pairs = torch.tensor([[last, 9], [5, last - 3]])
+    ops.copy_blocks([k_cache, v_cache], [k_cache, v_cache], pairs, backend=backend)
+    table = torch.tensor([[9, last - 3]], dtype=torch.int32)
+    starts = torch.tensor([0, length]).int()
+    gathered = ops.gather_kv(k_cache, v_cache, table, lengths, starts, length, backend=backend)
+    assert torch.equal(gathered[0], k) and torch.equal(gathered[1], v)
+    table = torch.tensor([[last, last - 3]], dtype=torch.int32)
+    gathered = ops.gather_kv(k_cache, v_cache, table, lengths, starts, length, backend=backend)
+    assert torch.equal(gathered[0], k) and torch.equal(gathered[1], v)
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (20, 64), (1, 60)])
+def test_queries_above_2_to_31_elements(backend: str, tokens: int, dim: int) -> None:
+    """Of two sequences, for decode, prefill and, with rows that are not aligned, plain kernels."""
+    case = Case("far", ((tokens, 30), (tokens, 9)), 2, 1, dim, dtype=torch.bfloat16)
+    data = build(case)
+    (q, *rest) = data.args
+    far = sparse(*q.shape, strides=(2**32 // (tokens * dim) * dim, dim, 1))
+    far.copy_(q)
+    out, lse = ops.paged_attention(far, *rest, **data.kwargs, backend=backend)
+    assert_as_good_as_dense(case, data, out, lse)
 
 
 @pytest.mark.parametrize("backend", READY)
