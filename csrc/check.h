@@ -87,6 +87,12 @@ inline const char* dtype_name(ScalarType type) {
       return "bfloat16";
     case ScalarType::Float8_e4m3fn:
       return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
@@ -120,7 +126,8 @@ inline void check_place(const Tensor& t, const char* name, const Place& place) {
          place.backend, "'");
 }
 
-inline DType to_dtype(const Tensor& t, const char* name) {
+inline DType to_dtype(const Tensor& t, const char* name,
+                      const char* wanted = "float32, float16 or bfloat16") {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -133,7 +140,7 @@ inline DType to_dtype(const Tensor& t, const char* name) {
     case ScalarType::Bool:
       return DType::kBool;
     default:
-      fail(name, " must be float32, float16 or bfloat16, got ", dtype_name(t.scalar_type()));
+      fail(name, " must be ", wanted, ", got ", dtype_name(t.scalar_type()));
   }
 }
 

@@ -18,7 +18,7 @@ inline CacheView cache_view(const Tensor& cache, const char* name, Dim* num_bloc
   if (*block_size < 1) fail("block_size must be at least 1, got ", *block_size);
   CacheView view;
   view.data = cache.mutable_data_ptr();
-  view.dtype = to_dtype(cache, name);
+  view.dtype = to_dtype(cache, name, "float32, float16, bfloat16 or float8_e4m3fn");
   view.num_blocks = cache.size(0);
   view.head_dim = cache.size(3);
   view.stride_block = cache.stride(0);

@@ -179,6 +179,11 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "cache dims": (_change(1, torch.zeros(4, 4)), {}, "k_cache must be"),
     "cache blocks": (_change(2, torch.zeros(2, 2, 16, 64)), {}, "v_cache must be.*num_blocks"),
     "cache dtype": (_change(2, torch.zeros(7, 2, 16, 64).half()), {}, "v_cache must"),
+    "other float8": (
+        _change(1, torch.zeros(7, 2, 16, 64).to(torch.float8_e5m2)),
+        {},
+        "k_cache must be float32.*float8_e4m3fn, got float8_e5m2",
+    ),
     "table dtype": (_change(3, torch.zeros(2, 4).long()), {}, "block_table must be int32"),
     "table rows": (_change(3, torch.zeros(3, 4).int()), {}, "B is"),
     "block id": (_change(3, torch.full((2, 4), 99).int()), {}, "99"),

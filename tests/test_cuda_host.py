@@ -18,6 +18,7 @@ import torch
 from cuda_host import build
 from op_cases import BF16, F16, F32, Case
 from op_cases import build as build_case
+from op_oracle import assert_as_good_as_dense
 
 from pykvcache import operators, ops
 from pykvcache.bench import gpu
@@ -92,6 +93,31 @@ def test_wgmma_is_explained_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -
     call = CallSpec.parse("B=1,L=300,HQ=8,HKV=2,D=128,q=100")
     monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "wgmma")
     assert "wgmma_prefill" in gpu.describe_launch(call, torch.device("cuda"), "cuda")[0]
+
+
+@pytest.fixture
+def small_shared_memory() -> Iterator[None]:
+    """99 KiB a CTA, as compute capability 8.6, 8.9 and 12.0 have it."""
+    build.control().kv_emulation_set_shared_bytes(99 << 10)
+    yield
+    build.control().kv_emulation_set_shared_bytes(227 << 10)
+
+
+@pytest.mark.usefixtures("small_shared_memory")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("storage", [None, FP8], ids=["same", "float8"])
+def test_tensor_cores_serve_all_their_dims_in_99_kib(dim: int, storage: torch.dtype | None) -> None:
+    case = Case("small", ((1, 700), (40, 50)), 8, 2, dim, dtype=BF16, cache_dtype=storage)
+    data = build_case(case)
+    before = build.control().kv_emulation_matrix_products()
+    out, lse = ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
+    assert_as_good_as_dense(case, data, out, lse)
+    assert build.control().kv_emulation_matrix_products() > before
+    found, numbers = gpu.describe_launch(
+        CallSpec.parse(f"B=2,L=300,HQ=8,HKV=2,D={dim}"), torch.device("cuda"), "cuda"
+    )
+    assert found.startswith("decode")
+    assert numbers["stages"] == (2 if dim == 256 else 3)
 
 
 @pytest.mark.usefixtures("ctas")

@@ -16,11 +16,13 @@
 
 namespace pykvcache::cuda {
 
-template <class T, class KV, int kDim>
+// Stages of 16 keys that a warp has. Three of 2-byte rows are 96 KiB a CTA for kDim 128 and 256.
+template <class KV>
+constexpr int kUsualStages = sizeof(KV) == 1 ? 5 : 3;
+
+template <class T, class KV, int kDim, int kStages = kUsualStages<KV>>
 struct Decode {
-  // 16 kWarps keys at once; three stages of 2-byte rows are 96 KiB a CTA for kDim 128 and 256.
   static constexpr int kWarps = kDim <= 128 ? 4 : 2;
-  static constexpr int kStages = sizeof(KV) == 1 ? 5 : 3;
   static constexpr int kResidentCtas = kDim <= 64 ? 3 : 2;  // at least, of a processor
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kStep = kGroupKeys * kWarps;  // keys

@@ -6,11 +6,11 @@
 namespace pykvcache::cuda {
 namespace {
 
-template <class T, class KV>
-__global__ void __launch_bounds__(Decode<T, KV, KV_HEAD_DIM>::kThreads,
-                                  Decode<T, KV, KV_HEAD_DIM>::kResidentCtas)
+template <class T, class KV, int kStages>
+__global__ void __launch_bounds__(Decode<T, KV, KV_HEAD_DIM, kStages>::kThreads,
+                                  Decode<T, KV, KV_HEAD_DIM, kStages>::kResidentCtas)
     decode_kernel(const __grid_constant__ KernelParams params) {
-  Decode<T, KV, KV_HEAD_DIM>().run(params);
+  Decode<T, KV, KV_HEAD_DIM, kStages>().run(params);
 }
 
 // function(kernel, shape)
@@ -19,9 +19,17 @@ auto with_kernel(const KernelParams& params, Function&& function) {
   return dispatch_tensor_cores(params.attention, [&](auto q, auto kv) {
     using T = typename decltype(q)::type;
     using KV = typename decltype(kv)::type;
-    using Kernel = Decode<T, KV, KV_HEAD_DIM>;
-    return function(&decode_kernel<T, KV>, KernelShape{kRowTile, Kernel::kStep, Kernel::kStages,
-                                                       Kernel::kThreads, Kernel::kSharedBytes});
+    const auto with_stages = [&](auto stages) {
+      using Kernel = Decode<T, KV, KV_HEAD_DIM, stages>;
+      return function(
+          &decode_kernel<T, KV, stages>,
+          KernelShape{kRowTile, Kernel::kStep, stages, Kernel::kThreads, Kernel::kSharedBytes});
+    };
+    using Usual = std::integral_constant<int, kUsualStages<KV>>;
+    if constexpr (KV_HEAD_DIM == 256 && sizeof(KV) == 2)  // compute capability 8.6, 8.9, 12.0
+      if (shared_bytes_of_device() < Decode<T, KV, KV_HEAD_DIM>::kSharedBytes)
+        return with_stages(std::integral_constant<int, 2>());
+    return with_stages(Usual());
   });
 }
 

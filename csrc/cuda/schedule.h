@@ -53,21 +53,20 @@ struct Schedule {
 inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, int64_t max_blocks) {
   Schedule s;
   s.params = kernel_params(p);
-  const int limit = shared_bytes_of_device();
-  s.head_dim = choose_kernel(p, [&](const Capability& kernel) {
-                 if (kernel.head_dim == 0) return true;
-                 if (kernel.head_dim > kLargestHeadDim) return false;
-                 return dispatch_head_dim(kernel.head_dim, [&](auto dim) {
-                   return std::max(dim.decode_shape(s.params).shared_bytes,
-                                   dim.prefill_shape(s.params).shared_bytes) <= limit;
-                 });
-               }).head_dim;
+  const auto fits = [&](const Capability& kernel) {
+    if (kernel.head_dim == 0) return true;
+    if (kernel.head_dim > kLargestHeadDim) return false;
+    return dispatch_head_dim(kernel.head_dim, [&](auto dim) {
+      if (kernel.wgmma) return wgmma_is_wanted() && dim.has_wgmma_prefill(s.params);
+      return std::max(dim.decode_shape(s.params).shared_bytes,
+                      dim.prefill_shape(s.params).shared_bytes) <= shared_bytes_of_device();
+    });
+  };
+  s.head_dim = choose_kernel(p, Phase::kDecode, fits).head_dim;
   if (s.head_dim == 0) return s;
   const int64_t longest = max_seqlen_q * s.params.group.divisor;  // query rows
   s.prefills = longest > s.params.decode_rows;
-  s.prefills_with_wgmma =
-      s.prefills && wgmma_is_wanted() && wgmma_serves(p) &&
-      dispatch_head_dim(s.head_dim, [&](auto dim) { return dim.has_wgmma_prefill(s.params); });
+  s.prefills_with_wgmma = s.prefills && choose_kernel(p, Phase::kPrefill, fits).wgmma;
   s.decodes = !(s.prefills && p.num_tokens == p.batch * max_seqlen_q);  // all of them are that long
   s.params.merged_rows = static_cast<int32_t>(std::min<int64_t>(longest, s.params.decode_rows));
   const int64_t columns = p.num_kv_heads * s.params.decode_rows / kRowTile;

@@ -5,6 +5,9 @@
 extern "C" __attribute__((visibility("default"))) void kv_emulation_set_ctas(int count) {
   pykvcache::cuda::emulated_ctas() = count;
 }
+extern "C" __attribute__((visibility("default"))) void kv_emulation_set_shared_bytes(int bytes) {
+  pykvcache::cuda::emulated_shared_bytes() = bytes;
+}
 extern "C" __attribute__((visibility("default"))) uint64_t kv_emulation_bank_conflicts() {
   return cuda_host::counts().bank_conflicts;
 }

@@ -182,10 +182,12 @@ bool refusal_says_what_is_supported() {
   p.head_dim = 1000;
   p.v_head_dim = 64;
   try {
-    choose_kernel(p, [](const Capability&) { return true; });
+    choose_kernel(p, Phase::kDecode, [](const Capability&) { return true; });
   } catch (const std::invalid_argument& error) {
     const std::string text = error.what();
-    const bool right = text.find("D 1000") != text.npos && text.find("up to 576") != text.npos;
+    const auto says = [&](const char* what) { return text.find(what) != text.npos; };
+    const bool right = says("D 1000") && says("q float32") && says("up to 576") &&
+                       says("float8_e4m3fn caches") && says("prefill on Hopper");
     std::printf("%-34s %s\n", "refusal", right ? "readable" : "WRONG");
     return right;
   }

@@ -8,9 +8,16 @@
 
 using namespace pykvcache::cuda;
 
+template <class T, class KV, int kDim, int kStages>
+void print_decode(const char* types) {
+  std::printf("decode_kernel<%s, %d> %d %d\n", types, kStages, kDim,
+              Decode<T, KV, kDim, kStages>::kSharedBytes);
+}
+
 template <class T, class KV, int kDim>
 void print(const char* types) {
-  std::printf("decode_kernel<%s> %d %d\n", types, kDim, Decode<T, KV, kDim>::kSharedBytes);
+  print_decode<T, KV, kDim, kUsualStages<KV>>(types);
+  if (kDim == 256 && sizeof(KV) == 2) print_decode<T, KV, kDim, 2>(types);
   std::printf("prefill_kernel<%s> %d %d\n", types, kDim, Prefill<T, KV, kDim>::kSharedBytes);
 }
 
