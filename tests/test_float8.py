@@ -6,6 +6,8 @@ units, and must come out as if there were none.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from op_cases import Case, build
@@ -14,7 +16,7 @@ from torch import Tensor
 from pykvcache import ops
 
 READY = [name for name, status in ops.backends().items() if status == "ready"]
-BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+F16, BF16, FP8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 PHASES = {"decode": ((1, 70), (2, 150)), "prefill": ((30, 50), (7, 40))}
 
 
@@ -55,12 +57,13 @@ def test_rows_of_queries_have_a_size_of_their_own(backend: str, phase: str, dim:
 @pytest.mark.parametrize("backend", READY)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("spread", [8, 40])
+@pytest.mark.parametrize(("spread", "dtype"), [(8, F16), (8, BF16), (40, BF16)])
 def test_scales_of_slots_may_be_of_any_size(
-    backend: str, phase: str, dim: int, spread: int
+    backend: str, phase: str, dim: int, spread: int, dtype: torch.dtype
 ) -> None:
     """Values of 2^-spread to 2^spread; the tolerance is of the largest in a row of the output."""
-    data = build(case_of(phase, dim, scales="slot"))
+    case = case_of(phase, dim, scales="slot")
+    data = build(replace(case, dtype=dtype))
     kwargs = dict(data.kwargs)
     shape = kwargs["v_scale"].shape
     sign = torch.where(torch.rand(shape) < 0.2, -1.0, 1.0)
@@ -71,6 +74,20 @@ def test_scales_of_slots_may_be_of_any_size(
     expected, _ = ops.paged_attention(q.float(), *rest, **kwargs)
     error = (out.double() - expected.double()).abs()
     assert (error <= 0.02 * expected.double().abs().amax(-1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("phase", PHASES)
+def test_small_scales_of_slots_lose_no_digits_in_float16(backend: str, phase: str) -> None:
+    """Weights times scales of 4e-6 are no normal numbers of float16; times values they are."""
+    case = replace(case_of(phase, 64, scales="slot"), dtype=F16)
+    (q, k_cache, v_cache, *rest), kwargs = build(case).args, dict(build(case).kwargs)
+    v_cache = (v_cache.float() * 64).to(FP8)
+    expected, _ = ops.paged_attention(q.float(), k_cache, v_cache, *rest, **kwargs)
+    kwargs["v_scale"] = kwargs["v_scale"] * 2.0**-18
+    out, _ = ops.paged_attention(q, k_cache, v_cache, *rest, **kwargs, backend=backend)
+    error = (out.float() * 2.0**18 - expected).abs()
+    assert (error <= 4e-3 * expected.abs().amax()).all()
 
 
 @pytest.mark.parametrize("backend", READY)

@@ -18,10 +18,12 @@ from pykvcache.kernels.attention.tiles import (
     CHANNEL_SCALE,
     HEAD_SCALE,
     LOG2E,
+    SLOT_SCALE,
     WEIGHT_UNIT,
     attend_tiles,
     load_queries,
     queries_in_unit,
+    smallest_unit,
     store_rows,
 )
 from pykvcache.kernels.common.addressing import find_row
@@ -59,9 +61,10 @@ def decode_kernel(
 ):  # fmt: skip
     """One program's share; FIXED=True takes units one by one instead of runs of them."""
     Q_DTYPE: tl.constexpr = q.dtype.element_ty
-    HALVES: tl.constexpr = tl.bfloat16 == Q_DTYPE and E4M3 != PLAIN
-    HALF_KEYS: tl.constexpr = HALVES and K_SCALE != CHANNEL_SCALE
-    HALF_VALUES: tl.constexpr = HALVES and V_SCALE <= HEAD_SCALE
+    HALVES: tl.constexpr = tl.float32 != Q_DTYPE and E4M3 != PLAIN
+    HALF_KEYS: tl.constexpr = tl.bfloat16 == Q_DTYPE and HALVES and K_SCALE != CHANNEL_SCALE
+    HALF_VALUES: tl.constexpr = HALVES and V_SCALE != CHANNEL_SCALE
+    HAS_UNIT: tl.constexpr = HALF_VALUES and V_SCALE == SLOT_SCALE
     VALUE_DTYPE: tl.constexpr = tl.float16 if HALF_VALUES else Q_DTYPE
     program, group = tl.program_id(0), tl.program_id(1)
     kv_head = (group // SPLIT).to(tl.int64)
@@ -118,8 +121,8 @@ def decode_kernel(
         total = tl.zeros([ROWS], tl.float32)
         values1 = tl.zeros([ROWS, V_DIM1], tl.float32)
         values2 = tl.zeros([ROWS, V_DIM2 if V_DIM2 > 0 else 1], tl.float32)
-        highest, total, values1, values2 = attend_tiles(
-            highest, total, values1, values2, q1, q2, position,
+        highest, total, values1, values2, unit_of_values = attend_tiles(
+            highest, total, values1, values2, smallest_unit(), q1, q2, position,
             block_table + row.to(tl.int64) * stride_table, piece_begin, piece_end, 0, 0, seq_len,
             k_head, k_stride_block, k_stride_slot, v_head, v_stride_block, v_stride_slot,
             k_scale + kv_head * k_scale_stride_head if K_SCALE > HEAD_SCALE else k_cache,
@@ -134,13 +137,14 @@ def decode_kernel(
             K_SCALE, V_SCALE, E4M3, True, INTERPRETED, VALUE_DTYPE, HALF_VALUES,
         )  # fmt: skip
 
+        row_value_scale = value_scale * unit_of_values if HAS_UNIT else value_scale
         if whole:
             rescale = tl.full([ROWS], 1.0, tl.float32)
             if sinks is not None:
                 sink = tl.load(sinks + head) * LOG2E
                 highest, total, rescale = softmax_add_sink(highest, total, sink)
             factor, row_lse = softmax_finish(highest, total)
-            factor *= rescale * value_scale
+            factor *= rescale * row_value_scale
             place = (token + r // GROUP).to(tl.int64) * (GROUPS * GROUP) + head
             tl.store(lse + place, row_lse, mask=valid)
             store_rows(values1, factor, out, place * V_DIM, valid, V_DIM, 0, V_DIM1)
@@ -148,7 +152,7 @@ def decode_kernel(
                 store_rows(values2, factor, out, place * V_DIM, valid, V_DIM, V_DIM1, V_DIM2)
         else:
             factor, row_lse = softmax_finish(highest, total)
-            factor *= value_scale
+            factor *= row_value_scale
             slot = unit if FIXED else program + row
             place = (slot.to(tl.int64) * GROUPS + group) * part_rows + r
             kept = valid & (r < part_rows)  # more come only of a max_seqlen_q that is too small

@@ -17,12 +17,17 @@ import triton
 import triton.language as tl
 from pykvcache.kernels.attention.plan import row_tiles
 from pykvcache.kernels.attention.tiles import (
+    CHANNEL_SCALE,
     HEAD_SCALE,
     LOG2E,
+    SLOT_SCALE,
+    WEIGHT_UNIT,
     attend_tiles,
     load_queries,
+    smallest_unit,
     store_rows,
 )
+from pykvcache.kernels.common.numeric import PLAIN
 from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
 
 
@@ -67,6 +72,8 @@ def prefill_kernel(
 ):  # fmt: skip
     """One query tile; rows of at most DECODE_ROWS query rows are left to decode."""
     TOKENS: tl.constexpr = ROWS // GROUP
+    HALVES: tl.constexpr = q.dtype.element_ty == tl.float16 and E4M3 != PLAIN
+    HALF_VALUES: tl.constexpr = HALVES and V_SCALE != CHANNEL_SCALE
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     group = tl.program_id(1)
     kv_head = (group // SPLIT).to(tl.int64)
@@ -104,6 +111,7 @@ def prefill_kernel(
         total = tl.zeros([ROWS], tl.float32)
         values1 = tl.zeros([ROWS, V_DIM1], tl.float32)
         values2 = tl.zeros([ROWS, V_DIM2 if V_DIM2 > 0 else 1], tl.float32)
+        unit = smallest_unit()
 
         # Tiles [begin, left) are partly left of somebody's reach, [left, right) are seen by all,
         # [right, end) are partly right of the diagonal. The first and the last are one run with a
@@ -134,8 +142,8 @@ def prefill_kernel(
                 run_begin, run_end, gap_begin, gap_end = begin, end, left, right
             else:
                 run_begin, run_end, gap_begin, gap_end = left, right, right, right
-            highest, total, values1, values2 = attend_tiles(
-                highest, total, values1, values2, q1, q2, position,
+            highest, total, values1, values2, unit = attend_tiles(
+                highest, total, values1, values2, unit, q1, q2, position,
                 block_table + row.to(tl.int64) * stride_table, run_begin, run_end, gap_begin,
                 gap_end, seq_len,
                 k_cache + kv_head * k_stride_head, k_stride_block, k_stride_slot,
@@ -149,7 +157,7 @@ def prefill_kernel(
                 bias_stride_key, valid,
                 DIM, DIM1, DIM2, V_DIM, V_DIM1, V_DIM2, BLOCK_SIZE, TILE,
                 CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SOFTCAP, alibi_slopes is not None, BIAS,
-                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED, q.dtype.element_ty, False,
+                K_SCALE, V_SCALE, E4M3, run == 0, INTERPRETED, q.dtype.element_ty, HALF_VALUES,
             )  # fmt: skip
 
         rescale = tl.full([ROWS], 1.0, tl.float32)
@@ -158,6 +166,10 @@ def prefill_kernel(
                 highest, total, tl.load(sinks + head) * LOG2E
             )
         factor, row_lse = softmax_finish(highest, total)
+        if HALF_VALUES and V_SCALE == SLOT_SCALE:
+            value_scale *= unit
+        if HALF_VALUES:
+            value_scale *= WEIGHT_UNIT
         factor *= rescale * value_scale
         place = token * (GROUPS * GROUP) + head
         tl.store(lse + place, row_lse, mask=valid)

@@ -10,9 +10,11 @@ import triton.language as tl
 from pykvcache.kernels.common.addressing import load_blocks, slot_offsets, spread_ids
 from pykvcache.kernels.common.numeric import (
     in_unit,
+    inverse_of,
     load_stored,
     product,
     product_of_wide,
+    unit_of,
     unit_of_rows,
 )
 from pykvcache.kernels.common.softmax import softmax_step
@@ -27,8 +29,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 # Float8 is multiplied as float16, of bfloat16 queries too: it is that after one instruction for two
 # numbers, to bfloat16 it takes five, and decode then has no issue slots to spare. q is in a unit of
-# its row, weights in this one. Scales of channels or, of V, of slots need bfloat16's range.
+# its row, weights in this one, and values whose slots have scales in one that grows with these.
+# Scales of channels need bfloat16's range.
 WEIGHT_UNIT = tl.constexpr(2.0**-15)
+
+
+@triton.jit
+def smallest_unit():
+    """Of values that nobody has scaled yet."""
+    return unit_of(tl.zeros([], tl.float32), -1)
 
 
 @triton.jit
@@ -106,6 +115,7 @@ def tanh(x):
 @triton.jit
 def attend_tiles(
     highest, total, values1, values2,  # state: [ROWS], [ROWS], [ROWS, V_DIM1], [ROWS, V_DIM2]
+    unit,  # of values
     q1, q2,  # [ROWS, DIM1], [ROWS, DIM2]
     position,  # int32 [ROWS], of the queries; negative: sees nothing
     table,  # block_table of the row
@@ -206,7 +216,13 @@ def attend_tiles(
         offsets = slot_offsets(ids, start, v_stride_block, v_stride_slot, BLOCK_SIZE)
         if V_SCALE == SLOT_SCALE:
             at = v_scale + tl.maximum(ids, 0).to(tl.int64) * v_scale_stride_block + slot
-            weights *= tl.load(at, mask=valid, other=0.0)[None, :]
+            scales = tl.load(at, mask=valid, other=0.0)
+            if HALF_VALUES:
+                before = unit
+                unit = tl.maximum(before, unit_of(tl.max(tl.abs(scales), 0), -1))
+                factor *= before * inverse_of(unit)
+                scales *= inverse_of(unit)
+            weights *= scales[None, :]
         if HALF_VALUES:
             weights *= 1.0 / WEIGHT_UNIT
         weights = weights.to(DTYPE)
@@ -221,7 +237,7 @@ def attend_tiles(
                 V_DIM2, TILE, DTYPE, E4M3, V_SCALE,
             )  # fmt: skip
             values2 = values2 * factor[:, None] + product(weights, part, INTERPRETED)
-    return highest, total, values1, values2
+    return highest, total, values1, values2, unit
 
 
 @triton.jit

@@ -52,20 +52,33 @@ def load_stored(pointers, mask, DTYPE: tl.constexpr, E4M3: tl.constexpr):
 
 
 @triton.jit
+def unit_of(largest, EXPONENT: tl.constexpr):
+    """The powers of two u, of the shape of `largest` (float32, not negative), for which largest / u
+    lies between 2^EXPONENT and 2^(EXPONENT + 1)."""
+    HIGHEST: tl.constexpr = 254 if EXPONENT >= 0 else 254 + 2 * EXPONENT
+    exponent = largest.to(tl.int32, bitcast=True) >> 23  # biased
+    exponent = tl.minimum(tl.maximum(exponent, 127 - 100), HIGHEST)
+    return ((exponent - EXPONENT) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_of(unit):
+    """1 / unit, exact."""
+    bits = unit.to(tl.int32, bitcast=True)
+    return ((254 << 23) - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def unit_of_rows(x):
-    """The power of two, float32 [M], in which the largest number of each row of a bfloat16 x [M, N]
-    lies between 2^14 and 2^15: a float16 then holds the row to 2^-39 of it."""
-    bits = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True)
-    exponent = tl.minimum(tl.maximum(bits >> 23, 127 - 100), 254)  # biased
-    return ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    """The units [M] of rows of a bfloat16 x [M, N] that a float16 then holds to 2^-39 of the
+    largest number in them."""
+    return unit_of(tl.max(tl.abs(x.to(tl.float32)), 1), 14)
 
 
 @triton.jit
 def in_unit(x, unit):
     """x [M, N] as float16, row m in the unit `unit[m]`."""
-    bits = unit.to(tl.int32, bitcast=True)
-    inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)  # of a power of two, exact
-    return (x.to(tl.float32) * inverse[:, None]).to(tl.float16)
+    return (x.to(tl.float32) * inverse_of(unit)[:, None]).to(tl.float16)
 
 
 @triton.jit
