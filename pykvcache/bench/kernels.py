@@ -6,8 +6,12 @@ one pool as pykvcache/cache.py lays them out, in shuffled order. `folded` is SDP
 heads of a KV head moved to the query axis: it reads each KV head once and is the honest baseline
 for decode. Other peers are in peers.py. `loads` are plain vector loads of the same bytes without
 any attention, of blocks in the order of memory and in the shuffled order: the second is what a
-paged decode kernel could reach. On a GPU decode calls are replayed from CUDA graphs. Of rows of
-different lengths dense attention is one call for each length.
+paged decode kernel could reach. A plan is made once, as a step makes it for all of its layers; on
+GPU backends `plan` is the time that takes. On a GPU decode calls are replayed from CUDA graphs.
+
+Rows of different lengths have two contenders more, the same kernel with the same CTAs: `equal
+splits` gives each row as many of them, as a grid of splits x rows does, and `fixed splits` deals
+out pieces of one length (deterministic=True). Dense attention is then one call for each length.
 """
 
 from __future__ import annotations
@@ -28,12 +32,14 @@ from pykvcache.bench.tensors import Tensors
 from pykvcache.bench.timing import Contender, Missing, Timing, WrongResult, interleave
 from pykvcache.storage import allocate
 
+PLAN = "plan"
+
 
 @dataclass(frozen=True)
 class Result:
     """One contender on one case. Times in seconds; rates by the median; `peak` in the rate's unit.
 
-    rate: bytes of KV a second in decode, FLOP a second in prefill.
+    rate: bytes of KV a second in decode, FLOP a second in prefill; 0 for a plan.
     peak: read bandwidth or matrix-multiply rate of the same interleaved run.
     speedup: median of the baseline (`folded`, or `sdpa` where nothing is folded) over this median.
     """
@@ -49,6 +55,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         case, median = self.case, self.timing.median
+        attends = not self.contender.startswith(PLAN)
         return {
             "phase": case.phase,
             "heads": case.heads.name,
@@ -60,8 +67,8 @@ class Result:
             "contender": self.contender,
             **asdict(self.timing),
             "device": self.device,
-            "gb_per_second": case.kv_bytes / median / 1e9,
-            "gflop_per_second": case.flops / median / 1e9,
+            "gb_per_second": attends * case.kv_bytes / median / 1e9,
+            "gflop_per_second": attends * case.flops / median / 1e9,
             "intensity": case.flops / case.kv_bytes,
             "rate": self.rate,
             "peak": self.peak,
@@ -102,15 +109,21 @@ class Workload(Tensors):
             self._add_paged(pools, backend, f" {backend}" if i else "", wgmma)
         if self.device.type == "cuda" and case.phase == "decode":
             self.contenders = self._graphs_of(self.contenders)
+            self.others = self._graphs_of(self.others)
 
     def _add_paged(
         self, pools: Mapping[int, Callable[..., Tensor]], backend: str, suffix: str, wgmma: bool
     ) -> None:
+        partitions = self._partitions(backend)
+        decode = self.case.phase == "decode"
         for block_size, attend in pools.items():
             name = f"paged {block_size}{suffix}"
-            self.contenders[name] = partial(attend, backend=backend)
-            if wgmma and backend == "cuda" and self.case.phase != "decode":
+            for partition, options in partitions.items():
+                self.contenders[name + partition] = partial(attend, backend=backend, **options)
+            if wgmma and backend == "cuda" and not decode:
                 self.add_wgmma(name)
+        if decode and partitions[""]["plan"].numel():
+            self.others[PLAN + suffix] = lambda _: self._plan(backend)
 
     def add_wgmma(self, name: str) -> None:
         """The contender `name` of backend "cuda" once more, with the wgmma kernel."""
@@ -193,6 +206,29 @@ class Workload(Tensors):
 
         return attend
 
+    def _plan(self, backend: str, deterministic: bool = False) -> Tensor:
+        heads = self.case.heads
+        return ops.plan(
+            self.seq_lens,
+            self.cu_seqlens_q,
+            self.case.query_len,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_dim,
+            deterministic=deterministic,
+            backend=backend,
+        )
+
+    def _partitions(self, backend: str) -> dict[str, dict[str, Any]]:
+        """Ways to share out the work: options of `ops.paged_attention`, by end of the name."""
+        plan = self._plan(backend)
+        found: dict[str, dict[str, Any]] = {"": {"plan": plan}}
+        if self.case.mixed and plan.numel():
+            fixed = self._plan(backend, deterministic=True)
+            found[" equal splits"] = {"plan": equal_shares(plan)}
+            found[" fixed splits"] = {"plan": fixed, "deterministic": True}
+        return found
+
     def _graphs_of(self, contenders: Mapping[str, Contender]) -> dict[str, Contender]:
         """Graphs of contenders; those that cannot be captured stay as they are."""
         from pykvcache.bench.gpu import as_graphs
@@ -224,6 +260,16 @@ class Workload(Tensors):
                 raise WrongResult(
                     f"{self.case.name}: {name} is off by {error:.3g}, allowed {allowed:.3g}"
                 )
+
+
+def equal_shares(plan: Tensor) -> Tensor:
+    """A plan of GPU backends in which all rows have as much work as the longest.
+
+    Programs share the work of a plan evenly, so each row gets as many of them. What a short row has
+    too much lies after its end, where a program finds no key.
+    """
+    rows = torch.arange(len(plan), dtype=plan.dtype, device=plan.device)
+    return rows * plan.diff().max()
 
 
 def measure(
@@ -277,5 +323,6 @@ def _timed(workload: Workload, threads: int, seconds: float) -> Iterator[Result]
     baseline = timings[workload.baseline].median
     for name in shown:
         timing = timings[name]
-        rate, speedup = work / timing.median, baseline / timing.median
+        rate = 0.0 if name.startswith(PLAN) else work / timing.median
+        speedup = baseline / timing.median
         yield Result(case, threads, name, timing, rate, peak, speedup, workload.device.type)

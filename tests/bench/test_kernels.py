@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pykvcache.bench import cases, kernels, peaks, tensors
+from pykvcache.bench import cases, kernels, peaks, tables, tensors
 from pykvcache.bench.cases import Case, Heads
-from pykvcache.bench.timing import WrongResult
+from pykvcache.bench.timing import Timing, WrongResult
 
 SMALL = Heads("small", 4, 2, 16)
 
@@ -91,6 +91,14 @@ def test_mixed_rows_are_checked_and_complete(small_case, dtype: str) -> None:
     row = results[2].to_json()
     assert (row["mixed"], row["batch"], row["dtype"]) == ("1x300+2x70+1x1", 4, dtype)
     assert missing["flex"].startswith("takes rows" if dtype == "fp16" else "takes no float8")
+
+
+def test_a_plan_has_a_time_and_no_rate() -> None:
+    case = Case("decode", SMALL, torch.bfloat16, 2, 80)
+    found = kernels.Result(case, 0, "plan triton", Timing(1e-6, 1e-6, 1e-6, 3), 0.0, 1e9, 9.0)
+    row = found.to_json()
+    assert (row["gb_per_second"], row["gflop_per_second"], row["rate"]) == (0, 0, 0)
+    assert [*tables.kernel_table([found]).columns[-1].cells] == [""]
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
