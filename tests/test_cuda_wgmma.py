@@ -140,10 +140,10 @@ def test_it_is_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_benchmarks_time_both_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pykvcache.bench import cases, kernels
+    from pykvcache.bench import cases, kernels, tensors
 
     monkeypatch.setenv("PYKVCACHE_CUDA_PREFILL", "mma")
-    monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
+    monkeypatch.setattr(tensors, "COLD_BYTES", 2**16)
     timed = cases.Case("prefill", cases.Heads("call", 4, 2, 64), BF16, 1, 150)
     device = "cpu" if EMULATED else "cuda"
     workload = kernels.Workload(timed, [16], ["cuda"], device, wgmma=True)

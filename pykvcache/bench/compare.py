@@ -13,7 +13,7 @@ from rich.table import Table
 
 IDENTITY = (
     *("device", "phase", "heads", "dtype", "batch", "length", "workload", "where", "operation"),
-    *("num_blocks", "block_size", "rows", "budget_tokens", "threads", "contender"),
+    *("mixed", "num_blocks", "block_size", "rows", "budget_tokens", "threads", "contender"),
 )
 # Files that do not say these are of the CPU and of the defaults.
 UNSAID = ("device=cpu", "num_blocks=1000000", "block_size=16")

@@ -14,7 +14,7 @@ import torch
 
 from pykvcache import __version__, launch_table, ops
 
-PACKAGES = ("pykvcache", "torch", "transformers", "triton", "numpy")
+PACKAGES = ("pykvcache", "torch", "transformers", "triton", "numpy", "flashinfer-python")
 
 
 def describe() -> dict[str, Any]:

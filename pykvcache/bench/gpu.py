@@ -108,7 +108,7 @@ def peak_contenders(case: Case, device: torch.device) -> dict[str, Contender]:
     """For decode a copy of as many bytes as K and V have; for the rest a matrix multiply."""
     if case.phase == "decode":
         return {"copy": copy_contender(case.kv_bytes, device)}
-    return {"gemm": gemm_contender(case.dtype, device)}
+    return {"gemm": gemm_contender(case.q_dtype, device)}
 
 
 def copy_rate(timings: Mapping[str, Timing], case: Case) -> float:
@@ -150,7 +150,7 @@ def explain_on_gpu(
     contenders = {
         name: workload.contenders[name],
         "copy": copy_contender(max(spec.bytes, 2**20), device),
-        "gemm": gemm_contender(case.dtype, device),
+        "gemm": gemm_contender(case.q_dtype, device),
     }
     timings = interleave(contenders, seconds, elapsed)
     kernel, launch = describe_launch(spec, device, backend)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pykvcache.bench.cases import FLOAT8
 from pykvcache.bench.timing import Contender, Missing, one_line
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def sdpa_backends(workload: Workload) -> dict[str, Contender]:
 
 
 def flashinfer(workload: Workload) -> dict[str, Contender]:
-    """FlashInfer over pages of FLASHINFER_PAGE tokens, one planned wrapper a copy; on a GPU."""
+    """FlashInfer over pages of FLASHINFER_PAGE tokens, one planned wrapper a copy; on a GPU.
+
+    Decode is that of its tensor cores, which is the faster one for grouped heads.
+    """
     if workload.device.type != "cuda":
         raise Missing("needs a GPU")
     if importlib.util.find_spec("flashinfer") is None:
@@ -116,40 +120,30 @@ def _plan_flashinfer(library: Any, workload: Workload) -> Contender:
     """A planned wrapper for each copy; they run one after the other and share a workspace."""
     case, heads, device = workload.case, workload.case.heads, workload.device
     workspace = torch.empty(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device)
-    pages = -(-case.length // FLASHINFER_PAGE)
-    shape = (case.batch * pages, heads.num_kv_heads, FLASHINFER_PAGE, heads.head_dim)
-    indptr = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * pages
-    last = torch.full((case.batch,), (case.length - 1) % FLASHINFER_PAGE + 1, dtype=torch.int32)
-    wrappers, caches = [], []
-    for copy in range(workload.copies):
-        order = torch.randperm(shape[0], dtype=torch.int32)
-        sides = []
-        for dense in (workload.k[copy], workload.v[copy]):
-            cache = torch.zeros(shape, dtype=case.dtype, device=device)
-            for row in range(case.batch):
-                blocks = order[row * pages : (row + 1) * pages].long().to(device)
-                room = pages * FLASHINFER_PAGE - case.length
-                padded = torch.nn.functional.pad(dense[row], (0, 0, 0, room))
-                parts = padded.view(heads.num_kv_heads, pages, FLASHINFER_PAGE, heads.head_dim)
-                cache[blocks] = parts.transpose(0, 1)
-            sides.append(cache)
-        sizes = (heads.num_heads, heads.num_kv_heads, heads.head_dim, FLASHINFER_PAGE)
-        dtypes = {"q_data_type": case.dtype, "kv_data_type": case.dtype}
+    order, counts = workload.shuffled_blocks(FLASHINFER_PAGE)
+    shape = (order.numel(), heads.num_kv_heads, FLASHINFER_PAGE, heads.head_dim)
+    k_cache, v_cache = (torch.zeros(shape, dtype=case.dtype, device=device) for _ in range(2))
+    workload.fill(k_cache, v_cache, order)
+    indptr = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+    last = [(length - 1) % FLASHINFER_PAGE + 1 for length in case.lengths]
+    last_page_len = torch.tensor(last, dtype=torch.int32, device=device)
+    sizes = (heads.num_heads, heads.num_kv_heads, heads.head_dim, FLASHINFER_PAGE)
+    dtypes = {"q_data_type": case.dtype, "kv_data_type": case.dtype}
+    wrappers = []
+    for pages in order.to(device):
         if case.phase == "decode":
-            wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
-            wrapper.plan(indptr, order.to(device), last.to(device), *sizes, **dtypes)
+            wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+                workspace, "HND", use_tensor_cores=True
+            )
+            wrapper.plan(indptr, pages, last_page_len, *sizes, **dtypes)
         else:
             wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
             starts = workload.cu_seqlens_q
-            wrapper.plan(
-                starts, indptr, order.to(device), last.to(device), *sizes, causal=True, **dtypes
-            )
+            wrapper.plan(starts, indptr, pages, last_page_len, *sizes, causal=True, **dtypes)
         wrappers.append(wrapper)
-        caches.append((sides[0], sides[1]))
 
     def run(call: int) -> Tensor:
-        copy = call % workload.copies
-        found: Tensor = wrappers[copy].run(workload.packed_q, caches[copy])
+        found: Tensor = wrappers[call % workload.copies].run(workload.packed_q, (k_cache, v_cache))
         return found
 
     return run
@@ -175,3 +169,17 @@ PEERS: dict[str, Callable[[Workload], dict[str, Contender]]] = {
     "flashinfer": flashinfer,
     "transformers": transformers,
 }
+MIXED_PEERS = ("flashinfer",)
+
+
+def find_peer(name: str, workload: Workload) -> dict[str, Contender]:
+    """What PEERS[name] returns.
+
+    Raises:
+        Missing: it cannot run here, or not on this case.
+    """
+    if workload.case.dtype == FLOAT8:
+        raise Missing("takes no float8 with a scale for each head")
+    if workload.case.mixed and name not in MIXED_PEERS:
+        raise Missing("takes rows of one length only")
+    return PEERS[name](workload)

@@ -6,6 +6,7 @@ can be drawn too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from pykvcache.plot import OKABE_ITO
 
 Rows = Sequence[dict[str, Any]]
+PAGED = r"paged \d+"  # of the first backend
 MARKERS = "osD^v<>p"
 LINES = ("-", "--", ":", "-.")
 SIZE = (12, 6.2)
@@ -42,9 +44,10 @@ def plot_kernels(rows: Rows, folder: Path) -> list[Path]:
 
 
 def _most_threads(rows: Rows) -> Rows:
-    """Without `loads`, which compute nothing, and of the largest thread count."""
+    """Without `loads` and plans, which are no attention, and of the largest thread count."""
     most = max(row["threads"] for row in rows)
-    return [r for r in rows if r["threads"] == most and not r["contender"].startswith("loads")]
+    others = ("loads", "plan")
+    return [r for r in rows if r["threads"] == most and not r["contender"].startswith(others)]
 
 
 def _new_figure(columns: int = 1) -> tuple[Any, Any]:
@@ -178,7 +181,7 @@ def draw_contexts(rows: Rows) -> Any:
     """
     from matplotlib.figure import Figure
 
-    decode = [row for row in rows if row["phase"] == "decode"]
+    decode = [row for row in rows if row["phase"] == "decode" and not row.get("mixed")]
     pairs = {(row["batch"], row["length"]) for row in decode}
     batches = sorted(b for b in {b for b, _ in pairs} if len([1 for x, _ in pairs if x == b]) > 1)
     if not batches:
@@ -225,14 +228,14 @@ def _draw_context(axes: Any, rows: Rows, looks: dict[str, Look]) -> None:
 
 def draw_block_sizes(rows: Rows) -> Any:
     """Decode speed by block size, and the share of the slots that last blocks leave empty."""
-    paged = [r for r in rows if r["phase"] == "decode" and r["contender"].startswith("paged")]
+    paged = [r for r in rows if r["phase"] == "decode" and re.fullmatch(PAGED, r["contender"])]
     sizes = sorted({_block_size(row) for row in paged})
     if len(sizes) < 2:
         return None
     figure, (speed, waste) = _new_figure(2)
-    groups: dict[tuple[str, int, int], dict[int, float]] = {}
+    groups: dict[tuple[str, int, Any], dict[int, float]] = {}
     for row in paged:
-        key = _kind(row), row["batch"], row["length"]
+        key = _kind(row), row["batch"], row.get("mixed") or row["length"]
         groups.setdefault(key, {})[_block_size(row)] = row["gb_per_second"]
     for i, kind in enumerate(dict.fromkeys(key[0] for key in groups)):
         whole = [f for key, f in groups.items() if key[0] == kind and len(f) == len(sizes)]

@@ -39,19 +39,22 @@ def kernel_table(results: Sequence[Result]) -> Table:
         table.add_column(column, justify="right")
     for i, result in enumerate(results):
         case, timing = result.case, result.timing
+        rates = (
+            f"{result.rate / 1e9:.1f}",
+            f"{100 * result.rate / result.peak:.0f}",
+            f"{result.speedup:.2f}",
+        )
         is_last = i + 1 == len(results) or results[i + 1].case != case
         table.add_row(
             case.heads.name,
             case.dtype_name,
             str(case.batch),
-            str(case.length),
+            case.length_name,
             str(result.threads),
             result.contender,
             f"{timing.median * 1e6:,.0f}",
             f"{timing.p10 * 1e6:,.0f}",
-            f"{result.rate / 1e9:.1f}",
-            f"{100 * result.rate / result.peak:.0f}",
-            f"{result.speedup:.2f}",
+            *(rates if result.rate else ("", "", "")),
             end_section=is_last,
         )
     return table

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pykvcache.bench import cases
 from pykvcache.bench.compare import compare, duration, read_results, times_of
+from pykvcache.bench.kernels import Result
+from pykvcache.bench.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,6 +43,19 @@ def test_kept_results_can_be_compared(name: str) -> None:
     found = compare(kept, kept)
     assert len(found.changes) == len(list(times_of(kept["results"]))) > 5
     assert found.worst == 1.0
+
+
+def test_kept_names_are_those_of_new_results() -> None:
+    """Rows of one length are called what they were before there were others."""
+    kept = read_results(ROOT / "benchmarks" / "results" / "kernels-quick-cpu-zen5.json")
+    rows = [
+        Result(case, 1, "paged 16", Timing(1.0, 1.0, 1.0, 1), 1.0, 1.0, 1.0).to_json()
+        for case in cases.select(quick=True)
+    ]
+    rows.append(rows[0] | {"mixed": "1x1024+1x64"})
+    found = compare(kept, {"environment": {}, "results": rows})
+    assert len(found.changes) == len(rows) - 1
+    assert len(found.added) == 1 and "mixed=1x1024+1x64" in found.added[0]
 
 
 def test_durations() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pykvcache.bench import cases, kernels, peaks
+from pykvcache.bench import cases, kernels, peaks, tables, tensors
 from pykvcache.bench.cases import Case, Heads
-from pykvcache.bench.timing import WrongResult
+from pykvcache.bench.timing import Timing, WrongResult
 
 SMALL = Heads("small", 4, 2, 16)
 
@@ -21,8 +21,28 @@ def test_work_of_a_case() -> None:
     assert len(cases.select()) > len(cases.select(quick=True))
 
 
+def test_rows_of_different_lengths() -> None:
+    (long,), (_, both) = (
+        cases.select(("decode",), ("gqa8",), ("fp8",), rows=cases.read_rows(text))
+        for text in ("32x4096", "2x64,1x131072+31x4096")
+    )
+    assert (long.name, long.mixed) == ("decode gqa8 fp8 B=32 L=4096", ())
+    assert both.name == "decode gqa8 fp8 B=32 L=1x131072+31x4096"
+    assert (both.batch, both.length, both.lengths[:2]) == (32, 131072, [131072, 4096])
+    assert both.kv_bytes == (131072 + 31 * 4096) * 2 * 4 * 128
+    assert both.flops == 4 * (131072 + 31 * 4096) * 32 * 128
+    assert tensors.pool_bytes(Case.of("decode", SMALL, torch.bfloat16, ((1, 17), (2, 3))), 16) == (
+        (32 + 2 * 16) * 2 * 2 * 16 * 2
+    )
+    with pytest.raises(ValueError, match="different lengths"):
+        cases.select(("prefill",), rows=cases.read_rows("1x64+1x32"))
+    for text in ("", "4096", "0x32", "1x2+", "1x2,,3x4", "1x2+3"):
+        with pytest.raises(ValueError, match="rows must look like"):
+            cases.read_rows(text)
+
+
 def test_chunks_are_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "COLD_BYTES", 2**16)
+    monkeypatch.setattr(tensors, "COLD_BYTES", 2**16)
     case = Case("chunk", SMALL, torch.float32, 2, 100, 30)
     kernels.Workload(case, [16]).check()
     assert case.flops == 4 * 2 * sum(range(71, 101)) * 4 * 16
@@ -36,7 +56,7 @@ def small_case(monkeypatch: pytest.MonkeyPatch):
 
     def make(phase: str, dtype: torch.dtype) -> Case:
         case = Case(phase, SMALL, dtype, 2, 80)
-        monkeypatch.setattr(kernels, "COLD_BYTES", 3 * case.kv_bytes)
+        monkeypatch.setattr(tensors, "COLD_BYTES", 3 * case.kv_bytes)
         monkeypatch.setitem(cases.DTYPES, "test", dtype)
         return case
 
@@ -57,6 +77,28 @@ def test_kernel_results_are_checked_and_complete(small_case, phase: str, dtype) 
         work = result.case.kv_bytes if phase == "decode" else result.case.flops
         assert result.rate == pytest.approx(work / result.timing.median)
         assert result.to_json()["threads"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp8"])
+def test_mixed_rows_are_checked_and_complete(small_case, dtype: str) -> None:
+    small_case("decode", cases.DTYPES[dtype])
+    case = Case.of("decode", SMALL, cases.DTYPES[dtype], ((1, 300), (2, 70), (1, 1)))
+    peers = ("flex", "flashinfer")
+    missing: dict[str, str] = {}
+    results = list(kernels.measure(case, [1, 16], [1], 0.01, peers=peers, missing=missing))
+    names = ["sdpa", "folded", "paged 1", "paged 16", "loads in order", "loads 1", "loads 16"]
+    assert [result.contender for result in results] == names
+    row = results[2].to_json()
+    assert (row["mixed"], row["batch"], row["dtype"]) == ("1x300+2x70+1x1", 4, dtype)
+    assert missing["flex"].startswith("takes rows" if dtype == "fp16" else "takes no float8")
+
+
+def test_a_plan_has_a_time_and_no_rate() -> None:
+    case = Case("decode", SMALL, torch.bfloat16, 2, 80)
+    found = kernels.Result(case, 0, "plan triton", Timing(1e-6, 1e-6, 1e-6, 3), 0.0, 1e9, 9.0)
+    row = found.to_json()
+    assert (row["gb_per_second"], row["gflop_per_second"], row["rate"]) == (0, 0, 0)
+    assert [*tables.kernel_table([found]).columns[-1].cells] == [""]
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])

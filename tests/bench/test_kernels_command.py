@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pykvcache.bench import kernels
+from pykvcache.bench import kernels, peaks, tensors
 from pykvcache.bench.cases import Case
 from pykvcache.bench.timing import WrongResult
 
@@ -38,6 +38,21 @@ def test_kernels_saves_compares_and_draws(run_kernels, tmp_path: Path) -> None:
     code, out, _ = run_kernels("--compare", str(first), "--fail-above", "1.1")
     assert code == 1
     assert "slower" in out and "warning: other device" in out and "'another'" in out
+
+
+def test_rows_dtypes_and_heads_are_chosen(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "READ_BYTES", 2**20)
+    monkeypatch.setattr(tensors, "COLD_BYTES", 2**16)
+    options = "--phases decode --heads gqa8 --dtypes fp16,fp8 --rows 1x64+2x32,1x64"
+    more = "--threads 1 --seconds 0.01 --block-sizes 1 --device cpu --peers none --json -"
+    code, out, err = run("kernels", *options.split(), *more.split())
+    assert code == 0 and "1x64+2x32" in err, err
+    rows = json.loads(out)["results"]
+    assert {row["heads"] for row in rows} == {"gqa8"}
+    assert "paged 1" in {row["contender"] for row in rows}
+    found = {(row["dtype"], row["batch"], row["length"], row.get("mixed")) for row in rows}
+    sizes = [(3, 64, "1x64+2x32"), (1, 64, None)]
+    assert found == {(dtype, *size) for dtype in ("fp16", "fp8") for size in sizes}
 
 
 def test_no_figure_of_a_wrong_result(run_kernels, monkeypatch: pytest.MonkeyPatch) -> None:

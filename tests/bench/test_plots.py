@@ -60,3 +60,16 @@ def test_waste_by_formula_is_drawn_where_it_holds() -> None:
     assert "formula" in waste.get_title(loc="left") and "formula" in waste.get_ylabel()
     assert waste.lines[0].get_label() == "100 tokens a row"
     assert waste.lines[0].get_xdata().tolist() == [16, 64]
+
+
+def test_only_the_first_backend_and_even_shares_are_drawn_by_block_size(tmp_path: Path) -> None:
+    names = ("paged 16", "paged 64", "paged 16 triton", "paged 64 equal splits")
+    rows = [kernel_row(name, 1, 64) for name in names]
+    rows[2]["gb_per_second"] = rows[3]["gb_per_second"] = 1.0
+    speed = plots.draw_block_sizes(rows).axes[0]
+    assert speed.lines[0].get_ydata().tolist() == [100, 100]
+    mixed = [row | {"length": 99, "mixed": "1x99+1x9"} for row in rows]
+    assert plots.draw_contexts([*rows, *mixed]) is None
+    plan = kernel_row("plan", 1, 64) | {"gb_per_second": 0.0, "gflop_per_second": 0.0}
+    drawn = plots.plot_kernels([*rows, *mixed, plan], tmp_path)
+    assert [path.stem for path in drawn] == ["roofline", "decode-by-block-size"]

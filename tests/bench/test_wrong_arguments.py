@@ -13,6 +13,9 @@ import pytest
     [
         (("kernels", "--threads", "0"), "--threads must be positive integers"),
         (("kernels", "--phases", "encode"), "--phases knows decode, prefill, got 'encode'"),
+        (("kernels", "--rows", "4096"), "--rows: rows must look like 32x4096"),
+        (("kernels", "--rows", "1x64+1x32"), "--rows: rows of different lengths are measured in"),
+        (("kernels", "--rows", "1x64", "--quick"), "--quick and --rows both choose sizes"),
         (("kernels", "--peers", "mine"), "--peers knows flex"),
         (("kernels", "--device", "tpu"), "--device must be cpu or cuda"),
         (("kernels", "--device", "cpu", "--wgmma"), "--wgmma needs a Hopper GPU"),

@@ -11,7 +11,7 @@ import torch
 from tune_samples import SPEC, explain, write
 
 from pykvcache import launch_table
-from pykvcache.bench import kernels
+from pykvcache.bench import kernels, tensors
 from pykvcache.bench.cases import Case as Call
 from pykvcache.bench.cases import Heads
 from pykvcache.bench.tune import measure, plan
@@ -119,11 +119,11 @@ def test_tune_interrupted_before_it_has_anything(run, monkeypatch) -> None:
 def test_a_tiny_call_in_large_blocks_takes_little_memory() -> None:
     """Its copies were so many that their blocks were 68 GB."""
     case = Call("decode", Heads("call", 1, 1, 64), torch.bfloat16, 1, 1)
-    copies = kernels.count_copies(case, [256])
-    assert copies * kernels.pool_bytes(case, 256) <= kernels.MOST_POOL_BYTES
-    assert kernels.count_copies(case, [16]) <= kernels.MOST_COPIES
+    copies = tensors.count_copies(case, [256])
+    assert copies * tensors.pool_bytes(case, 256) <= tensors.MOST_POOL_BYTES
+    assert tensors.count_copies(case, [16]) <= tensors.MOST_COPIES
     ordinary = Call("decode", Heads("gqa", 32, 8, 128), torch.bfloat16, 1, 1024)
-    assert kernels.count_copies(ordinary, [16, 32, 64]) == 64
+    assert tensors.count_copies(ordinary, [16, 32, 64]) == 64
 
 
 def test_explain_says_what_was_achieved(run, tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from pykvcache import launch_table, ops
 from pykvcache.bench import environment, peaks
 from pykvcache.bench.cases import Case, Heads
-from pykvcache.bench.kernels import Workload, check_memory
+from pykvcache.bench.kernels import Workload
+from pykvcache.bench.tensors import check_memory
 from pykvcache.bench.timing import Timing, interleave
 from pykvcache.bench.tune.shapes import DTYPES
 

@@ -11,9 +11,10 @@ import typer
 
 from pykvcache import operators, ops
 from pykvcache.bench import cases, tables
-from pykvcache.bench.kernels import Result, check_memory, measure
+from pykvcache.bench.kernels import Result, measure
 from pykvcache.bench.peers import PEERS
 from pykvcache.bench.progress import task_progress
+from pykvcache.bench.tensors import check_memory
 from pykvcache.cli.bench.options import (
     MOST_THREADS,
     Compare,
@@ -33,8 +34,16 @@ def kernels(
     threads: Annotated[str, typer.Option(help="Thread counts (CPU).")] = "1,2",
     block_sizes: Annotated[str, typer.Option(help="Block sizes.")] = "16,32,64",
     phases: Annotated[str, typer.Option(help="decode, prefill.")] = "decode,prefill",
-    heads: Annotated[str, typer.Option(help="gqa (32/8 x 128), mha (16/16 x 64).")] = "gqa,mha",
-    dtypes: Annotated[str, typer.Option(help="bf16, fp32.")] = "bf16,fp32",
+    heads: Annotated[
+        str, typer.Option(help="gqa (32/8 x 128), gqa8 (32/4 x 128), mha (16/16 x 64).")
+    ] = ",".join(cases.USUAL_HEADS),
+    dtypes: Annotated[
+        str, typer.Option(help="bf16, fp16, fp32, fp8 (of K and V; q is bf16).")
+    ] = ",".join(cases.USUAL_DTYPES),
+    rows: Annotated[
+        str | None,
+        typer.Option(metavar="ROWSxLENGTH,...", help="Instead: 32x4096,1x131072+31x4096."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Time for each case.")] = 3.0,
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda if there is one.")] = "auto",
@@ -57,12 +66,18 @@ def kernels(
     GB/s of KV in decode and GFLOP/s in prefill, each also as a share of what the device did in the
     same interleaved run. docs/measuring.md has the method.
     """
-    selected = cases.select(
-        chosen("--phases", phases, ("decode", "prefill")),
-        chosen("--heads", heads, tuple(cases.HEADS)),
-        chosen("--dtypes", dtypes, tuple(cases.DTYPES)),
-        quick,
-    )
+    if quick and rows is not None:
+        raise typer.BadParameter("--quick and --rows both choose sizes")
+    try:
+        selected = cases.select(
+            chosen("--phases", phases, ("decode", "prefill")),
+            chosen("--heads", heads, tuple(cases.HEADS)),
+            chosen("--dtypes", dtypes, tuple(cases.DTYPES)),
+            quick,
+            () if rows is None else cases.read_rows(rows),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(f"--rows: {error}") from None
     check_seconds(seconds)
     thread_counts = integers("--threads", threads, MOST_THREADS)
     sizes = integers("--block-sizes", block_sizes)
@@ -72,7 +87,7 @@ def kernels(
         check_wgmma(backends)
     try:
         for case in selected:
-            check_memory(case, sizes * len(backends), device)
+            check_memory(case, sizes, device)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if plot is not None:
