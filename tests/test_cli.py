@@ -312,7 +312,7 @@ def test_wrong_arguments_are_one_line(run_command, arguments: list[str], words: 
     ("module", "arguments", "words"),
     [
         ("kernels", ["--threads", "two"], "positive integers"),
-        ("kernels", ["--heads", "mqa"], "--heads knows gqa, mha"),
+        ("kernels", ["--heads", "mqa"], "--heads knows gqa, gqa8, mha"),
         ("generate", ["--workload", "short"], "mixed, long, step, all"),
     ],
 )

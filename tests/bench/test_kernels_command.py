@@ -65,6 +65,24 @@ def test_no_figure_of_a_wrong_result(run_kernels, monkeypatch: pytest.MonkeyPatc
     assert "% of read" not in out
 
 
+def test_cases_before_a_wrong_result_are_saved(
+    run_kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = kernels.Workload.check
+
+    def wrong_later(self) -> None:
+        if self.case.batch == 2:
+            raise WrongResult("paged 16 is off by 1")
+        check(self)
+
+    monkeypatch.setattr(kernels.Workload, "check", wrong_later)
+    saved = tmp_path / "rows.json"
+    code, out, err = run_kernels("--json", str(saved))
+    assert code == 1 and "paged 16 is off by 1" in err and "% of read" not in out
+    rows = json.loads(saved.read_text())["results"]
+    assert {(row["batch"], row["length"]) for row in rows} == {(1, 64), (1, 128)}
+
+
 def test_interrupt_keeps_what_is_done(
     run_kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

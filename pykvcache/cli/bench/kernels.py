@@ -15,6 +15,7 @@ from pykvcache.bench.kernels import Result, measure
 from pykvcache.bench.peers import PEERS
 from pykvcache.bench.progress import task_progress
 from pykvcache.bench.tensors import check_memory
+from pykvcache.bench.timing import WrongResult
 from pykvcache.cli.bench.options import (
     MOST_THREADS,
     Compare,
@@ -106,6 +107,9 @@ def kernels(
                 for result in found:
                     results.append(result)
                 advance(title=case.name)
+    except WrongResult:
+        output.save([result.to_json() for result in results])  # of the cases before it
+        raise
     except KeyboardInterrupt:
         complete = False
         output.interrupted(results)

@@ -68,13 +68,17 @@ class Output:
         """Save and compare; exit code 1 beyond --fail-above or with nothing to compare, 130 after
         Ctrl-C.
         """
-        if self._json == "-" or (self._json is not None and rows):  # no old file becomes empty
-            tables.save_json(self._json, rows)
+        self.save(rows)
         is_slower = self._old is not None and bool(rows) and self._compare(rows)
         if not complete:
             raise typer.Abort
         if is_slower:
             raise typer.Exit(1)
+
+    def save(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the file of --json, if there is one."""
+        if self._json == "-" or (self._json is not None and rows):  # no old file becomes empty
+            tables.save_json(self._json, rows)
 
     def _compare(self, rows: Sequence[dict[str, Any]]) -> bool:
         assert self._old is not None
