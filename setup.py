@@ -100,9 +100,8 @@ def link_flags() -> str:
 
 def cuda_link_flags(toolkit: Path) -> str:
     lib = shlex.quote(str(torch_dir() / "lib"))
-    return (
-        f"-shared -L{lib} -ltorch_cpu -ltorch_cuda -L{shlex.quote(str(toolkit / 'lib64'))} -lcudart"
-    )
+    folders = [f"-L{shlex.quote(str(f))}" for f in setup_cuda.library_folders(toolkit)]
+    return f"-shared -L{lib} -ltorch_cpu -ltorch_cuda {' '.join(folders)} -lcudart"
 
 
 def ninja_variables(name: str) -> tuple[dict[str, str], list[tuple[Path, str, str]]]:

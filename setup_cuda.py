@@ -16,21 +16,47 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 HEAD_DIMS = (64, 128, 256)  # classes that the tensor-core kernels are compiled for
-SMALLEST_ARCH = 80
+SMALLEST_ARCH = (8, 0)
+# Names that torch's own extensions take. Those before Ampere are of GPUs that are left out.
+NAMED_ARCHS = {
+    "Kepler": "3.5", "Maxwell": "5.0", "Pascal": "6.0", "Volta": "7.0", "Turing": "7.5",
+    "Ampere": "8.0 8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
+    "Blackwell": "10.0 12.0+PTX", "Blackwell+Tegra": "11.0",
+}  # fmt: skip
+
+
+def _is_toolkit(folder: Path) -> bool:
+    headers = [folder / "include", *folder.glob("targets/*/include")]
+    return (folder / "bin" / "nvcc").exists() and any(
+        (headers_of / "cuda_runtime.h").exists() for headers_of in headers
+    )
+
+
+def named_toolkit() -> str | None:
+    """What the environment says where the toolkit is."""
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 
 
 def find_toolkit() -> Path | None:
-    """The folder that holds bin/nvcc and include/cuda_runtime.h."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    """The folder that holds bin/nvcc and the headers: the one that is named, or a usual one."""
+    if named := named_toolkit():
+        return Path(named).resolve() if _is_toolkit(Path(named)) else None
+    candidates = ["/usr/local/cuda"]
     if nvcc := shutil.which("nvcc"):
         # The one on PATH may be a script that calls another: ask it where it runs from.
         plan = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True,
                               text=True)  # fmt: skip
         candidates += re.findall(r"TOP=(\S+)", plan.stderr)
-    for candidate in filter(None, candidates):
-        if (Path(candidate) / "include" / "cuda_runtime.h").exists():
-            return Path(candidate).resolve()
+    for candidate in map(Path, candidates):
+        if _is_toolkit(candidate):
+            return candidate.resolve()
     return None
+
+
+def library_folders(toolkit: Path) -> list[Path]:
+    """Where libcudart may lie: toolkits of NVIDIA, conda and pip differ."""
+    folders = [toolkit / "lib64", toolkit / "lib", *sorted(toolkit.glob("targets/*/lib"))]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def toolkit_version(toolkit: Path) -> tuple[int, int]:
@@ -62,42 +88,70 @@ def _missing(torch_dir: Path) -> str | None:
     if version is None:
         return "the installed torch is built without CUDA"
     toolkit = find_toolkit()
+    if toolkit is None and (named := named_toolkit()):
+        return f"CUDA_HOME (or CUDA_PATH) is {named}, which has no bin/nvcc or no headers"
     if toolkit is None:
         return f"there is no CUDA toolkit (torch has CUDA {version}); set CUDA_HOME"
     major = toolkit_version(toolkit)[0]
     if major != int(version.split(".")[0]):
         return f"torch has CUDA {version} but the toolkit in {toolkit} is CUDA {major}"
+    if not architectures(toolkit):
+        listed = os.environ["TORCH_CUDA_ARCH_LIST"]
+        return f"TORCH_CUDA_ARCH_LIST is {listed!r}: none has compute capability 8.0 or newer"
     return None
 
 
 def architectures(toolkit: Path) -> list[str]:
-    """ "8.0", "9.0", "12.0+PTX": TORCH_CUDA_ARCH_LIST, else the GPU's, else the common ones."""
-    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return re.split(r"[ ;]+", listed.strip())
-    try:
-        import torch
-
-        if torch.cuda.is_available():
-            return ["{}.{}".format(*torch.cuda.get_device_capability())]
-    except ImportError:
-        pass
+    """ "8.0", "9.0", "12.0+PTX": TORCH_CUDA_ARCH_LIST, else the GPUs', else the common ones."""
+    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"):
+        return listed_architectures(listed)
+    if present := present_architectures():
+        return present
     newest = ["10.0", "12.0"] if toolkit_version(toolkit) >= (12, 8) else []
     common = ["8.0", "9.0", *newest]
     return [*common[:-1], f"{common[-1]}+PTX"]
 
 
+def present_architectures() -> list[str]:
+    """Of the GPUs that are here; none without torch, as in some builds."""
+    try:
+        import torch
+    except ImportError:
+        return []
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    return [f"{major}.{minor}" for major, minor in sorted(set(found))]
+
+
+def listed_architectures(listed: str) -> list[str]:
+    """Those of a TORCH_CUDA_ARCH_LIST that have kernels; the others are left out."""
+    words = re.split(r"[\s;,]+", listed)
+    numbers = [number for word in words for number in NAMED_ARCHS.get(word, word).split()]
+    if "native" in numbers:
+        numbers = [number for number in numbers if number != "native"] + present_architectures()
+    kept = []
+    for number in numbers:
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", number)
+        if found is None:
+            raise SystemExit(
+                f"pykvcache: TORCH_CUDA_ARCH_LIST has {number!r}; it takes numbers like 8.0, 9.0a "
+                f"and 12.0+PTX, native, {', '.join(NAMED_ARCHS)}"
+            )
+        if (int(found[1]), int(found[2])) >= SMALLEST_ARCH:
+            kept.append(number)
+    return kept
+
+
 def gencode_flags(archs: list[str]) -> str:
-    """nvcc's -gencode options; 9.0 is always 9.0a, which later kernels need."""
+    """nvcc's -gencode options. 9.0 is always 9.0a, for wgmma; PTX is that of any later GPU."""
     flags = []
     for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
-        if int(number.rstrip("af")) < SMALLEST_ARCH:
-            raise SystemExit(f"pykvcache: CUDA kernels need compute capability 8.0, got {arch}")
-        number = "90a" if number == "90" else number
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        code = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return " ".join(flags)
+            any_later = number.rstrip("af")
+            flags.append(f"-gencode=arch=compute_{any_later},code=compute_{any_later}")
+    return " ".join(dict.fromkeys(flags))
 
 
 def nvcc_flags(torch_dir: Path) -> str:

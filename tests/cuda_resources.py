@@ -3,9 +3,9 @@
     python tests/cuda_resources.py [sm_80 sm_90a sm_100] [--head-dims 64 128 256]
 
 One line a kernel: registers, static and dynamic shared memory, spilled bytes. Exits with 1 if
-something does not compile, if a kernel for head dims 64 or 128 spills, or if ptxas waits for wgmma
-products one by one (its notes C75xx). Launchers are compiled
-against the installed torch, whatever that was built for. Needs nvcc.
+something does not compile, if a kernel for head dims 64 or 128 spills, if one asks for more shared
+memory than the chip has, or if ptxas waits for wgmma products one by one (its notes C75xx).
+Launchers are compiled against the installed torch, whatever that was built for. Needs nvcc.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cuda_host import build
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 MAY_SPILL = ("256",)
+SHARED_BYTES = {"sm_80": 163 << 10, "sm_90a": 227 << 10, "sm_100": 227 << 10}  # of a CTA, at most
 
 
 def compile_source(nvcc: str, arch: str, source: str, extra: str, flags: list[str]) -> str:
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> int:
         print("no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set")
         return 2
     sources = build.kernel_sources(tuple(options.head_dims))
-    sources += [(f"csrc/cuda/{name}.cu", "") for name in ("attention", "cache_ops")]
+    sources += [(name, "") for name in build.HOST_SOURCES if name.endswith(".cu")]
     jobs = [(arch, *source) for arch in options.architectures for source in sources]
     shared = dynamic_shared_bytes()
     bad = 0
@@ -109,6 +110,7 @@ def main(arguments: list[str]) -> int:
                 bad += 1
             for name, registers, static, spilled in kernels:
                 dynamic = shared.get((name, dim), shared.get((name.split("<")[0], "0"), 0))
+                bad += static + dynamic > SHARED_BYTES.get(arch, 227 << 10)
                 print(
                     f"{arch:7} {name:42} {dim:>4} registers {registers:3} "
                     f"shared {static + dynamic:6} spilled {spilled}",

@@ -257,6 +257,10 @@ def _lengths() -> list[Case]:
         *_across(Case("prefill", rows=prefill, num_heads=8), F32, BF16, F16),
         *_across(Case("padded", rows=padded), F32, BF16),
         *_across(Case("long-among-short", rows=((1, 3000), (1, 4), (2, 9))), F32, BF16),
+        *(
+            Case(f"long-among-short-{dim}", ((1, 900), (1, 4), (2, 9)), 4, 1, dim, dtype=BF16)
+            for dim in (128, 256)
+        ),
         *_across(Case("speculative", rows=((4, 40), (4, 17), (4, 4), (4, 90))), F32, BF16),
         Case("no-rows", rows=((0, 0),)),
         Case("one-token", rows=((1, 1),), num_heads=1, num_kv_heads=1),

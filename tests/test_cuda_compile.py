@@ -49,8 +49,62 @@ def test_architectures_become_flags() -> None:
         "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
     ]
-    with pytest.raises(SystemExit, match=r"need compute capability 8.0, got 7.5"):
-        SETUP["gencode_flags"](["7.5"])
+    flags = SETUP["gencode_flags"](["9.0+PTX", "9.0a", "10.0a+PTX"])
+    assert flags.split() == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_100a,code=sm_100a",
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "archs"),
+    [
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", ["8.0", "8.6", "9.0", "10.0", "12.0+PTX"]),
+        (" 8.0, 9.0 ; ", ["8.0", "9.0"]),
+        ("Turing;Ampere;Hopper", ["8.0", "8.6+PTX", "9.0+PTX"]),
+        ("native;9.0a", ["9.0a", "8.9", "12.0"]),
+        ("Volta", []),
+    ],
+)
+def test_architectures_are_listed_as_torch_takes_them(listed: str, archs: list[str]) -> None:
+    function = SETUP["architectures"]
+    gpus = {"present_architectures": lambda: ["7.5", "8.9", "12.0"]}
+    with (
+        mock.patch.dict(function.__globals__, gpus),
+        mock.patch.dict("os.environ", {"TORCH_CUDA_ARCH_LIST": listed}),
+    ):
+        assert function(Path("toolkit")) == archs
+        if not archs:
+            assert "none has compute capability 8.0" in str(why_not("13.0", (13, 1)))
+
+
+@pytest.mark.parametrize("listed", ["8", "hopper", "80", "8.0+ptx", "9.0b"])
+def test_an_unknown_architecture_is_one_line(listed: str) -> None:
+    with pytest.raises(SystemExit, match=r"has '.*'; it takes numbers like 8\.0.*Hopper"):
+        SETUP["listed_architectures"](f"8.0 {listed}")
+
+
+def test_a_toolkit_that_is_named_is_taken_or_missing(tmp_path: Path) -> None:
+    def reason() -> str:
+        function = SETUP["why_not"]
+        changes = {"torch_cuda_version": lambda _: "13.0", "toolkit_version": lambda _: (13, 0)}
+        variables = {"CUDA_HOME": str(tmp_path), "PYKVCACHE_CUDA": ""}
+        with (
+            mock.patch.dict(function.__globals__, changes),
+            mock.patch.dict("os.environ", variables),
+        ):
+            return str(function(Path("torch")))
+
+    (tmp_path / "targets/any/include").mkdir(parents=True)
+    (tmp_path / "targets/any/lib").mkdir()
+    (tmp_path / "targets/any/include/cuda_runtime.h").touch()
+    assert f"CUDA_HOME (or CUDA_PATH) is {tmp_path}" in reason()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch()
+    assert reason() == "None"
+    assert SETUP["library_folders"](tmp_path) == [tmp_path / "targets/any/lib"]
 
 
 def why_not(version: str | None, toolkit: tuple[int, int] | None, wanted: str = "") -> str | None:

@@ -55,6 +55,7 @@ using Stream = cudaStream_t;
 
 inline void check(cudaError_t status) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and must not be told again by torch's next check
   std::string message = std::string("pykvcache: CUDA error: ") + cudaGetErrorString(status);
   if (status == cudaErrorNoKernelImageForDevice)
     message += "; rebuild with TORCH_CUDA_ARCH_LIST naming this GPU, or unset";

@@ -31,7 +31,7 @@ auto with_kernel(const KernelParams& params, Function&& function) {
 
 BoxLayout layout_of(const CacheView& cache, const AttentionParams& p, int64_t dim, int box_rows) {
   return {cache.data,
-          {dim, p.block_size, p.num_kv_heads, cache.num_blocks > 0 ? cache.num_blocks : 1},
+          {dim, p.block_size, p.num_kv_heads, cache.num_blocks},
           {2 * cache.stride_slot, 2 * cache.stride_head, 2 * cache.stride_block},
           box_rows};
 }
@@ -47,6 +47,7 @@ int32_t box_shift(int64_t block_size, int tile_keys) {
 
 template <>
 bool HeadDim<KV_HEAD_DIM>::has_wgmma_prefill(const KernelParams& params) {
+  if (params.attention.k.num_blocks == 0) return false;  // there is no memory to map
   return with_kernel(params, [](auto type, auto kernel) {
     return built_for_hopper(kernel) &&
            decltype(type)::type::kSharedBytes <= shared_bytes_of_device();
