@@ -33,19 +33,19 @@ class Delivery(Generic[Owner]):
         """The event has happened; the engine is locked."""
         self._queue.append((event, listener, owner))
 
-    def deliver(self, shield: Shield) -> list[tuple[Owner, Exception]]:
+    def deliver(self, shield: Shield, note: Callable[[Owner, Exception], object]) -> None:
         """Call the listeners of all events, also after one has raised; the engine is not locked.
 
         Does nothing inside of a callback or while another thread delivers: that one goes on with
         what was queued meanwhile. Ctrl-C comes through in callbacks and waits elsewhere.
 
-        Returns:
-            The errors that listeners raised, and whose they are.
+        Args:
+            note: told whose listener has raised what.
 
         Raises:
-            BaseException: the first interrupt, or the like, that came out of a listener.
+            BaseException: the first interrupt that came out of a listener, or the first that the
+                handler of a signal has raised while one ran.
         """
-        errors: list[tuple[Owner, Exception]] = []
         interrupt: BaseException | None = None
         delivered = self._next(True)
         while delivered is not None:
@@ -54,16 +54,15 @@ class Delivery(Generic[Owner]):
                 shield.open = True
                 listener(event)
                 shield.open = False
-            except Exception as error:
-                shield.open = False
-                errors.append((owner, error))
             except BaseException as raised:
                 shield.open = False
-                interrupt = interrupt or raised
+                if isinstance(raised, Exception) and raised is not shield.raised:
+                    note(owner, raised)
+                else:
+                    interrupt = interrupt or raised
             delivered = self._next(False)
         if interrupt is not None:
             raise interrupt
-        return errors
 
     def _next(self, begin: bool) -> tuple[Event, Listener, Owner] | None:
         """The next event for this thread, which is about to `begin` or delivers already."""

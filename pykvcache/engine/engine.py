@@ -294,16 +294,28 @@ class Engine:
 
         Others have nothing to do with the call that runs: their errors wait for `Handle.result`.
         """
-        raised: Exception | None = None
-        for handle, error in self._loop.delivery.deliver(shield):
+        mine: list[tuple[Handle, Exception]] = []
+        others: list[Exception] = []
+
+        def note(handle: Handle, error: Exception) -> None:
             if own is None or handle in own:
-                raised = raised or error
-                continue
-            handle.error = handle.error or error
-            text = f"a callback of another request raised {error!r}; its result() raises it, too"
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
-        if raised is not None:
-            raise raised
+                mine.append((handle, error))
+            else:
+                handle.error = handle.error or error
+                others.append(error)
+
+        try:
+            self._loop.delivery.deliver(shield, note)
+        except BaseException:
+            for handle, error in mine:  # which the interrupt comes before
+                handle.error = handle.error or error
+            raise
+        finally:
+            for error in others:
+                text = f"a callback of another request raised {error!r}; its result() raises it"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
+        if mine:
+            raise mine[0][1]
 
     def _step(self, shield: Shield) -> list[Event]:
         self._cancel_dropped()
@@ -368,13 +380,18 @@ class Engine:
     def _accept(self) -> None:
         """New requests come: look at the weights before the next step, and at the configuration."""
         self._unchecked = True
+        self._follow_config(stacklevel=5)
+
+    def _follow_config(self, stacklevel: int) -> None:
+        """Choose tokens as the generation config says now, among those that the model has now."""
         config, eos = self._model.generation_config, eos_tokens(self._model)
         penalty = getattr(config, "repetition_penalty", None)
         rules = ConfigRules(config, eos, self._runner.vocabulary, self.pool.device)
         if rules.ignored and rules.ignored != self._ignored:
             self._ignored = rules.ignored
             names = ", ".join(rules.ignored)
-            warnings.warn(f"Engine does not follow {names} of the generation config", stacklevel=4)
+            text = f"Engine does not follow {names} of the generation config"
+            warnings.warn(text, stacklevel=stacklevel)
         self._loop.set_ends(
             eos, 1.0 if penalty is None else penalty, rules if rules.fields else None
         )
@@ -387,6 +404,8 @@ class Engine:
             )
         self._freshness.begin(thorough=self._unchecked)
         self._unchecked = False
+        if self._runner.vocabulary != self._loop.vocabulary:
+            self._follow_config(stacklevel=7)
 
     def _cancel(self, handles: Sequence[Handle], own: Sequence[Handle] | None) -> None:
         """End all samples that have not ended, then tell those who watch them, see `_deliver`."""

@@ -197,7 +197,8 @@ class Handle:
         """Run the engine until this is done; one output a sample.
 
         Raises:
-            Exception: what a processor or the callback of this request raised.
+            Exception: what a processor or the callback of this request raised; not what a callback
+                raises that another thread still runs.
         """
         while not self.done:
             self._engine._advance([self])

@@ -12,11 +12,11 @@ from typing import Any
 PATIENCE = 0.05  # seconds between looks for a signal while a lock is not free
 
 # Signals that programs give handlers which raise: to stop, or because time is up.
-SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGBREAK")
-    if hasattr(signal, name)
-)
+NAMES = (
+    "SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGALRM", "SIGVTALRM", "SIGXCPU", "SIGUSR1",
+    "SIGUSR2", "SIGBREAK",
+)  # fmt: skip
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -28,10 +28,14 @@ class Shield:
 
     Args:
         handlers: by signal.
+
+    Attributes:
+        raised: what the newest handler that raised has raised.
     """
 
     def __init__(self, handlers: dict[int, Handler]) -> None:
         self.open = False
+        self.raised: BaseException | None = None
         self._handlers = handlers
         self._received: dict[int, FrameType | None] = {}
 
@@ -39,7 +43,8 @@ class Shield:
         """The handler of the signals inside the block."""
         if self.open:
             self.open = False
-            self._handlers[number](number, frame)
+            self._call(number, frame)
+            self.release()  # what came while that handler ran
             self.open = True
         else:
             self._received[number] = frame
@@ -49,9 +54,16 @@ class Shield:
         if self._received:
             number, frame = self._received.popitem()
             try:
-                self._handlers[number](number, frame)
+                self._call(number, frame)
             finally:
                 self.release()
+
+    def _call(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._handlers[number](number, frame)
+        except BaseException as error:
+            self.raised = error
+            raise
 
     @contextlib.contextmanager
     def holding(self, lock: threading.RLock) -> Iterator[None]:
@@ -73,18 +85,30 @@ def uninterrupted() -> Iterator[Shield]:
         handlers = {number: handler for number, handler in found.items() if callable(handler)}
     shield = Shield(handlers)
     try:
-        _handle(dict.fromkeys(handlers, shield.receive))
+        for number in handlers:
+            signal.signal(number, shield.receive)
         yield shield
     finally:
         try:
-            _handle(handlers)
-        except BaseException:  # of a handler that was set, while others were not
-            _handle(handlers)
-            raise
+            _restore(handlers, shield)
         finally:
             shield.release()
 
 
-def _handle(handlers: dict[int, Handler]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+def _restore(handlers: dict[int, Handler], shield: Shield) -> None:
+    """Set the handlers again, whatever those raise that are set already.
+
+    One that was replaced inside the block stays.
+    """
+    raised: BaseException | None = None
+    done = False
+    while not done:
+        try:
+            for number, handler in handlers.items():
+                if signal.getsignal(number) == shield.receive:
+                    signal.signal(number, handler)
+            done = True
+        except BaseException as error:
+            raised = raised or error
+    if raised is not None:
+        raise raised

@@ -51,7 +51,8 @@ class Loop:
         self.runner, self.scheduler, self.swap = runner, scheduler, swap
         self.lanes, self.blocks = scheduler.lanes, scheduler.blocks
         self.meter, self.delivery = Meter(scheduler), Delivery[Handle]()
-        self._epoch = self.blocks.epoch  # of the weights whose vocabulary has all tokens
+        self.vocabulary = runner.vocabulary  # that tokens are chosen from
+        self._shrunk = False  # since requests were looked at
         self._thread = 0  # in which a step runs
         self._heard: list[Event] = []  # in the step that runs
         self._sampler = Sampler(runner.vocabulary, eos)
@@ -64,7 +65,9 @@ class Loop:
         self._eos = np.array(eos, np.int64)
         if rules is not None and rules.same(self._sampler.rules):
             rules = self._sampler.rules  # for which requests have processors already
-        self._sampler = Sampler(self.runner.vocabulary, eos, penalty, rules)
+        before, self.vocabulary = self.vocabulary, self.runner.vocabulary
+        self._shrunk |= self.vocabulary < before
+        self._sampler = Sampler(self.vocabulary, eos, penalty, rules)
 
     def step(self, shield: Shield) -> list[Event]:
         """Run one step; returns the events of watched samples, those with a listener are queued.
@@ -73,7 +76,7 @@ class Loop:
         """
         self._thread = threading.get_ident()
         try:
-            if self._epoch != self.blocks.epoch:
+            if self._shrunk:
                 self._end_unknown()
             with torch.inference_mode():
                 self._step(shield)
@@ -117,12 +120,14 @@ class Loop:
         self.meter.step(len(step.lanes), step.num_tokens, seconds)
 
     def _end_unknown(self) -> None:
-        """End requests with tokens that the model, whose weights have changed, knows no more."""
-        last = self.runner.vocabulary - 1
+        """End requests with tokens that the model, whose vocabulary has shrunk, knows no more."""
+        last = self.vocabulary - 1
         for request in self.scheduler.requests():
-            if (token := int(self._text(request).max())) <= last:
+            owner, token = request.owner, int(self._text(request).max())
+            if isinstance(owner, ScoreJob):
+                token = max(token, int(owner.completion.max()))
+            if token <= last:
                 continue
-            owner = request.owner
             owner.error = ValueError(
                 f"token {token} of a request is not in the vocabulary any more, "
                 f"which ends at {last} now"
@@ -131,7 +136,7 @@ class Loop:
                 self.end(owner, "error")
             else:
                 self.scheduler.finish(request)
-        self._epoch = self.blocks.epoch
+        self._shrunk = False
 
     def end(self, sample: Sample, reason: str) -> None:
         """The sample ends, wherever it is; its blocks are given back."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import traceback
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -114,6 +115,8 @@ class Sampler:
                     failed.setdefault(i, ValueError(f"no token can be drawn: {UNDRAWABLE}"))
                 tokens[rows] = np.maximum(drawn, 0)
             errors |= {rows[i]: error for i, error in failed.items()}
+        for error in errors.values():
+            _let_go(error)
         return tokens, errors
 
     def _is_untouched(self, setting: Sampling, generated: int) -> bool:
@@ -128,6 +131,13 @@ class Sampler:
     def _penalty_of(self, setting: Sampling) -> float:
         penalty = setting.repetition_penalty
         return self._penalty if penalty is None else penalty
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the frames of a traceback hold: scores, which would live as long as an output."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _own(
@@ -227,12 +237,12 @@ def _draw(scores: Tensor, places: Sequence[tuple[int | None, int, int]]) -> Int6
     Args:
         places: (seed, sample, position) of each row.
     """
-    numbers = torch.randint(DRAWS, (len(places),))
+    numbers = torch.randint(DRAWS, (len(places),)).tolist()
     for row, place in enumerate(places):
         if place[0] is not None:
             digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
             numbers[row] = int.from_bytes(digest, "little") % DRAWS
-    levels = (numbers.double() / DRAWS).to(scores.device)
+    levels = (torch.tensor(numbers, dtype=torch.float64) / DRAWS).to(scores.device)
     size = max(SUM_BYTES // (8 * scores.shape[1]), 1)
     pairs = zip(scores.split(size), levels.split(size), strict=True)
     drawn: Int64Array = torch.cat([_drawn_at(*pair) for pair in pairs]).cpu().numpy()

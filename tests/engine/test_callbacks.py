@@ -159,7 +159,7 @@ def test_an_interrupt_outranks_what_a_callback_raised() -> None:
     def interrupt(event: Event) -> None:
         raise KeyboardInterrupt
 
-    engine.submit(make_prompts()[0], max_new_tokens=1, on_token=complain)
+    handle = engine.submit(make_prompts()[0], max_new_tokens=1, on_token=complain)
     engine.submit(make_prompts()[1], max_new_tokens=1, on_token=interrupt)
     raised = None
     try:
@@ -167,6 +167,8 @@ def test_an_interrupt_outranks_what_a_callback_raised() -> None:
     except BaseException as error:
         raised = error
     assert isinstance(raised, KeyboardInterrupt)
+    with pytest.raises(ValueError, match="from the callback"):
+        handle.result()  # it is not lost
 
 
 OTHERS: dict[str, Callable[[pykvcache.Engine], object]] = {

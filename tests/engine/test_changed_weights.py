@@ -192,7 +192,29 @@ def test_requests_whose_tokens_a_smaller_vocabulary_lacks_end_alone() -> None:
     assert_empty(engine)
 
 
-def test_a_score_ends_when_a_smaller_vocabulary_lacks_its_tokens() -> None:
+@pytest.mark.parametrize("change", [-1, 22])
+def test_rules_follow_a_vocabulary_that_changes_while_requests_run(change: int) -> None:
+    """Nobody submits anything after that."""
+    model = copy.deepcopy(make_model("llama"))
+    last = model.config.vocab_size - 1
+    model.generation_config.bad_words_ids = [[9]]
+    model.generation_config.sequence_bias = {(8, 7): 0.5}
+    model.generation_config.eos_token_id = last
+    engine = pykvcache.Engine(model, block_size=4, num_blocks=200, token_budget=8)
+    sampling = pykvcache.Sampling(max_new_tokens=12, min_new_tokens=9)
+    handles = [engine.submit([7, 8, 9], sampling), engine.submit([3] * 5, max_new_tokens=12)]
+    for _ in range(3):
+        engine.step()
+    model.resize_token_embeddings(last + 1 + change)
+    with torch.no_grad():
+        model.lm_head.weight[:] = 0
+        model.lm_head.weight[4] = 1
+    assert [handle.result()[0].finish_reason for handle in handles] == ["length", "length"]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_score_ends_when_a_smaller_vocabulary_lacks_its_tokens(place: int) -> None:
     model = copy.deepcopy(make_model("llama"))
     engine = pykvcache.Engine(model, block_size=4, num_blocks=200, token_budget=8)
     last = model.config.vocab_size - 1
@@ -204,7 +226,9 @@ def test_a_score_ends_when_a_smaller_vocabulary_lacks_its_tokens() -> None:
 
     handle = engine.submit([1, 2], max_new_tokens=3, on_token=shrink)
     with pytest.raises(ValueError, match=f"token {last} .*ends at {last - 1} now"):
-        engine.score([4] * 30, [[5, 6], [7, last, 8]])
+        lacking = [7, 8, 9]
+        lacking[place] = last
+        engine.score([4] * 30, [[5, 6], lacking])
     assert changed
     handle.cancel()
     assert_empty(engine)

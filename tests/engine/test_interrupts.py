@@ -14,11 +14,12 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from workload import assert_empty, expected, make_engine, make_prompts, random_prompt
 
 import pykvcache
 from pykvcache import Sampling
-from pykvcache.engine import Event
+from pykvcache.engine import Event, interrupts
 
 ENGINE_CODE = os.path.join("pykvcache", "engine")
 PROMPTS = [make_prompts()[i] for i in (0, 3, 0)]
@@ -272,3 +273,81 @@ def test_a_stream_that_the_garbage_collector_finds_inside_a_step_harms_nobody(
     assert collected[0]
     assert [output.token_ids for output in outputs] == expected("llama")
     assert_empty(engine)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Restores the handlers of all signals."""
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("other_handlers")
+@pytest.mark.parametrize("name", USES)
+def test_a_time_limit_is_not_taken_for_an_error_of_the_callback_that_runs(name: str) -> None:
+    engine = make_engine(token_budget=8)
+    other = engine.submit(
+        PROMPTS[0], max_new_tokens=1, on_token=lambda event: signal.raise_signal(signal.SIGALRM)
+    )
+    with pytest.raises(TimeoutError):
+        USES[name](engine)
+    assert other.error is None
+    other.cancel()
+    assert_empty(engine)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_while_another_handler_runs_comes_at_once() -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGINT))
+    steps = []
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        steps.append(len(steps))
+        signal.raise_signal(signal.SIGUSR1)
+        return scores
+
+    engine = make_engine()
+    sampling = Sampling(max_new_tokens=20, processors=[processor])
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS[:1], sampling)
+    assert len(steps) < 3
+    assert_empty(engine)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_handler_that_a_callback_sets_stays() -> None:
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    engine = make_engine()
+    engine.submit(
+        PROMPTS[0], max_new_tokens=1,
+        on_token=lambda event: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+    )  # fmt: skip
+    while engine.stats().running + engine.stats().waiting:
+        engine.step()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("handlers")
+def test_handlers_are_restored_whatever_signals_come_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two signals whose handlers raise, each as soon as its handler is back."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    pending, set_handler = [signal.SIGINT, signal.SIGTERM], signal.signal
+
+    def set_and_raise(number: int, handler: Any) -> Any:
+        before = set_handler(number, handler)
+        if handler is signal.default_int_handler and number in pending:
+            pending.remove(number)
+            signal.raise_signal(number)
+        return before
+
+    monkeypatch.setattr(signal, "signal", set_and_raise)
+    with pytest.raises(KeyboardInterrupt), interrupts.uninterrupted():
+        pass
+    assert not pending
+    assert {signal.getsignal(number) for number in numbers} == {signal.default_int_handler}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import traceback
+import weakref
 from typing import Any
 
 import pytest
@@ -83,3 +86,23 @@ def test_a_processor_that_writes_into_the_text_changes_its_copy_only() -> None:
     for output in engine.generate([make_prompts()[1]], sampling):
         assert output.token_ids == expected("llama")[1]
     assert_empty(engine)
+
+
+def test_an_error_keeps_no_scores_alive() -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def broken(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(weakref.ref(scores))
+        try:
+            raise KeyError("cause")
+        except KeyError as error:
+            raise RuntimeError("broken") from error
+
+    engine = make_engine()
+    handle = engine.submit(make_prompts()[0], Sampling(max_new_tokens=2, processors=[broken]))
+    while not handle.done:
+        engine.step()
+    gc.collect()
+    error = handle.outputs[0].error
+    assert str(error) == "broken" and seen[0]() is None
+    assert "in broken" in "".join(traceback.format_exception(error))
