@@ -19,8 +19,9 @@ struct Prefill {
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;
   static constexpr int kRows = kWarps * kRowTile * kRowTiles;
   static constexpr int kTileKeys = kDim <= 128 ? 64 : 32;
-  // Keys that a warp takes at once: with 32, kDim 128 spills registers on sm_100.
-  static constexpr int kStepKeys = kDim == 128 ? 16 : 32;
+  // Keys that a warp takes at once, for which q is read once: with 32, Float8 of kDim 128 spills
+  // registers on sm_100.
+  static constexpr int kStepKeys = kDim == 128 && sizeof(KV) == 1 ? 16 : 32;
   static constexpr int kStages = kDim <= 64 ? 3 : 2;
 
   using Stage = KeyStage<KV, kDim, kTileKeys>;
