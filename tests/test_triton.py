@@ -3,7 +3,10 @@ elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -18,8 +21,9 @@ if ops.backends()["triton"] != "ready":
 
 import triton
 import triton.language as tl
+from pykvcache.kernels.attention.merge import piece_range
 from pykvcache.kernels.common.numeric import decode_e4m3, encode_e4m3, in_unit, unit_of_rows
-from pykvcache.kernels.launch import attention, table
+from pykvcache.kernels.launch import attention, operators, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "interpreter", "unknown")
@@ -35,6 +39,14 @@ def decode_all(bits, values, SIZE: tl.constexpr):
 def encode_all(values, bits, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     tl.store(bits + i, encode_e4m3(tl.load(values + i)))
+
+
+@triton.jit
+def ranges_of_all(plan, rows, programs, ranges):
+    row = tl.program_id(0)
+    begin, end = piece_range(plan, row, rows, programs, False)
+    tl.store(ranges + 2 * row, begin)
+    tl.store(ranges + 2 * row + 1, end)
 
 
 @triton.jit
@@ -102,6 +114,58 @@ def test_plan_leaves_out_what_a_window_hides() -> None:
     lengths = torch.tensor([20 * tile]).int()
     plan = ops.plan(lengths, starts, 1, 2, 2, 64, window=2 * tile, backend="triton")
     assert plan.tolist() == [0, 2]
+
+
+def test_plan_leaves_out_what_lies_in_other_chunks() -> None:
+    tile = table.decode_tile(table.architecture(torch.device(DEVICE)), 64)
+    starts, lengths = torch.tensor([0, 1, 2]).int(), torch.tensor([20 * tile, 16 * tile]).int()
+    plan = ops.plan(lengths, starts, 1, 2, 2, 64, chunk=8 * tile, backend="triton")
+    assert plan.tolist() == [0, 4, 12]
+
+
+def test_plan_refuses_what_attention_refuses() -> None:
+    starts, lengths = torch.tensor([0, 1, 2]).int(), torch.tensor([9, 9, 9, 9]).int()
+    for change, message in (
+        ({"seq_lens": lengths[::2]}, "seq_lens must be contiguous"),
+        ({"seq_lens": lengths[:2].long()}, "seq_lens must be int32"),
+        ({"num_kv_heads": 0}, "multiple of num_kv_heads"),
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
+        ({"window": -1}, "window and chunk must not be negative"),
+    ):
+        arguments = {
+            "seq_lens": lengths[:2], "cu_seqlens_q": starts, "max_seqlen_q": 1, "num_heads": 4,
+            "num_kv_heads": 2, "head_dim": 64, **change,
+        }  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=message):
+            ops.plan(**arguments, backend="triton")
+
+
+@pytest.mark.parametrize("programs", [1, 2, 3, 7, 100])
+def test_every_piece_of_a_row_is_merged(programs: int) -> None:
+    """Slots of a row: program + row of every program whose share of the units meets it."""
+    for count in (1, 2, 5, 40):
+        units = torch.randint(0, 9, (count,)) * (torch.rand(count) < 0.8)
+        plan = torch.cat([torch.zeros(1), units.cumsum(0)]).int()
+        total = int(plan[-1])
+        sharing = max(min(programs, total), 1)
+        cuts = [program * total // sharing for program in range(sharing + 1)]
+        ranges = torch.empty(count, 2, dtype=torch.int32, device=DEVICE)
+        ranges_of_all[(count,)](plan.to(DEVICE), count, programs, ranges)
+        for row, (begin, end) in enumerate(ranges.tolist()):
+            first, last = int(plan[row]), int(plan[row + 1])
+            meets = [p for p in range(sharing) if max(cuts[p], first) < min(cuts[p + 1], last)]
+            assert list(range(begin, end)) == [program + row for program in meets]
+
+
+@pytest.mark.parametrize("rows", [130, 300])
+def test_more_rows_than_a_program_looks_at_at_once(rows: int) -> None:
+    lengths = [(1, 1 + 37 * row % 70) for row in range(rows)]
+    lengths[rows - 2] = (3, 90)
+    data = build(Case("many", tuple(lengths), 2, 1, 16, block_size=8))
+    expected = ops.paged_attention(*data.args, **data.kwargs, backend="reference")
+    got = ops.paged_attention(*data.args, **data.kwargs, backend="triton")
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 5, 64])
@@ -199,3 +263,24 @@ def test_every_unknown_chip_has_a_choice_of_its_vendor() -> None:
     assert table.choose("decode", "gfx1100", 128, 2) == table.choose("decode", "gfx942", 128, 2)
     assert table.choose("prefill", "sm_86", 128, 2) == table.choose("prefill", "unknown", 128, 2)
     assert table.choose("decode", "gfx942", 128, 2) != table.choose("decode", "sm_80", 128, 2)
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_kernels_run_on_the_device_of_their_tensors(
+    current: int, entered: list[int], as_list: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the current device is, to which Triton would launch."""
+    seen: list[int] = []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        seen.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    tensor = mock.Mock(spec=torch.Tensor, is_cuda=True, device=torch.device("cuda:1"))
+    first = [tensor] if as_list else tensor
+    assert operators.on_device_of_tensors(lambda *given: given)(first, 5) == (first, 5)
+    assert seen == entered

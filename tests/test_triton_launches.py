@@ -98,8 +98,10 @@ else:
                 assert {call.features[name] for call in calls} >= set(values), name
 
     @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-    @pytest.mark.parametrize("cache_dtype", [BF16, FP8])
-    def test_other_batches_and_lengths_compile_nothing(arch: str, cache_dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(("cache_dtype", "dim"), [(BF16, 64), (FP8, 64), (BF16, 72)])
+    def test_other_batches_and_lengths_compile_nothing(
+        arch: str, cache_dtype: torch.dtype, dim: int
+    ) -> None:
         """Batch sizes, table widths, token counts, windows and views at odd addresses: one kernel.
 
         Pools keep their layout; a pool may grow.
@@ -110,7 +112,7 @@ else:
         ):  # fmt: skip
             for shift in (0, 1):
                 with noting_launches(arch) as noted:
-                    one_call_of_each_kind(cache_dtype, rows, width, blocks, queries, shift)
+                    one_call_of_each_kind(cache_dtype, rows, width, blocks, queries, shift, dim)
                 keys.append({launch.key for launch in noted})
         names = {key.split()[0] for key in keys[1]}
         assert names == all_kernels() - (

@@ -160,30 +160,37 @@ def quick_calls(arch: str) -> Iterator[Call]:
 
 
 def one_call_of_each_kind(
-    cache_dtype: torch.dtype, rows: int, width: int, blocks: int, queries: int, shift: int
-) -> None:
+    cache_dtype: torch.dtype, rows: int, width: int, blocks: int, queries: int, shift: int,
+    dim: int = 64,
+) -> None:  # fmt: skip
     """A step of decode, a mixed batch and the cache's operators, for one model and one layout.
 
-    What is small lies `shift` elements after an aligned address.
+    What is small lies `shift` elements after an aligned address. Queries, keys and values are views
+    of [heads, T, D], as transformers leaves them.
     """
 
     def small(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         size = math.prod(shape)
         return empty(size + 1, dtype=dtype, device="cpu")[shift : size + shift].view(shape)
 
-    heads, kv_heads, dim, block_size = 32, 8, 64, 16
+    def tokens_of(heads: int) -> Tensor:
+        return empty(heads, tokens, dim, dtype=BF16, device="cpu").transpose(0, 1)
+
+    heads, kv_heads, block_size = 32, 8, 16
     shape = (blocks, kv_heads, block_size, dim)
     k_cache, v_cache = (empty(*shape, dtype=cache_dtype, device="cpu") for _ in range(2))
     scale = empty(*shape[:2], dim, device="cpu") if cache_dtype == FP8 else None
     table, seq_lens, starts = small(rows, width), small(rows), small(rows + 1)
     for tokens, longest in ((rows, 1), (rows * queries + 8, queries + 8)):
-        q = empty(tokens, heads, dim, dtype=BF16, device="cpu")
         plan = attention.plan(seq_lens, starts, longest, heads, kv_heads, dim, rows, 0, False)
-        attention.paged_attention(
-            q, k_cache, v_cache, table, seq_lens, starts, longest, 0.125 + rows, True, rows, 0, 0.0,
-            small(heads, dtype=F32), None, None, scale, scale, dim, plan, False,
-        )  # fmt: skip
-        k = empty(tokens, kv_heads, dim, dtype=BF16, device="cpu")
+        bias = small(rows, 1, longest, width * block_size, dtype=torch.bool)
+        for mask in (None, bias):
+            attention.paged_attention(
+                tokens_of(heads), k_cache, v_cache, table, seq_lens, starts, longest, 0.125 + rows,
+                True, rows, 0, 0.0, small(heads, dtype=F32), None, mask, scale, scale, dim, plan,
+                False,
+            )  # fmt: skip
+        k = tokens_of(kv_heads)
         slots = small(tokens, dtype=torch.int64)
         cache.write_kv(k, k, k_cache, v_cache, slots, scale, scale)
         cache.slot_mapping(table, seq_lens, starts, tokens, block_size)

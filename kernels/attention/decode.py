@@ -35,7 +35,7 @@ from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
     do_not_specialize=["rows", "part_rows", "stride_table", "window", "chunk", "bias_stride_batch",
                        "bias_stride_head", "bias_stride_query"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "plan", "sinks",
-                                    "alibi_slopes"],
+                                    "alibi_slopes", "bias"],
 )  # fmt: skip
 def decode_kernel(
     q, stride_q_token, stride_q_head,  # [T, HQ, D]

@@ -47,7 +47,7 @@ def find_tile_row(cu_seqlens_q, rows, tile, TOKENS: tl.constexpr):
     do_not_specialize=["rows", "stride_table", "window", "chunk", "bias_stride_batch",
                        "bias_stride_head", "bias_stride_query"],
     do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seqlens_q", "sinks",
-                                    "alibi_slopes"],
+                                    "alibi_slopes", "bias"],
 )  # fmt: skip
 def prefill_kernel(
     q, stride_q_token, stride_q_head,  # [T, HQ, D]

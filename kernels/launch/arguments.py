@@ -26,6 +26,18 @@ def check_contiguous(**tensors: Tensor | None) -> None:
             )
 
 
+def evenly_strided(x: Tensor) -> Tensor:
+    """x [T, heads, D] with strides that are multiples of 16 for every T, or the same ones.
+
+    Triton compiles a kernel of its own for such multiples; strides of transposed views are T * D,
+    and anything where T is 1.
+    """
+    _, heads, dim = x.shape
+    if dim % 16 == 0:
+        return x
+    return x.contiguous().as_strided(x.shape, (heads * dim, dim, 1))
+
+
 def stored(cache: Tensor) -> Tensor:
     """A float8 cache as bytes, which is how kernels read it."""
     return cache.view(torch.uint8) if cache.dtype == torch.float8_e4m3fn else cache

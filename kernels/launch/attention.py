@@ -17,6 +17,7 @@ from pykvcache.kernels.attention.plan import plan_kernel
 from pykvcache.kernels.attention.prefill import prefill_kernel
 from pykvcache.kernels.launch.arguments import (
     check_contiguous,
+    evenly_strided,
     reads_values,
     scale_arguments,
     storage_kind,
@@ -75,6 +76,15 @@ def plan(
     deterministic: bool,
 ) -> Tensor:
     """See `pykvcache.ops.plan`; int32 [B + 1], the layout is in kernels/attention/plan.py."""
+    if num_kv_heads < 1 or num_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads: got {num_heads} and {num_kv_heads}"
+        )
+    if window < 0 or chunk < 0:
+        raise ValueError(f"window and chunk must not be negative, got {window} and {chunk}")
+    checks.check_dtype("seq_lens", seq_lens, torch.int32)
+    checks.check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
+    check_contiguous(seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     group = num_heads // num_kv_heads // head_split(num_heads // num_kv_heads, head_dim)
     tile = decode_tile(architecture(seq_lens.device), head_dim)
     unit = _unit_tiles(tile, deterministic)
@@ -120,6 +130,7 @@ def paged_attention(
     if v_cache is None:
         v_cache, v_scale = k_cache, k_scale
     tokens, num_heads, dim = q.shape
+    q = evenly_strided(q)
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
     rows, split = seq_lens.shape[0], head_split(num_heads // kv_heads, dim)
     groups, group = kv_heads * split, num_heads // kv_heads // split
@@ -164,7 +175,7 @@ def paged_attention(
         parts = slots * groups * part_rows
         part_values = q.new_empty(parts * v_head_dim, dtype=torch.float32)
         part_lse = q.new_empty(parts, dtype=torch.float32)
-        choice = choose("decode", arch, dim, size)
+        choice = choose("decode", arch, max(dim, v_head_dim), size)
         decode_kernel[(programs, groups)](
             q, *q.stride()[:2], *pools, plan, sinks, alibi_slopes, *bias_arguments, out, lse,
             part_values, part_lse, part_rows, *numbers, groups, split, group, most_rows, *dims,
@@ -178,7 +189,7 @@ def paged_attention(
             num_warps=max(width // 64, 1),
         )  # fmt: skip
     if max_seqlen_q * group > most_rows:
-        choice = choose("prefill", arch, dim, size)
+        choice = choose("prefill", arch, max(dim, v_head_dim), size)
         tile_rows = max(choice.rows, int(triton.next_power_of_2(group)))
         tiles = tokens // (tile_rows // group) + rows
         prefill_kernel[(tiles, groups)](

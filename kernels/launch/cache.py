@@ -20,6 +20,7 @@ from pykvcache.kernels.launch.arguments import (
     PLAIN,
     SCALE_KINDS,
     check_contiguous,
+    evenly_strided,
     reads_values,
     scale_arguments,
     stored,
@@ -58,6 +59,7 @@ def _write_side(x: Tensor, cache: Tensor, slots: Tensor, scale: Tensor | None) -
     tokens, heads, dim = x.shape
     if x.numel() == 0:
         return
+    x = evenly_strided(x)
     num_slots, block_size = cache.shape[0] * cache.shape[2], cache.shape[2]
     kind, of_scale = scale_arguments(scale, cache)
     width = triton.next_power_of_2(dim)
