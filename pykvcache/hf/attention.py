@@ -29,6 +29,7 @@ from pykvcache.hf.static import LAYER, StaticPagedLayer
 
 SDPA_NAME = "pykvcache"
 EAGER_NAME = "pykvcache_eager"
+MOST_PLANNED = 16  # tokens of a row; with more of them it is prefill's, which has no plan
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -134,10 +135,12 @@ def _paged_attention(
     q = packed(query, tokens)
     if q.dtype != k_cache.dtype:  # kv_dtype, or autocast
         q = q.to(k_cache.dtype)
-    cu_seqlens_q = metadata.cu_seqlens_q
+    cu_seqlens_q, plan = metadata.cu_seqlens_q, None
     if len(q) != len(metadata.slot_mapping):  # a model that asks for its last tokens only (Gemma 4)
         cu_seqlens_q = torch.arange(0, len(q) + 1, tokens, device=q.device, dtype=torch.int32)
         bias = bias if bias is None else bias[:, :, -tokens:]
+    elif tokens <= MOST_PLANNED:
+        plan = rows.plans.plan(q, k_cache, metadata, layer.group, window, chunk)
     out, _ = pool.ops.paged_attention(
         q,
         k_cache,
@@ -157,7 +160,7 @@ def _paged_attention(
         None,
         None,
         value_dim,
-        metadata.plan,
+        plan,
         pool.deterministic,
     )
     if out.dtype != query.dtype:

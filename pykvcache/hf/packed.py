@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 
 from pykvcache.cache import KVPool
 from pykvcache.hf.handles import LazyTensor, PagedKeys, PagedValues, make_handle
+from pykvcache.hf.plans import Plans
 from pykvcache.layer_step import LayerStep
 from pykvcache.metadata import AttentionMetadata
 
@@ -210,7 +211,7 @@ class PackedCache(Cache):  # type: ignore[misc]
         self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
         self.total_kv, self._any_length = 0, False
         self._masks: dict[tuple[int, int], Tensor] = {}
-        self._plans: dict[tuple[int, ...], Tensor] = {}
+        self._plans = Plans(self.pool)
         self.paged = paged  # layers of the model that are PackedLayers
         for position, index in enumerate(paged):
             group = group_of[position]
@@ -263,23 +264,9 @@ class PackedCache(Cache):  # type: ignore[misc]
             raise RuntimeError("its code touches keys, of which each step has another number")
 
     def plan(self, layer: PackedLayer, q: Tensor) -> Tensor | None:
-        """Work partition for queries [T, HQ, D] of a layer, computed once a forward; CPU: None."""
-        if self.pool.ops.backend in ("cpu", "reference"):
-            return None
+        """Work partition for queries [T, HQ, D] of a layer."""
         metadata, k_cache = self.metadata[layer.group], self.pool.caches(layer.index)[0]
-        heads = q.shape[1], k_cache.shape[1], q.shape[2]
-        key = (layer.group, *heads)
-        if key not in self._plans:
-            self._plans[key] = self.pool.ops.plan(
-                metadata.seq_lens,
-                metadata.cu_seqlens_q,
-                metadata.max_seqlen_q,
-                *heads,
-                layer.window,
-                layer.chunk,
-                self.pool.deterministic,
-            )
-        return self._plans[key]
+        return self._plans.plan(q, k_cache, metadata, layer.group, layer.window, layer.chunk)
 
     def mask(self, dtype: torch.dtype, eager: bool) -> PackedMask:
         """What to pass to the model as attention_mask, so that it builds none."""

@@ -21,6 +21,7 @@ from pykvcache.allocator import BlockAllocator, OutOfBlocks
 from pykvcache.batch import Batch, Int64Array
 from pykvcache.cache import KVPool
 from pykvcache.hf.notes import Notes
+from pykvcache.hf.plans import Plans
 from pykvcache.metadata import AttentionMetadata
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Rows:
         self.pads: list[int] | None = None  # not stored; None: no row has padding
         self.keeps_padding = False
         self.metadata: list[AttentionMetadata] = []  # of the current forward, by group
+        self.plans = Plans(pool)
         self._seqs: Int64Array | None = None
         self._batch: Batch | None = None
         self._revision = -1
@@ -241,6 +243,7 @@ class Rows:
             for table, slots in zip(step.block_tables, step.slot_mappings, strict=True)
         ]
         self._revision = step.revision
+        self.plans.clear()
 
     def crop(self, remove: int) -> None:
         """Forget the last `remove` positions, and what left the windows while recording.

@@ -11,11 +11,12 @@ import torch
 import transformers
 from families import DEVICE, make_model
 from test_identity import TOLERANCE, assert_same
+from torch import Tensor
 from transformers import PreTrainedModel
 from ways import NEW_TOKENS, PADS, PROMPT, WAYS, greedy_tokens, inputs_for
 
 import pykvcache
-from pykvcache import ops
+from pykvcache import operators, ops
 from pykvcache.hf import counters
 from pykvcache.layer_step import LayerStep
 
@@ -196,3 +197,37 @@ def test_gpu_backends_generate_the_same_tokens(family: str, backend: str) -> Non
     before = model.generate(**inputs, **options)
     with pykvcache.patched(model, backend=backend):
         assert torch.equal(model.generate(**inputs, **options), before)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize(("family", "reaches"), [("llama", 1), ("gemma3", 2)])
+def test_layers_share_the_plan_of_a_step(
+    family: str, reaches: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if ops.backends()[backend] != "ready":
+        pytest.skip(ops.backends()[backend])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = copy.deepcopy(make_model(family)).to(device)
+    table = operators.table(backend, device)
+    make_plan, attend = table.plan, table.paged_attention
+    made: list[Tensor] = []
+    used: list[Tensor] = []
+
+    def noted_plan(*args: Any) -> Tensor:
+        made.append(make_plan(*args))
+        return made[-1]
+
+    def noted_attention(*args: Any) -> Any:
+        if args[6] == 1:  # max_seqlen_q
+            used.append(args[18])
+        return attend(*args)
+
+    monkeypatch.setattr(table, "plan", noted_plan)
+    monkeypatch.setattr(table, "paged_attention", noted_attention)
+    inputs = {name: x.to(device) for name, x in inputs_for(model).items()}
+    with pykvcache.patched(model, backend=backend):
+        model.generate(**inputs, do_sample=False, max_new_tokens=4, min_new_tokens=4)
+    layers = model.config.get_text_config().num_hidden_layers
+    assert len(used) == 3 * layers
+    assert all(any(plan is one for one in made) for plan in used)
+    assert len(made) <= 4 * reaches
