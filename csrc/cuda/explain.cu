@@ -12,6 +12,7 @@ namespace {
 CacheView cache_of(DType dtype, int64_t heads, int64_t dim, int64_t block_size) {
   CacheView view;
   view.dtype = dtype;
+  view.num_blocks = 1;
   view.head_dim = view.stride_slot = dim;
   view.stride_head = block_size * dim;
   view.stride_block = heads * block_size * dim;

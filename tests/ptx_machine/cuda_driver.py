@@ -56,7 +56,9 @@ def kernel_places() -> dict[int, tuple[str, int]]:
             places.setdefault(found[1], []).append(int(address, 16))
     result = {}
     for name, offsets in places.items():
-        dims = build.HEAD_DIMS if name.startswith(PER_DIM) else (0,)
+        # A ring of two stages is made for the largest class alone.
+        dims = build.HEAD_DIMS[-1:] if name.endswith(", 2>") else build.HEAD_DIMS
+        dims = dims if name.startswith(PER_DIM) else (0,)
         assert len(offsets) == len(dims), (name, offsets)
         for offset, dim in zip(sorted(offsets), dims, strict=True):  # in the order of linking
             result[offset] = name, dim
