@@ -21,6 +21,7 @@ from pykvcache import ops
 
 TESTS = Path(__file__).parent
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 pytestmark = pytest.mark.skipif(ops.backends()["cpu"] != "ready", reason="_C is not built")
@@ -58,8 +59,9 @@ def test_case_table_on_every_instruction_set(isa: str) -> None:
     chosen = run_with(isa, "-c", "import torch, pykvcache._C as C; print(C.cpu_isa())")
     if chosen.stdout.strip() != isa:
         pytest.skip(f"this CPU runs {chosen.stdout.strip()} instead: {chosen.stderr[-200:]}")
-    table = str(TESTS / "test_paged_attention.py")
-    run = run_with(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", table, "-k", "case and cpu")
+    files = [str(TESTS / f"test_{name}.py") for name in ("paged_attention", "float8")]
+    chosen_tests = "(case or codes) and cpu"
+    run = run_with(isa, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen_tests)
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
 
@@ -70,6 +72,7 @@ SPLIT_CASES = [
     Case("sinks", rows=((1, 1900),), num_heads=8, num_kv_heads=8, head_dim=80, sinks=True),
     Case("window", rows=((2, 1999),), num_heads=4, num_kv_heads=4, head_dim=128, window=1300),
     Case("general", rows=((9, 1700),), num_heads=8, num_kv_heads=1, head_dim=64, sinks=True),
+    Case("float8", ((2, 1900), (1, 90)), 8, 2, 72, dtype=BF16, cache_dtype=FP8, scales="slot"),
 ]
 
 

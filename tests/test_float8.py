@@ -111,3 +111,30 @@ def test_many_small_weights_count(backend: str, tokens: int, slot_scales: bool) 
     small = (length - 1) * torch.tensor(-20.0).exp()
     expected = small / (1 + small) * 448 * (3e5 if slot_scales else 1)
     torch.testing.assert_close(out.float(), expected.expand(tokens, 1, dim), atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("slot_scales", [False, True])
+def test_all_codes_are_read(
+    backend: str, phase: str, dtype: torch.dtype, slot_scales: bool
+) -> None:
+    """Rows of one key: its value comes out as it is, and the score is the lse of the last query."""
+    tokens, dim = {"decode": 1, "prefill": 25}[phase], 64
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    k, v = (torch.zeros(256, 1, 1, dim) for _ in range(2))
+    column = torch.arange(256) % dim
+    k[torch.arange(256), 0, 0, column] = v[torch.arange(256), 0, 0, column] = codes.float()
+    q = torch.zeros(256, tokens, 1, dim)
+    q[torch.arange(256), :, 0, column] = 1.0
+    scale: Tensor | None = torch.full((256, 1, 1), 2.0) if slot_scales else None
+    out, lse = ops.paged_attention(
+        q.flatten(0, 1).to(dtype), k.to(FP8), v.to(FP8), torch.arange(256)[:, None].int(),
+        torch.ones(256).int(), torch.arange(257).int() * tokens, tokens, scale=1.0,
+        k_scale=scale, v_scale=scale, backend=backend,
+    )  # fmt: skip
+    values = codes.float() * (2 if slot_scales else 1)
+    out, lse = out.view(256, tokens, dim)[:, -1].float(), lse.view(256, tokens)[:, -1]
+    torch.testing.assert_close(lse, values, equal_nan=True)
+    torch.testing.assert_close(out[torch.arange(256), column], values, equal_nan=True)

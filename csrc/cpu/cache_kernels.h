@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/kernels.h"
 #include "cpu/numeric.h"
 #include "params.h"
 
@@ -53,45 +54,58 @@ inline void write_tokens(const TokenView& x, const CacheView& cache, const int64
 constexpr float kFloat8Max = 448.0f;
 constexpr float kSmallestScale = 1e-12f;
 
-// Per-slot and per-channel scales are filled by the write that covers the slot, or a block's first
-// slot.
-inline void fill_scales(const TokenView& x, const CacheView& cache, const ScaleView& scale,
-                        const int64_t* slots, int64_t num_tokens, int64_t heads,
-                        int64_t block_size) {
-  if (scale.kind != ScaleKind::kSlot && scale.kind != ScaleKind::kChannel) return;
+inline float scale_for(float largest) { return std::fmax(largest / kFloat8Max, kSmallestScale); }
+
+// Scales of channels are filled by the write that covers a block's first slot.
+inline void fill_channel_scales(const TokenView& x, const CacheView& cache, const ScaleView& scale,
+                                const int64_t* slots, int64_t num_tokens, int64_t heads,
+                                int64_t block_size) {
   const auto value = [&](int64_t t, int64_t h, int64_t d) {
     return std::fabs(load_float(x.data, t * x.stride_token + h * x.stride_head + d, x.dtype));
   };
-  const auto scale_row = [&](int64_t t, int64_t h) {
-    return scale.data + slots[t] / block_size * scale.stride_block + h * scale.stride_head;
-  };
-  const auto to_scale = [](float amax) { return std::fmax(amax / kFloat8Max, kSmallestScale); };
   for (int64_t t = 0; t < num_tokens; ++t) {
-    if (slots[t] < 0) continue;
-    const int64_t slot = slots[t] % block_size;
+    if (slots[t] < 0 || slots[t] % block_size != 0) continue;
+    const int64_t block = slots[t] / block_size;
     for (int64_t h = 0; h < heads; ++h) {
-      if (scale.kind == ScaleKind::kSlot) {
-        float amax = 0.0f;
-        for (int64_t d = 0; d < cache.head_dim; ++d) amax = std::fmax(amax, value(t, h, d));
-        scale_row(t, h)[slot] = to_scale(amax);
-      } else if (slot == 0) {
-        const int64_t block = slots[t] / block_size;
-        for (int64_t d = 0; d < cache.head_dim; ++d) {
-          float amax = 0.0f;
-          for (int64_t other = 0; other < num_tokens; ++other)
-            if (slots[other] >= 0 && slots[other] / block_size == block)
-              amax = std::fmax(amax, value(other, h, d));
-          scale_row(t, h)[d] = to_scale(amax);
-        }
+      float* row = scale.data + block * scale.stride_block + h * scale.stride_head;
+      for (int64_t d = 0; d < cache.head_dim; ++d) {
+        float largest = 0.0f;
+        for (int64_t other = 0; other < num_tokens; ++other)
+          if (slots[other] >= 0 && slots[other] / block_size == block)
+            largest = std::fmax(largest, value(other, h, d));
+        row[d] = scale_for(largest);
       }
     }
   }
 }
 
-// Tokens [begin, end) of x to their slots, converted and divided by their scales.
-inline void write_tokens_quantised(const TokenView& x, const CacheView& cache,
-                                   const ScaleView& scale, const int64_t* slots, int64_t heads,
-                                   int64_t block_size, int64_t begin, int64_t end) {
+// Tokens [begin, end) of x to their slots as float8; scales of slots are filled.
+inline void write_tokens_float8(const TokenView& x, const CacheView& cache, const ScaleView& scale,
+                                const int64_t* slots, int64_t heads, int64_t block_size,
+                                int64_t begin, int64_t end) {
+  const KernelTable& table = kernels();
+  for (int64_t t = begin; t < end; ++t) {
+    if (slots[t] < 0) continue;
+    const int64_t block = slots[t] / block_size, slot = slots[t] % block_size;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t source = t * x.stride_token + h * x.stride_head;
+      const char* from = static_cast<const char*>(x.data) + source * element_size(x.dtype);
+      float* const own = scale.data + block * scale.stride_block + h * scale.stride_head;
+      if (scale.kind == ScaleKind::kSlot)
+        own[slot] = scale_for(table.largest(from, x.dtype, cache.head_dim));
+      const bool by_channel = scale.kind == ScaleKind::kChannel;
+      table.to_float8(from, x.dtype, cache.head_dim,
+                      by_channel ? 1.0f : scale_at(scale, block, h, slot, 0),
+                      by_channel ? own : nullptr,
+                      static_cast<uint8_t*>(cache.data) + cache_index(cache, block, h, slot));
+    }
+  }
+}
+
+// Tokens [begin, end) of x to their slots, divided by scales of a head or of all.
+inline void write_tokens_scaled(const TokenView& x, const CacheView& cache, const ScaleView& scale,
+                                const int64_t* slots, int64_t heads, int64_t block_size,
+                                int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     if (slots[t] < 0) continue;
     const int64_t block = slots[t] / block_size, slot = slots[t] % block_size;

@@ -29,13 +29,15 @@ void check_slots(const int64_t* slots, int64_t count, int64_t num_slots) {
 
 void write_side(const TokenView& x, const CacheView& cache, const ScaleView& scale,
                 const int64_t* slots, int64_t num_tokens, int64_t heads, int64_t block_size) {
-  const bool plain = cache.dtype == x.dtype && scale.kind == ScaleKind::kNone;
-  if (!plain) fill_scales(x, cache, scale, slots, num_tokens, heads, block_size);
+  if (scale.kind == ScaleKind::kChannel)
+    fill_channel_scales(x, cache, scale, slots, num_tokens, heads, block_size);
   const auto write = [&](int64_t begin, int64_t end) {
-    if (plain)
+    if (cache.dtype == DType::kFloat8E4M3)
+      write_tokens_float8(x, cache, scale, slots, heads, block_size, begin, end);
+    else if (scale.kind == ScaleKind::kNone)
       write_tokens(x, cache, slots, heads, block_size, begin, end);
     else
-      write_tokens_quantised(x, cache, scale, slots, heads, block_size, begin, end);
+      write_tokens_scaled(x, cache, scale, slots, heads, block_size, begin, end);
   };
   const int64_t grain = grain_for(heads * cache.head_dim * element_size(cache.dtype));
   if (num_tokens <= grain)

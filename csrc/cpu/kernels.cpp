@@ -11,6 +11,8 @@
    isa::prefill_query_tile,    \
    isa::merge_splits,          \
    isa::read,                  \
+   isa::largest,               \
+   isa::to_float8,             \
    isa::linear_rows,           \
    isa::linear_pack,           \
    isa::linear_outputs}

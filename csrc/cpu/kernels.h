@@ -46,8 +46,9 @@ constexpr int64_t kLinearInputs = 32;
 constexpr int64_t kLinearPanelBytes = 128;  // of `panel`, an input
 
 struct KernelTable {
-  // Few query rows per KV head (q_len * G <= kMaxDecodeRows), K, V and q of one dtype, no bias and
-  // no scales. Streams all heads of the item block by block.
+  // Few query rows per KV head (q_len * G <= kMaxDecodeRows), no bias; K, V and q of one dtype and
+  // no scales, or float8 caches with any scales but those of channels. Streams all heads of the
+  // item block by block.
   void (*decode)(const AttentionParams&, const AttentionItem&, void* scratch);
   int64_t (*decode_scratch_bytes)(const AttentionParams&);
   DecodeShape (*decode_shape)(const AttentionParams&);  // that decode runs with
@@ -60,6 +61,11 @@ struct KernelTable {
   void (*merge_splits)(const AttentionParams&, const AttentionItem&, const float* partial_out,
                        const float* partial_lse, int64_t num_splits);
   float (*read)(const float*, int64_t count);  // the sum
+  // The largest |x| of a row; NaN does not count.
+  float (*largest)(const void* from, DType, int64_t n);
+  // A row divided by `scale`, or by `channels` [n] if these are given.
+  void (*to_float8)(const void* from, DType, int64_t n, float scale, const float* channels,
+                    uint8_t* to);
   // Linear layers: most rows (0: not with this instruction set); x into `panel`; then outputs
   // [begin, end), where begin is a multiple of 16.
   int64_t (*linear_rows)();
@@ -81,6 +87,8 @@ const KernelTable& kernels();
   void merge_splits(const AttentionParams&, const AttentionItem&, const float*, const float*, \
                     int64_t);                                                                 \
   float read(const float*, int64_t);                                                          \
+  float largest(const void*, DType, int64_t);                                                 \
+  void to_float8(const void*, DType, int64_t, float, const float*, uint8_t*);                 \
   int64_t linear_rows();                                                                      \
   void linear_pack(const LinearParams&, float*);                                              \
   void linear_outputs(const LinearParams&, const float*, int64_t, int64_t);                   \

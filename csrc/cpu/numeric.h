@@ -62,19 +62,18 @@ static inline float float8_to_float(uint8_t x) {
   return bits_float(sign | float_bits(static_cast<float>(magnitude) * 0x1p-9f));
 }
 
-// Rounds to nearest even and saturates at 448.
+// Rounds to nearest even and saturates at 448. Without branches, so that loops of it are vectors.
 static inline uint8_t float_to_float8(float x) {
   const uint32_t bits = float_bits(x);
-  const uint8_t sign = static_cast<uint8_t>((bits >> 24) & 0x80u);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7fu;
-  if (magnitude >= float_bits(448.0f)) return sign | 0x7eu;
-  if (magnitude < float_bits(0x1p-6f)) {                    // a multiple of 2^-9
-    const float shifted = bits_float(magnitude) + 0x1p14f;  // the sum's last bit is worth 2^-9
-    return static_cast<uint8_t>(sign | (float_bits(shifted) - float_bits(0x1p14f)));
-  }
+  const float shifted = bits_float(magnitude) + 0x1p14f;  // the sum's last bit is worth 2^-9
+  const uint32_t small = float_bits(shifted) - float_bits(0x1p14f);  // a multiple of 2^-9
   const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
-  return static_cast<uint8_t>(sign | ((rounded - (120u << 23)) >> 20));
+  uint32_t code = (rounded - (120u << 23)) >> 20;
+  code = magnitude < float_bits(0x1p-6f) ? small : code;
+  code = magnitude >= float_bits(448.0f) ? 0x7eu : code;
+  code = magnitude > 0x7f800000u ? 0x7fu : code;
+  return static_cast<uint8_t>((bits >> 24 & 0x80u) | (code & 0x7fu));
 }
 
 static inline float load_float(const void* data, int64_t index, DType dtype) {

@@ -81,8 +81,11 @@ class Partition {
   };
 
   static bool is_decode(const AttentionParams& p, int64_t rows_per_head) {
-    return rows_per_head <= kMaxDecodeRows && p.q_dtype == p.k.dtype && p.bias.data == nullptr &&
-           p.k_scale.kind == ScaleKind::kNone && p.v_scale.kind == ScaleKind::kNone;
+    if (rows_per_head > kMaxDecodeRows || p.bias.data != nullptr) return false;
+    if (p.k.dtype == DType::kFloat8E4M3)
+      return p.k_scale.kind != ScaleKind::kChannel && p.v_scale.kind != ScaleKind::kChannel;
+    return p.q_dtype == p.k.dtype && p.k_scale.kind == ScaleKind::kNone &&
+           p.v_scale.kind == ScaleKind::kNone;
   }
 
   void add_row(const AttentionParams& p, int64_t row, int64_t query_tile) {

@@ -70,6 +70,7 @@ class Decode : public DecodeState<T> {
     for_row_groups(query_rows_, [&]<int R, bool kFirst>(int64_t row) {
       score<R, kFirst>(first + row * w_.q_stride, keys.rows, padded, score_row(row));
     });
+    this->take_scales(*keys.tile, head);
     for (int64_t row = 0; row < query_rows_; ++row)
       softmax(*keys.tile, head, row, padded, score_row(row));
   }
@@ -176,6 +177,7 @@ class Decode : public DecodeState<T> {
 template <class T>
 void decode_as(const AttentionParams& p, const AttentionItem& item, void* scratch) {
   const int64_t query_rows = (item.q_end - item.q_begin) * (p.num_heads / p.num_kv_heads);
+  if constexpr (Line<T>::kScaled) return Decode<T>(p, item, scratch).run();
   switch (streamed_lines(p, query_rows)) {
     case 2:
       return StreamedDecode<T, 2>(p, item, scratch).run();
@@ -188,6 +190,21 @@ void decode_as(const AttentionParams& p, const AttentionItem& item, void* scratc
   }
 }
 
+// Calls f with a value of the type that the kernels are compiled for: that of the caches.
+template <class F>
+auto with_cache_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat8E4M3:
+      return f(Float8{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    default:
+      return f(float{});
+  }
+}
+
 template <class T>
 int64_t workspace_bytes(const AttentionParams& p) {
   return Workspace<T>(p, p.num_kv_heads, kMaxDecodeRows, nullptr).bytes;
@@ -196,32 +213,18 @@ int64_t workspace_bytes(const AttentionParams& p) {
 }  // namespace
 
 void decode(const AttentionParams& p, const AttentionItem& item, void* scratch) {
-  switch (p.q_dtype) {
-    case DType::kBFloat16:
-      return decode_as<BFloat16>(p, item, scratch);
-    case DType::kFloat16:
-      return decode_as<Float16>(p, item, scratch);
-    default:
-      return decode_as<float>(p, item, scratch);
-  }
+  with_cache_type(p.k.dtype, [&]<class T>(T) { decode_as<T>(p, item, scratch); });
 }
 
 DecodeShape decode_shape(const AttentionParams& p) {
-  const int64_t row_bytes = max_of(p.head_dim, p.v_head_dim) * element_size(p.q_dtype);
+  const int64_t row_bytes = max_of(p.head_dim, p.v_head_dim) * element_size(p.k.dtype);
   if (streamed_lines(p, p.num_heads / p.num_kv_heads) > 0)
     return {2 * stream_tokens(p.block_size), 0};
   return decode_shape_of(p.launch, row_bytes);
 }
 
 int64_t decode_scratch_bytes(const AttentionParams& p) {
-  switch (p.q_dtype) {
-    case DType::kBFloat16:
-      return workspace_bytes<BFloat16>(p);
-    case DType::kFloat16:
-      return workspace_bytes<Float16>(p);
-    default:
-      return workspace_bytes<float>(p);
-  }
+  return with_cache_type(p.k.dtype, [&]<class T>(T) { return workspace_bytes<T>(p); });
 }
 
 }  // namespace pykvcache::KV_ISA

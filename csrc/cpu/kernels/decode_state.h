@@ -19,6 +19,7 @@ constexpr int64_t kPageEntryBytes = 32 << 10;  // that one line of page table en
 struct TileSide {
   int64_t offsets[kMaxTokens];   // in elements
   int32_t run_ends[kMaxTokens];  // end of the tokens whose rows lie together with this one's
+  int64_t scales[kMaxTokens];    // offsets of their scales, if slots have any
 
   void find_runs(int64_t count, int64_t dim) {
     for (int64_t t = count - 1, end = count; t >= 0; --t) {
@@ -57,6 +58,42 @@ KV_INLINE void fetch_page_entries(const Tile& tile, const AttentionItem& item,
                                   const AttentionParams& p) {
   fetch_page_entries<T>(tile.k, tile.count, p.k, item);
   fetch_page_entries<T>(tile.v, tile.count, p.v, item);
+}
+
+// Where the scales of a tile's slots are; those of all heads are prefetched.
+KV_INLINE void locate_scales(const Tile& tile, TileSide& side, const ScaleView& scale,
+                             const AttentionParams& p, const AttentionItem& item) {
+  if (scale.kind != ScaleKind::kSlot) return;
+  constexpr int64_t kLine = 16;  // scales
+  const int32_t* blocks = p.block_table + item.row * p.block_table_stride;
+  int64_t block = 0, begin = 0, end = 0;  // positions of the block
+  for (int64_t t = 0; t < tile.count; ++t) {
+    const int64_t position = tile.positions[t];
+    const bool jumps = position < begin || position >= end;
+    if (jumps) {
+      block = blocks[position / p.block_size];
+      begin = position / p.block_size * p.block_size;
+      end = begin + p.block_size;
+    }
+    side.scales[t] = block * scale.stride_block + position - begin;
+    if (jumps || t % kLine == 0)
+      for (int64_t head = item.head_begin; head < item.head_end; ++head)
+        __builtin_prefetch(scale.data + side.scales[t] + head * scale.stride_head);
+  }
+}
+
+// q and the output are of the caches' type, or with float8 caches of any: calls f with a value of
+// that type.
+template <class T, class F>
+KV_INLINE void with_query_type(DType dtype, F f) {
+  if constexpr (!Line<T>::kScaled)
+    f(T{});
+  else if (dtype == DType::kBFloat16)
+    f(BFloat16{});
+  else if (dtype == DType::kFloat16)
+    f(Float16{});
+  else
+    f(float{});
 }
 
 // Sizes and the carved-up scratch of one item; leading dimension [heads of the item].
@@ -157,10 +194,21 @@ class DecodeState {
     }
   }
 
+  // Before the softmax of a head's rows: the scales of its keys and values.
+  void take_scales(const Tile& tile, int64_t head) {
+    if constexpr (L::kScaled) {
+      take_scales(tile, tile.k, p_.k_scale, head, k_scales_);
+      take_scales(tile, tile.v, p_.v_scale, head, v_scales_);
+    }
+  }
+
   // The weights of a tile's tokens from their scores, which are lost; padded: the tile's count, up
   // to whole kTokenGroup.
   void softmax(const Tile& tile, int64_t head, int64_t row, int64_t padded, float* scores) {
     Vec factor = broadcast(p_.scale * kLog2e);
+    if constexpr (L::kScaled)
+      for (int64_t t = 0; t < padded; t += kWidth)
+        store(scores + t, load(scores + t) * load(k_scales_ + t));
     if (!plain_) {
       transform(tile, head, row, scores, padded);
       factor = broadcast(1.0f);
@@ -184,7 +232,10 @@ class DecodeState {
     for (int64_t t = 0; t < padded; t += kWidth) {
       const Vec weight = exp2(load(scores + t) * factor - shift);
       sum = sum + weight;
-      store(probs + t, weight);
+      if constexpr (L::kScaled)
+        store(probs + t, weight * load(v_scales_ + t));
+      else
+        store(probs + t, weight);
     }
     store(sums, sum);
   }
@@ -227,9 +278,11 @@ class DecodeState {
                      static_cast<size_t>(w_.rows * kWidth) * sizeof(float));
     for (int64_t row = 0; row < w_.rows; ++row) w_.maxima[first + row] = kNoMax;
     for (int64_t row = 0; row < query_rows_; ++row) {
-      const T* q = static_cast<const T*>(p_.q) + (first_token_ + row / group_) * p_.q_stride_token +
-                   (head * group_ + row % group_) * p_.q_stride_head;
-      L::pack_query(queries + row * w_.q_stride, q, p_.head_dim);
+      const int64_t at = (first_token_ + row / group_) * p_.q_stride_token +
+                         (head * group_ + row % group_) * p_.q_stride_head;
+      with_query_type<T>(p_.q_dtype, [&]<class Q>(Q) {
+        L::pack_query(queries + row * w_.q_stride, static_cast<const Q*>(p_.q) + at, p_.head_dim);
+      });
     }
   }
 
@@ -250,9 +303,28 @@ class DecodeState {
       if (partial)
         store_scaled(item_.partial_out + at, from, n.scale, p_.v_head_dim);
       else
-        store_scaled(static_cast<T*>(p_.out) + at, from, n.scale, p_.v_head_dim);
+        with_query_type<T>(p_.q_dtype, [&]<class Q>(Q) {
+          store_scaled(static_cast<Q*>(p_.out) + at, from, n.scale, p_.v_head_dim);
+        });
     }
   }
+
+  static void take_scales(const Tile& tile, const TileSide& side, const ScaleView& scale,
+                          int64_t head, float* to) {
+    const int64_t padded = round_up(tile.count, kTokenGroup);
+    if (scale.kind == ScaleKind::kSlot) {
+      const float* from = scale.data + head * scale.stride_head;
+      for (int64_t t = 0; t < tile.count; ++t) to[t] = from[side.scales[t]] * kFloat8Unit;
+      for (int64_t t = tile.count; t < padded; ++t) to[t] = 0.0f;
+      return;
+    }
+    float all = kFloat8Unit;
+    if (scale.kind == ScaleKind::kScalar) all *= *scale.data;
+    if (scale.kind == ScaleKind::kHead) all *= scale.data[head * scale.stride_head];
+    for (int64_t t = 0; t < padded; t += kWidth) store(to + t, broadcast(all));
+  }
+
+  float k_scales_[L::kScaled ? kMaxTokens : 1], v_scales_[L::kScaled ? kMaxTokens : 1];
 
   const KvRange all_see_;
 };

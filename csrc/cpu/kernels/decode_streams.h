@@ -23,12 +23,12 @@ KV_INLINE int64_t stream_tokens(int64_t block_size) {
 // Lines of a row of K and V when items of so many query rows are streamed, otherwise 0. Only for
 // wide vectors, where it was measured, and where nobody asked for another tile.
 KV_INLINE int64_t streamed_lines(const AttentionParams& p, int64_t query_rows) {
-  const int64_t row_bytes = p.head_dim * element_size(p.q_dtype);
+  const int64_t row_bytes = p.head_dim * element_size(p.k.dtype);
   const bool fits =
       (row_bytes == 2 * kLineBytes || row_bytes == 4 * kLineBytes || row_bytes == 8 * kLineBytes) &&
       p.k.stride_slot == p.head_dim && p.v.stride_slot == p.head_dim;
-  if (kWidth < 16 || query_rows != 1 || p.head_dim != p.v_head_dim || !fits || p.launch.tile > 0 ||
-      p.launch.stages > 0)
+  if (kWidth < 16 || p.k.dtype == DType::kFloat8E4M3 || query_rows != 1 ||
+      p.head_dim != p.v_head_dim || !fits || p.launch.tile > 0 || p.launch.stages > 0)
     return 0;
   return min_of(p.block_size, kMaxTokens / 2) * row_bytes >= kLeastRunBytes ? row_bytes / kLineBytes
                                                                             : 0;

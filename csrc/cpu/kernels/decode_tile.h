@@ -112,6 +112,10 @@ class StepQueue {
     tile.k.find_runs(tile.count, p_.head_dim);
     tile.v.find_runs(tile.count, p_.v_head_dim);
     fetch_page_entries<T>(tile, item_, p_);
+    if constexpr (Line<T>::kScaled) {
+      locate_scales(tile, tile.k, p_.k_scale, p_, item_);
+      locate_scales(tile, tile.v, p_.v_scale, p_, item_);
+    }
   }
 
   // Also starts the page walks, so that they are done when the lines are prefetched.

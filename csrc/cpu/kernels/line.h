@@ -21,9 +21,11 @@ struct Line {
   using Prob = float;   // what p is stored as for accumulate()
   static constexpr int kElems = kLineBytes / static_cast<int>(sizeof(T));
   static constexpr int kVecs = kElems / kWidth;
-  static constexpr int kTokens = 1;  // tokens that accumulate() takes at once
+  static constexpr int kTokens = 1;                // tokens that accumulate() takes at once
+  static constexpr bool kScaled = sizeof(T) == 1;  // float8: with scales, and q of any type
 
-  KV_INLINE void pack_query(Query* to, const T* from, int64_t n) {
+  template <class From>
+  KV_INLINE void pack_query(Query* to, const From* from, int64_t n) {
     int64_t d = 0;
     for (; d + kWidth <= n; d += kWidth) store(to + d, load(from + d));
     if (d < n) store_n(to + d, load_n(from + d, n - d), n - d);
@@ -76,6 +78,7 @@ struct Line<BFloat16> {
   static constexpr int kElems = 32;
   static constexpr int kVecs = 2;
   static constexpr int kTokens = 2;
+  static constexpr bool kScaled = false;
 
   KV_INLINE void pack_query(Query* to, const BFloat16* from, int64_t n) {
     __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(BFloat16));

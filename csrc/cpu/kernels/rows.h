@@ -9,22 +9,6 @@
 
 namespace pykvcache::KV_ISA {
 
-struct Float8 {
-  uint8_t bits;
-};
-
-// e4m3 bits moved into fp16's fields read as 2^-8 times the value, subnormals included.
-KV_INLINE Vec load_n(const Float8* p, int64_t n) {
-  Float16 halves[kWidth] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = p[i].bits & 0x7fu;
-    const uint32_t half = magnitude == 0x7fu ? 0x7e00u : magnitude << 7;
-    halves[i].bits = static_cast<uint16_t>((p[i].bits & 0x80u) << 8 | half);
-  }
-  return load(halves) * broadcast(256.0f);
-}
-KV_INLINE Vec load(const Float8* p) { return load_n(p, kWidth); }
-
 struct RowScale {
   float all = 1.0f;
   const float* channels = nullptr;  // [n], instead of `all`
@@ -32,12 +16,14 @@ struct RowScale {
 
 template <class From, class To>
 KV_INLINE void convert_row(const From* from, RowScale scale, int64_t n, To* to) {
+  constexpr float kUnit = sizeof(From) == 1 ? kFloat8Unit : 1.0f;
   const float* channels = scale.channels;
+  const Vec all = broadcast(scale.all * kUnit);
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth)
-    store(to + i, load(from + i) * (channels ? load(channels + i) : broadcast(scale.all)));
+    store(to + i, load(from + i) * (channels ? load(channels + i) * broadcast(kUnit) : all));
   if (const int64_t left = n - i; left > 0) {
-    const Vec factor = channels ? load_n(channels + i, left) : broadcast(scale.all);
+    const Vec factor = channels ? load_n(channels + i, left) * broadcast(kUnit) : all;
     store_n(to + i, load_n(from + i, left) * factor, left);
   }
 }

@@ -9,7 +9,8 @@
 //   zero broadcast load store load_n store_n (n < kWidth lanes; the rest reads as zero)
 //   fma max min reduce_add reduce_max any_greater select_greater round scale_by_power
 //   reduce_rows               lane i of the result is the sum of the lanes of rows[i]
-// with loads and stores for float, BFloat16 and Float16 memory. Read next: line.h.
+// with loads and stores for float, BFloat16 and Float16 memory, and loads for Float8, whose values
+// are in kFloat8Unit. Read next: line.h.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +30,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct Float8 {
+  uint8_t bits;
+};
+// Of what is loaded: bits of e4m3fn moved into fp16's fields read as 2^-8 times the value.
+constexpr float kFloat8Unit = 256.0f;
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;

@@ -52,6 +52,22 @@ KV_INLINE Vec load(const Float16* p) { return _mm256_cvtph_ps(load_halves(p)); }
 KV_INLINE Vec load_n(const float* p, int64_t n) { return _mm256_maskload_ps(p, lanes_below(n)); }
 KV_INLINE Vec load_n(const BFloat16* p, int64_t n) { return widen(load_halves_n(p, n)); }
 KV_INLINE Vec load_n(const Float16* p, int64_t n) { return _mm256_cvtph_ps(load_halves_n(p, n)); }
+KV_INLINE Vec widen_float8(__m128i bits) {
+  const __m128i nan = _mm_set1_epi16(0x3f80);
+  const __m128i shifted = _mm_slli_epi16(_mm_cvtepi8_epi16(bits), 7);
+  const __m128i is_nan = _mm_cmpeq_epi16(_mm_and_si128(shifted, nan), nan);
+  const __m128i halves = _mm_and_si128(shifted, _mm_set1_epi16(static_cast<short>(0xbfff)));
+  const __m128i special = _mm_and_si128(is_nan, _mm_set1_epi16(0x7e00));
+  return _mm256_cvtph_ps(_mm_or_si128(halves, special));
+}
+KV_INLINE Vec load(const Float8* p) {
+  return widen_float8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+KV_INLINE Vec load_n(const Float8* p, int64_t n) {
+  Float8 lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(n));
+  return load(lanes);
+}
 
 KV_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
 KV_INLINE void store(BFloat16* p, Vec a) {

@@ -50,6 +50,20 @@ KV_INLINE Vec load_n(const BFloat16* p, int64_t n) {
 KV_INLINE Vec load_n(const Float16* p, int64_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_below(n), p));
 }
+// A NaN is both 0x7f and 0xff.
+KV_INLINE Vec widen_float8(__m128i bits) {
+  const __m128i sign = _mm_set1_epi8(static_cast<char>(0x80));
+  const __mmask16 numbers = _mm_cmpneq_epi8_mask(_mm_or_si128(bits, sign), _mm_set1_epi8(-1));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bits), 7),
+                                          _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  return _mm512_mask_cvtph_ps(_mm512_set1_ps(__builtin_nanf("")), numbers, halves);
+}
+KV_INLINE Vec load(const Float8* p) {
+  return widen_float8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+KV_INLINE Vec load_n(const Float8* p, int64_t n) {
+  return widen_float8(_mm_maskz_loadu_epi8(lanes_below(n), p));
+}
 
 KV_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
 KV_INLINE void store(BFloat16* p, Vec a) {

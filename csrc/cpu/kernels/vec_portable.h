@@ -71,6 +71,15 @@ KV_INLINE Vec load_n(const float* p, int64_t n) {
 }
 KV_INLINE Vec load_n(const BFloat16* p, int64_t n) { return widen(load_halves_n(p, n)); }
 KV_INLINE Vec load_n(const Float16* p, int64_t n) { return widen_half(load_halves_n(p, n)); }
+KV_INLINE Vec load_n(const Float8* p, int64_t n) {
+  uint8_t lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(n));
+  const IntVec bits = {lanes[0], lanes[1], lanes[2], lanes[3]};
+  const IntVec magnitude = bits & 0x7f;
+  const IntVec halves = ((bits & 0x80) << 8) | (magnitude << 7) | ((magnitude == 0x7f) & 0x7e00);
+  return widen_half(halves);
+}
+KV_INLINE Vec load(const Float8* p) { return load_n(p, kWidth); }
 
 KV_INLINE void store(float* p, Vec a) { __builtin_memcpy(p, &a, sizeof(a)); }
 KV_INLINE void store(BFloat16* p, Vec a) { store_halves_n(p, narrow(a), kWidth); }
