@@ -78,6 +78,8 @@ class PagedAttention(nn.Module):
         sinks: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         bias: Tensor | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> Tensor:
         """Attention of this step's tokens over everything cached, the tokens themselves included.
 
@@ -87,6 +89,7 @@ class PagedAttention(nn.Module):
             k_cache, v_cache: the layer's blocks, written in place.
             metadata: of the step; its slot_mapping says where k and v go.
             sinks, alibi_slopes, bias: as in `ops.paged_attention`.
+            k_scale, v_scale: as in `ops.write_kv`, which fills those of slots and channels.
 
         Returns:
             [T, HQ, Dv].
@@ -95,7 +98,15 @@ class PagedAttention(nn.Module):
             ValueError, TypeError: an argument has the wrong shape, device or dtype.
         """
         ops.write_kv(
-            k, v, k_cache, v_cache, metadata.slot_mapping, layout=self.layout, backend=self.backend
+            k,
+            v,
+            k_cache,
+            v_cache,
+            metadata.slot_mapping,
+            layout=self.layout,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            backend=self.backend,
         )
         out, _ = ops.paged_attention(
             q,
@@ -113,6 +124,8 @@ class PagedAttention(nn.Module):
             sinks=sinks,
             alibi_slopes=alibi_slopes,
             bias=bias,
+            k_scale=k_scale,
+            v_scale=v_scale,
             v_head_dim=self.head_dim if v_cache is None else None,
             layout=self.layout,
             plan=metadata.plan,

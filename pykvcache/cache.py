@@ -3,9 +3,10 @@
 A block id names one slice of every storage. Storage i holds, per block, the keys and then the
 values of the i-th layer of whichever layer group owns the block, so groups give each other the
 blocks that they release. A layer sees its part as k_cache [num_blocks, HKV, block_size, D] and
-v_cache [..., Dv]: views whose block stride is that of the storage.
+v_cache [..., Dv]: views whose block stride is that of the storage. Float8 caches have their scales
+in the block, too.
 
-Read first: pykvcache/allocator.py. Read next: pykvcache/attention.py.
+Read first: pykvcache/allocator.py, pykvcache/block_layout.py. Read next: pykvcache/attention.py.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from pykvcache import ops
 from pykvcache.allocator import BlockAllocator
+from pykvcache.block_layout import QUANTISED, BlockLayout
 from pykvcache.checks import MAX_HEAD_DIM
 from pykvcache.storage import allocate
 
-KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MODEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KV_DTYPES = (*MODEL_DTYPES, QUANTISED)
 MAX_BLOCKS = 2**31 - 1  # block ids are int32
 MAX_BLOCK_SIZE = 65536
 
@@ -37,7 +40,8 @@ class KVPool:
         block_size: tokens a block.
         num_blocks: fixed size of the pool.
         memory: fixed size in bytes, instead of num_blocks; needs to hold at least one block.
-        kv_dtype: dtype of the caches; None = that of the first keys.
+        kv_dtype: dtype of the caches; None = that of the first keys. float8_e4m3fn takes half the
+            memory of 16-bit caches, and a float32 scale for every slot and head.
         backend: "auto" or a name from `ops.backends()`.
         deterministic: passed on to attention over this pool.
         prefix_cache: the allocator keeps an index of prefixes.
@@ -91,9 +95,11 @@ class KVPool:
         self.lock = threading.RLock()
         self.k_caches: list[Tensor | None] = [None] * len(self.group_of)
         self.v_caches: list[Tensor | None] = [None] * len(self.group_of)
+        self.k_scales: list[Tensor | None] = [None] * len(self.group_of)
+        self.v_scales: list[Tensor | None] = [None] * len(self.group_of)
         self._storages: list[Tensor] = []
         self._storage_of: list[int | None] = [None] * len(self.group_of)
-        self._shapes: list[tuple[int, int, int] | None] = [None] * len(self.group_of)
+        self._layouts: list[BlockLayout | None] = [None] * len(self.group_of)
         self._position = _positions(self.group_of)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
@@ -132,9 +138,7 @@ class KVPool:
         """
         size = wanted if self.fixed_blocks is None else self.fixed_blocks
         if self.memory is not None:
-            dtype = self.kv_dtype or k.dtype
-            elements = self.block_size * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3])
-            price = max(self.layers_of_group) * elements * dtype.itemsize
+            price = max(self.layers_of_group) * self._layout(k, v).nbytes
             size = self.memory // price
             if size == 0:
                 raise ValueError(
@@ -167,56 +171,51 @@ class KVPool:
         """Give a layer its caches, shaped like k [B, HKV, T, D] and v [B, HKV, T, Dv]."""
         if k.shape[1] != v.shape[1]:
             raise ValueError(f"k has {k.shape[1]} heads but v has {v.shape[1]}")
-        dtype = self.kv_dtype or k.dtype
-        if dtype not in KV_DTYPES:
-            hint = "" if self.kv_dtype else " from the model: convert it, as in model.float()"
-            raise TypeError(f"keys must be one of {_names(KV_DTYPES)}, got {dtype}{hint}")
-        heads, k_dim, v_dim = k.shape[1], k.shape[3], v.shape[3]
-        for name, dim in (("D", k_dim), ("Dv", v_dim)):
+        if self.kv_dtype in (None, QUANTISED) and k.dtype not in MODEL_DTYPES:
+            hint = "from the model: convert it, as in model.float()"
+            raise TypeError(f"keys must be one of {_names(MODEL_DTYPES)}, got {k.dtype} {hint}")
+        for name, dim in (("D", k.shape[3]), ("Dv", v.shape[3])):
             if not 1 <= dim <= MAX_HEAD_DIM:
                 raise ValueError(f"{name} must be 1 to {MAX_HEAD_DIM}, got {dim}")
-        if self._shapes[layer] is not None:  # by another cache that shares this pool
-            if (self._shapes[layer], self._dtype(layer)) != ((heads, k_dim, v_dim), dtype):
+        layout = self._layout(k, v)
+        if self._layouts[layer] is not None:  # by another cache that shares this pool
+            if self._layouts[layer] != layout:
                 raise ValueError(f"layer {layer} of this pool has other shapes or another dtype")
             return
-        elements = heads * self.block_size * (k_dim + v_dim)
-        self._shapes[layer] = (heads, k_dim, v_dim)
-        self._storage_of[layer] = self._find_storage(layer, elements, dtype, k.device)
+        self._layouts[layer] = layout
+        self._storage_of[layer] = self._find_storage(layer, layout, k.device)
         self._view(layer)
 
-    def _dtype(self, layer: int) -> torch.dtype:
-        return self.caches(layer)[0].dtype
+    def _layout(self, k: Tensor, v: Tensor) -> BlockLayout:
+        """Of a layer with keys [B, HKV, T, D] and values [B, HKV, T, Dv]."""
+        dtype = self.kv_dtype or k.dtype
+        return BlockLayout(k.shape[1], self.block_size, k.shape[3], v.shape[3], dtype)
 
-    def _find_storage(
-        self, layer: int, elements: int, dtype: torch.dtype, device: torch.device
-    ) -> int:
+    def _find_storage(self, layer: int, layout: BlockLayout, device: torch.device) -> int:
         """That of another group's layer at the same position, if it fits; else a new one."""
         for other, index in enumerate(self._storage_of):
             if index is None or self._position[other] != self._position[layer]:
                 continue
             storage = self._storages[index]
-            fits = storage.shape[1] >= elements and storage.dtype == dtype
+            fits = layout.fits(storage.shape[1], storage.dtype)
             if fits and storage.device == device and self.group_of[other] != self.group_of[layer]:
                 return index
         try:
-            storage = allocate(self.num_blocks, elements, dtype, device)
+            storage = allocate(self.num_blocks, layout.elements, layout.storage_dtype, device)
         except RuntimeError as error:
             raise MemoryError(
-                f"num_blocks or memory is too large: {self.num_blocks} blocks of {elements} "
-                f"{_names([dtype])} values a layer cannot be allocated on {device}"
+                f"num_blocks or memory is too large: {self.num_blocks} blocks of {layout.nbytes} "
+                f"bytes a layer cannot be allocated on {device}"
             ) from error
         self._storages.append(storage)
         return len(self._storages) - 1
 
     def _view(self, layer: int) -> None:
-        index, shape = self._storage_of[layer], self._shapes[layer]
-        assert index is not None and shape is not None
-        heads, k_dim, v_dim = shape
-        storage, split = self._storages[index], heads * self.block_size * k_dim
-        end = split + heads * self.block_size * v_dim
-        cells = (self.num_blocks, heads, self.block_size)
-        self.k_caches[layer] = storage[:, :split].view(*cells, k_dim)
-        self.v_caches[layer] = storage[:, split:end].view(*cells, v_dim)
+        index, layout = self._storage_of[layer], self._layouts[layer]
+        assert index is not None and layout is not None
+        caches = layout.views(self._storages[index])
+        self.k_caches[layer], self.v_caches[layer] = caches.k, caches.v
+        self.k_scales[layer], self.v_scales[layer] = caches.k_scale, caches.v_scale
 
     def grow(self, needed: int, seen_blocks: int) -> None:
         """Make the pool larger; block ids stay valid. Copies one storage at a time.
@@ -254,20 +253,36 @@ class KVPool:
 
     def price(self, shapes: Sequence[tuple[Tensor, Tensor]]) -> int:
         """Bytes of one block over all storages, when layers get keys and values like `shapes`."""
-        storages: list[tuple[int, int, torch.dtype, set[int]]] = []
-        total = 0
-        for layer, (k, v) in enumerate(shapes):
+        storages: list[tuple[int, BlockLayout, set[int]]] = []
+        for layer, states in enumerate(shapes):
             position, group = self._position[layer], self.group_of[layer]
-            elements = self.block_size * (k.shape[1] * k.shape[3] + v.shape[1] * v.shape[3])
-            dtype = self.kv_dtype or k.dtype
-            for other, size, kept, groups in storages:
-                if (other, kept) == (position, dtype) and size >= elements and group not in groups:
+            layout = self._layout(*states)
+            for other, kept, groups in storages:
+                fits = layout.fits(kept.elements, kept.storage_dtype)
+                if other == position and fits and group not in groups:
                     groups.add(group)
                     break
             else:
-                storages.append((position, elements, dtype, {group}))
-                total += elements * dtype.itemsize
-        return total
+                storages.append((position, layout, {group}))
+        return sum(layout.nbytes for _, layout, _ in storages)
+
+    def gather(
+        self,
+        layer: int,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        cu_seqlens_k: Tensor,
+        total_k: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Dense keys [total_k, HKV, D] and values of a layer, as `ops.gather_kv`, in `dtype`."""
+        where = block_table, seq_lens, cu_seqlens_k, total_k
+        k, v = self.ops.gather_kv(*self.caches(layer), *where)
+        k_scale, v_scale = self.k_scales[layer], self.v_scales[layer]
+        if k_scale is not None and v_scale is not None:
+            scales = self.ops.gather_kv(k_scale[..., None], v_scale[..., None], *where)
+            k, v = k.float() * scales[0], v.float() * scales[1]
+        return k.to(dtype), v.to(dtype)
 
     def copy_blocks(self, group: int, pairs: Tensor) -> None:
         """Copy blocks in all layers of a group: pairs int64 [N, 2] of (source, target)."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {
         *("reference", "checks", "errors", "fakes", "launch_table", "pool_stats", "sizes"),
-        *("storage", "weights", "_C", "_C_cuda", "kernels"),
+        *("block_layout", "storage", "weights", "_C", "_C_cuda", "kernels"),
     },
     {"allocator", "batch", "layer_step", "metadata", "operators", "ops"},
     {"cache", "plot"},

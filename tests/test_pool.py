@@ -78,13 +78,52 @@ def test_copy_stays_in_its_group() -> None:
     assert torch.equal(pool.caches(2)[0][7], third[3])
 
 
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (7, 5)])
+def test_scales_are_part_of_a_float8_block(dims: tuple[int, int]) -> None:
+    """Whatever moves a block moves its scales; those of two layers of a storage are apart."""
+    heads, size = 3, 5
+    k, v = (states(heads, dim) for dim in dims)
+    pool = KVPool([0, 1, 0], block_size=size, kv_dtype=FLOAT8)
+    pool.open(k, v, wanted=4)
+    for layer in range(3):
+        pool.bind(layer, k, v)
+    assert pool.k_caches[0].data_ptr() == pool.k_caches[1].data_ptr()
+    scales = [(pool.k_scales[layer], pool.v_scales[layer]) for layer in (0, 2)]
+    cells = heads * size
+    assert 0 <= pool.block_bytes - 2 * cells * (sum(dims) + 2 * 4) < 2 * 32
+    for side, dim in enumerate(dims):
+        cache = pool.caches(0)[side]
+        assert (cache.dtype, cache.shape) == (FLOAT8, (4, heads, size, dim))
+        assert cache.stride(0) % 16 == 0
+        assert scales[0][side].shape == (4, heads, size)
+    parts = [*pool.caches(0), *scales[0], *pool.caches(2), *scales[1]]
+    parts = [part.view(torch.uint8) if part.dtype == FLOAT8 else part for part in parts]
+    for number, part in enumerate(parts):
+        part.fill_(number)
+    assert all((part == number).all() for number, part in enumerate(parts))
+    pool.allocator.allocate([2 * size])
+    for part in scales[0]:
+        part.normal_()
+    before = [part.clone() for part in scales[0]]
+    pool.copy_blocks(0, torch.tensor([[1, 0]]))
+    pool.grow(9, pool.num_blocks)
+    for part, then in zip((pool.k_scales[0], pool.v_scales[0]), before, strict=True):
+        assert torch.equal(part[:2], then[[1, 1]])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"num_blocks": 2, "memory": 3}, "give num_blocks or memory, not both, got 2 and 3"),
-        ({"kv_dtype": torch.int8}, "kv_dtype must be one of float32, float16, bfloat16, got"),
+        (
+            {"kv_dtype": torch.int8},
+            "kv_dtype must be one of float32, float16, bfloat16, float8_e4m3fn",
+        ),
     ],
 )
 def test_pool_errors(settings: dict[str, object], message: str) -> None:
@@ -133,6 +172,33 @@ def test_module_against_sdpa(layout: str, window: int) -> None:
             ).transpose(0, 1)
             torch.testing.assert_close(out[start : start + count], wanted, atol=1e-5, rtol=0)
             start += count
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_module_with_float8_caches(layout: str) -> None:
+    """It fills the scales of slots, and reads what it has written."""
+    torch.manual_seed(0)
+    heads, dim, tokens = 2, 64, 9
+    inner = (heads, 4) if layout == "HND" else (4, heads)
+    caches = [torch.zeros(5, *inner, dim).to(FLOAT8) for _ in range(2)]
+    scales = [torch.full((5, heads, 4), torch.nan) for _ in range(2)]
+    allocator = BlockAllocator(5, 4)
+    seqs = allocator.allocate([0])
+    allocator.append(seqs, [tokens])
+    metadata = AttentionMetadata.of(allocator, seqs, [tokens])
+    q, k, v = (torch.randn(tokens, heads, dim) * size for size in (1, 30, 1e5))
+    module = PagedAttention(heads, dim, layout=layout)
+    out = module(q, k, v, *caches, metadata, k_scale=scales[0], v_scale=scales[1])
+    sizes = [x.abs().amax(-1, keepdim=True) / 448 for x in (k, v)]
+    k_rounded, v_rounded = (
+        (x / size).to(FLOAT8).float() * size for x, size in zip((k, v), sizes, strict=True)
+    )
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in (q, k_rounded, v_rounded)), is_causal=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1.0)
+    block, slot = divmod(int(metadata.slot_mapping[3]), 4)
+    assert scales[0][block, 1, slot] == k[3, 1].abs().max() / 448
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pykvcache import ops
 from pykvcache.hf.counters import counters
-from pykvcache.hf.gathering import packed
+from pykvcache.hf.gathering import packed, stored
 from pykvcache.hf.handles import PagedKeys, PagedValues
 from pykvcache.hf.layer import PagedLayer
 from pykvcache.hf.masks import LazyMask, align_columns, lazy_eager_mask, lazy_sdpa_mask
@@ -132,9 +132,7 @@ def _paged_attention(
         stepped = step.attend(query, scaling, softcap or 0.0, window, chunk, sinks)
         if stepped is not None:
             return stepped
-    q = packed(query, tokens)
-    if q.dtype != k_cache.dtype:  # kv_dtype, or autocast
-        q = q.to(k_cache.dtype)
+    q = stored(packed(query, tokens), k_cache)
     cu_seqlens_q, plan = metadata.cu_seqlens_q, None
     if len(q) != len(metadata.slot_mapping):  # a model that asks for its last tokens only (Gemma 4)
         cu_seqlens_q = torch.arange(0, len(q) + 1, tokens, device=q.device, dtype=torch.int32)
@@ -157,8 +155,8 @@ def _paged_attention(
         sinks,
         None,
         bias,
-        None,
-        None,
+        pool.k_scales[layer.index],
+        pool.v_scales[layer.index],
         value_dim,
         plan,
         pool.deterministic,

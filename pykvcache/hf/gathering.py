@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pykvcache.block_layout import compute_dtype
+
 if TYPE_CHECKING:
     from pykvcache.hf.layer import PagedLayer
 
@@ -23,6 +25,17 @@ def packed(x: Tensor, tokens: int) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def stored(x: Tensor, cache: Tensor) -> Tensor:
+    """Queries, keys or values as operators take them with this cache.
+
+    They are of another dtype after autocast, or where kv_dtype was given.
+    """
+    dtype = compute_dtype(x, cache)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def gather(layer: PagedLayer, start: int, end: int) -> tuple[Tensor, Tensor]:
     """Dense keys and values of padded positions [start, end): [B, HKV, end - start, D | Dv].
 
@@ -30,35 +43,32 @@ def gather(layer: PagedLayer, start: int, end: int) -> tuple[Tensor, Tensor]:
     """
     rows = layer.rows
     pool, seqs = rows.pool, rows.seqs
-    k_cache, v_cache = pool.caches(layer.index)
-    device = k_cache.device
+    device = pool.device
     pads = np.array(rows.pads or [0] * len(seqs), np.int64)
     first_block = max(start - int(pads.max()), 0) // pool.block_size
     skipped = first_block * pool.block_size
     lengths = np.maximum(end - pads - skipped, 0)
     table = rows.allocator.block_table(seqs, layer.group)[:, first_block:]
     ends = torch.from_numpy(lengths.cumsum())
-    packed_k, packed_v = pool.ops.gather_kv(
-        k_cache,
-        v_cache,
+    packed_k, packed_v = pool.gather(
+        layer.index,
         torch.from_numpy(np.ascontiguousarray(table)).to(device),
         torch.from_numpy(lengths.astype(np.int32)).to(device),
         torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32),
         int(lengths.sum()),
+        layer.dtype,
     )
     position = torch.arange(start, end) - torch.from_numpy(pads)[:, None]  # [B, n], stored
     index = (ends - torch.from_numpy(lengths))[:, None] + position - skipped
     padding = (position < 0).to(device)
     index = index.masked_fill(position < 0, 0).to(device)
-    return _pick(packed_k, index, padding, layer.dtype), _pick(
-        packed_v, index, padding, layer.dtype
-    )
+    return _pick(packed_k, index, padding), _pick(packed_v, index, padding)
 
 
-def _pick(packed_rows: Tensor, index: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
+def _pick(packed_rows: Tensor, index: Tensor, padding: Tensor) -> Tensor:
     """packed_rows [N, H, D] at index [B, n] as [B, H, n, D], zero where padding."""
     if len(packed_rows) == 0:
         shape = (*index.shape, *packed_rows.shape[1:])
-        return packed_rows.new_zeros(shape, dtype=dtype).transpose(1, 2)
+        return packed_rows.new_zeros(shape).transpose(1, 2)
     dense = packed_rows[index].masked_fill(padding[..., None, None], 0)
-    return dense.to(dtype).transpose(1, 2).contiguous()
+    return dense.transpose(1, 2).contiguous()

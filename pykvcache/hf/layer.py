@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from pykvcache.hf.gathering import gather, packed
+from pykvcache.hf.gathering import gather, packed, stored
 from pykvcache.hf.handles import PagedKeys, PagedValues, make_handle
 from pykvcache.hf.rows import Rows
 from pykvcache.layer_step import LayerStep
@@ -119,10 +119,9 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.step.bind(k_cache, v_cache, metadata)
             if self.step.write(k, v):
                 return
-        k, v, dtype = packed(k, tokens), packed(v, tokens), k_cache.dtype
-        if k.dtype != dtype or v.dtype != dtype:  # kv_dtype, or autocast
-            k, v = k.to(dtype), v.to(dtype)
-        pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, None, None)
+        k, v = stored(packed(k, tokens), k_cache), stored(packed(v, tokens), v_cache)
+        scales = pool.k_scales[self.index], pool.v_scales[self.index]
+        pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, *scales)
 
     def _update_apart(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """A layer that caches other tokens than the first one did (vision keys) stays dense."""

@@ -27,6 +27,7 @@ from transformers.cache_utils import (
 )
 
 from pykvcache.cache import KVPool
+from pykvcache.hf.gathering import stored
 from pykvcache.hf.handles import LazyTensor, PagedKeys, PagedValues, make_handle
 from pykvcache.hf.plans import Plans
 from pykvcache.layer_step import LayerStep
@@ -95,7 +96,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         if not written:
             k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [T, HKV, D]
             k, v = stored(k, k_cache), stored(v, v_cache)
-            pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, None, None)
+            scales = pool.k_scales[self.index], pool.v_scales[self.index]
+            pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, *scales)
         heads, total = k_cache.shape[1], cache.total_kv
         keys = make_handle(PagedKeys, self, 0, (1, heads, total, k_cache.shape[3]))
         return keys, make_handle(PagedValues, self, 0, (1, heads, total, v_cache.shape[3]))
@@ -113,17 +115,16 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"that touches its keys"
             )
         pool, metadata = self.cache.pool, self.cache.metadata[self.group]
-        k_cache, v_cache = pool.caches(self.index)
         ends = metadata.seq_lens.cumsum(0).to(torch.int32)
-        k, v = pool.ops.gather_kv(
-            k_cache,
-            v_cache,
+        k, v = pool.gather(
+            self.index,
             metadata.block_table,
             metadata.seq_lens,
             nn.functional.pad(ends, (1, 0)),
             self.cache.total_kv,
+            self.dtype,
         )
-        return k.transpose(0, 1)[None].to(self.dtype), v.transpose(0, 1)[None].to(self.dtype)
+        return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys of all requests, 0); only asked for where the model builds masks itself."""
@@ -159,12 +160,6 @@ def check_memory(name: str, blocks: int, price: int, device: torch.device) -> No
             f"{name} is too large: {blocks} blocks of {price} bytes cannot be allocated on "
             f"{device}, which has {limit} bytes in all"
         )
-
-
-def stored(x: Tensor, cache: Tensor) -> Tensor:
-    if x.dtype != cache.dtype:
-        x = x.to(cache.dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class PackedCache(Cache):  # type: ignore[misc]

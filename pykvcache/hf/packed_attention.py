@@ -15,10 +15,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from pykvcache.hf.attention import EAGER_NAME, attention_function, is_causal_module
+from pykvcache.hf.gathering import stored
 from pykvcache.hf.handles import PagedKeys, PagedValues
 from pykvcache.hf.loans import lent
 from pykvcache.hf.masks import lazy_eager_mask, lazy_sdpa_mask
-from pykvcache.hf.packed import PackedCache, PackedLayer, PackedMask, stored
+from pykvcache.hf.packed import PackedCache, PackedLayer, PackedMask
 from pykvcache.hf.reaches import Reaches, note, noted, noting
 from pykvcache.layer_step import LayerStep
 
@@ -61,8 +62,8 @@ def _attend(
         sinks,
         None,
         None,
-        None,
-        None,
+        pool.k_scales[layer.index],
+        pool.v_scales[layer.index],
         v_cache.shape[3],
         cache.plan(layer, q),
         pool.deterministic,
