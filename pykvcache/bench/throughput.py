@@ -244,7 +244,8 @@ class Capacity:
 
     padded: mean size of padded batches, requests in file order, as many as fit with the longest
         prompt and output of the batch. padded_generating: mean number of its rows that have not
-        ended yet, over its steps. engine: mean number running while one waits.
+        ended yet, over its steps. engine: mean number running while one waits, with a bfloat16
+        pool. engine_float8: the same with a float8 pool of as many bytes (head dim 128).
     """
 
     requests: int
@@ -252,6 +253,7 @@ class Capacity:
     padded: float
     padded_generating: float
     engine: float
+    engine_float8: float
     engine_peak: int
     preemptions: int
     peak_bytes: int
@@ -279,12 +281,36 @@ def padded_batches(requests: list[tuple[int, int]], budget: int) -> list[list[in
 
 
 def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capacity:
-    """Run ShareGPT lengths through an engine over a tiny model."""
+    """Run ShareGPT lengths through two engines over a small model with one head of 128."""
     trace = [(r.prompt, r.output) for r in itertools.islice(read_trace("sharegpt"), requests)]
-    model = models.build_llama(16, 16, 1, 1, 1, 100)
+    model = models.build_llama(128, 16, 1, 1, 1, 100)
+    common: dict[str, Any] = {"max_running": 4096, "prefix_cache": False}
     engine = pykvcache.Engine(
-        model, block_size, num_blocks=budget // block_size, max_running=1024, prefix_cache=False
+        model, block_size, num_blocks=budget // block_size, kv_dtype="bfloat16", **common
     )
+    running = _running(engine, trace)
+    pool = engine.pool
+    halved = pykvcache.Engine(
+        model, block_size, memory=pool.allocated_bytes, kv_dtype="float8_e4m3fn", **common
+    )
+    batches = padded_batches(trace, budget)
+    assert pool.allocator is not None
+    return Capacity(
+        requests,
+        budget,
+        float(np.mean(list(map(len, batches)))),
+        sum(map(sum, batches)) / max(sum(map(max, batches)), 1),
+        float(np.mean(running)),
+        float(np.mean(_running(halved, trace))),
+        max(running),
+        engine.stats().preemptions,
+        pool.allocator.peak * pool.block_bytes,
+        pool.allocated_bytes,
+    )
+
+
+def _running(engine: pykvcache.Engine, trace: list[tuple[int, int]]) -> list[int]:
+    """Requests that run, step by step, as long as one waits; then lets them all end."""
     for index, (prompt, output) in enumerate(trace):
         ids = np.random.default_rng(index).integers(1, 100, prompt)
         engine.submit(ids, pykvcache.Sampling(max_new_tokens=max(output, 1)))
@@ -295,17 +321,4 @@ def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capaci
         running.append(scheduler.num_running)
     while scheduler.num_running:
         engine.step()
-    batches = padded_batches(trace, budget)
-    allocator = engine.pool.allocator
-    assert allocator is not None
-    return Capacity(
-        requests,
-        budget,
-        float(np.mean(list(map(len, batches)))),
-        sum(map(sum, batches)) / max(sum(map(max, batches)), 1),
-        float(np.mean(running)),
-        max(running),
-        engine.stats().preemptions,
-        allocator.peak * engine.pool.block_bytes,
-        engine.pool.allocated_bytes,
-    )
+    return running

@@ -61,7 +61,7 @@ def result_table(results: list[Result]) -> Table:
 def capacity_table(found: list[Capacity]) -> Table:
     table = Table(box=None, pad_edge=False)
     columns = ("budget tokens", "padded", "generating", "engine", "ratio", "peak", "preempted")
-    for column in (*columns, "bytes"):
+    for column in (*columns, "bytes", "float8", "ratio"):
         table.add_column(column, justify="right")
     for c in found:
         table.add_row(
@@ -73,6 +73,8 @@ def capacity_table(found: list[Capacity]) -> Table:
             str(c.engine_peak),
             str(c.preemptions),
             f"{c.peak_bytes / c.budget_bytes:.3f}",
+            f"{c.engine_float8:.1f}",
+            f"{c.engine_float8 / c.padded:.2f}x",
         )
     return table
 
