@@ -92,7 +92,8 @@ def build(case: Case, seed: int = 0) -> Data:
             at = (int(table[row, block]), slice(None), slot)
             k_pool[at] = randn(case.num_kv_heads, case.head_dim) * case.spread
             v_pool[at] = randn(case.num_kv_heads, v_dim)
-    k_scale, v_scale = (_scale(case, num_blocks, dim, rng) for dim in (case.head_dim, v_dim))
+    written = ~k_pool[..., 0].isnan()
+    k_scale, v_scale = (_scale(case, written, dim, rng) for dim in (case.head_dim, v_dim))
     k_pool, v_pool = k_pool.to(storage), v_pool.to(storage)
     for row, index in case.holes:
         table[row, index] = -1
@@ -142,14 +143,22 @@ def build(case: Case, seed: int = 0) -> Data:
     return data
 
 
-def _scale(case: Case, num_blocks: int, dim: int, rng: torch.Generator) -> Tensor | None:
-    shapes = {
-        "scalar": (),
-        "head": (case.num_kv_heads,),
-        "slot": (num_blocks, case.num_kv_heads, case.block_size),
-        "channel": (num_blocks, case.num_kv_heads, dim),
-    }
-    return torch.rand(shapes[case.scales], generator=rng) + 0.5 if case.scales else None
+def _scale(case: Case, written: Tensor, dim: int, rng: torch.Generator) -> Tensor | None:
+    """Those of a block lie apart from the next block's, and are NaN where nothing was written.
+
+    Args:
+        written: bool [num_blocks, HKV, block_size].
+    """
+    if case.scales in ("", "scalar", "head"):
+        shape = (case.num_kv_heads,) if case.scales == "head" else ()
+        return torch.rand(shape, generator=rng) + 0.5 if case.scales else None
+    if case.scales == "channel":
+        written = written.any(-1, keepdim=True).expand(-1, -1, dim)
+    values = torch.rand(written.shape, generator=rng) + 0.5
+    room = torch.full((len(written), values[0].numel() + 9), torch.nan)
+    scale = room[:, 4:-5].view(values.shape)
+    scale[written] = values[written]
+    return scale
 
 
 def _dequantise(pool: Tensor, scale: Tensor | None, at: tuple[Any, ...], block_size: int) -> Tensor:

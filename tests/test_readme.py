@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import pykvcache
 from pykvcache import ops
@@ -26,6 +27,22 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prefix_example_runs() -> None:
     example = next(block for block in BLOCKS if "prefix_cache=True" in block)
     exec(compile(example, "README.md", "exec"), {"pykvcache": pykvcache, "prompt": [*range(50)]})
+
+
+def test_float8_example_runs() -> None:
+    example = next(block for block in BLOCKS if "float8" in block)
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=64,
+    )  # fmt: skip
+    names = {
+        "pykvcache": pykvcache,
+        "model": transformers.LlamaForCausalLM(config).eval(),
+        "ids": torch.arange(1, 20)[None],
+        "bfloat16_block_bytes": 2 * 16 * (64 + 64) * 2,
+    }
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["tokens"].sequences.shape == (1, 27)
 
 
 def test_short_paged_attention_is_the_operator() -> None:

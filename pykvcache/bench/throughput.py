@@ -26,6 +26,7 @@ from pykvcache.bench import transformers_batching as batching
 from pykvcache.bench.generate import Workload, generate
 from pykvcache.bench.timing import Missing, Timing, WrongResult, keeping, one_line, take_turns
 from pykvcache.bench.traces import read_trace
+from pykvcache.block_layout import QUANTISED, BlockLayout
 
 SHORTEST_OUTPUT = {"mixed": 16, "long": 32}
 CHECKED_ROWS, CHECKED_TOKENS = 6, 8
@@ -244,8 +245,9 @@ class Capacity:
 
     padded: mean size of padded batches, requests in file order, as many as fit with the longest
         prompt and output of the batch. padded_generating: mean number of its rows that have not
-        ended yet, over its steps. engine: mean number running while one waits, with a bfloat16
-        pool. engine_float8: the same with a float8 pool of as many bytes (head dim 128).
+        ended yet, over its steps. engine: mean number running while one waits. engine_float8: the
+        same with the blocks that a float8 pool has in the bytes of a bfloat16 one, with heads of
+        128.
     """
 
     requests: int
@@ -281,18 +283,19 @@ def padded_batches(requests: list[tuple[int, int]], budget: int) -> list[list[in
 
 
 def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capacity:
-    """Run ShareGPT lengths through two engines over a small model with one head of 128."""
+    """Run ShareGPT lengths through two engines over a tiny model."""
     trace = [(r.prompt, r.output) for r in itertools.islice(read_trace("sharegpt"), requests)]
-    model = models.build_llama(128, 16, 1, 1, 1, 100)
+    model = models.build_llama(16, 16, 1, 1, 1, 100)
     common: dict[str, Any] = {"max_running": 4096, "prefix_cache": False}
-    engine = pykvcache.Engine(
-        model, block_size, num_blocks=budget // block_size, kv_dtype="bfloat16", **common
-    )
+    blocks = budget // block_size
+    engine = pykvcache.Engine(model, block_size, num_blocks=blocks, **common)
     running = _running(engine, trace)
     pool = engine.pool
-    halved = pykvcache.Engine(
-        model, block_size, memory=pool.allocated_bytes, kv_dtype="float8_e4m3fn", **common
-    )
+    block_bytes = [
+        BlockLayout(1, block_size, 128, 128, dtype).nbytes for dtype in (torch.bfloat16, QUANTISED)
+    ]
+    more = blocks * block_bytes[0] // block_bytes[1]
+    dense = pykvcache.Engine(model, block_size, num_blocks=more, kv_dtype=QUANTISED, **common)
     batches = padded_batches(trace, budget)
     assert pool.allocator is not None
     return Capacity(
@@ -301,7 +304,7 @@ def measure_capacity(requests: int, budget: int, block_size: int = 16) -> Capaci
         float(np.mean(list(map(len, batches)))),
         sum(map(sum, batches)) / max(sum(map(max, batches)), 1),
         float(np.mean(running)),
-        float(np.mean(_running(halved, trace))),
+        float(np.mean(_running(dense, trace))),
         max(running),
         engine.stats().preemptions,
         pool.allocator.peak * pool.block_bytes,

@@ -35,7 +35,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         num_blocks: fixed size of the pool, all layer groups together.
         block_size: tokens a block.
         memory: fixed size in bytes, or as "4GiB"; instead of num_blocks.
-        kv_dtype: "auto" (that of the keys), or a float dtype or its name.
+        kv_dtype: "auto" (that of the keys), or a float dtype or its name, as in `patch`.
         backend: "auto" or a name from `ops.backends()`.
         deterministic: a row's bits do not depend on the other rows of its batch.
         max_length: padded length that no row will exceed, if known: sizes a pool that is not fixed.
