@@ -304,8 +304,8 @@ def plan(
     Compute it once per layer group and step and pass it to every layer. The CPU and the reference
     divide their work inside the operator, so there it is empty.
 
-    A plan is for one backend and for calls with these lengths, heads, window, chunk and
-    `deterministic`: what a call does with another one is undefined, since it cannot look at the
+    A plan is for one backend and for calls with these lengths, `max_seqlen_q` included, heads,
+    window, chunk and `deterministic`: what a call does with another one is undefined, since it cannot look at the
     plan without waiting for the GPU.
     """
     return _table(backend, seq_lens).plan(

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,6 +169,70 @@ def test_the_plain_kernel_takes_what_tensor_cores_do_not(case: Case) -> None:
     data = build_case(case)
     ops.paged_attention(*data.args, **data.kwargs, backend="cuda")
     assert build.control().kv_emulation_matrix_products() == products
+
+
+@pytest.fixture
+def processors() -> Iterator[None]:
+    """24, three quarters of them for the row tiles of all KV heads."""
+    build.control().kv_emulation_set_processors(24)
+    build.control().kv_emulation_set_ctas(48)
+    yield
+    build.control().kv_emulation_set_processors(0)
+    build.control().kv_emulation_set_ctas(8)
+
+
+def kernels_of(case: Case) -> list[str]:
+    from pykvcache import _C_cuda
+
+    lengths, queries = [kv for _, kv in case.rows], [q for q, _ in case.rows]
+    found = _C_cuda.explain_launch(
+        2, 2, case.num_heads, case.num_kv_heads, case.head_dim, 16, lengths, queries
+    )
+    return [launch["kernel"] for launch in found]
+
+
+WIDE = [  # up to 18 columns
+    Case("tail", ((30, 700),), 8, 2, 128),  # 120 rows, 8 tiles
+    Case("odd-group", ((7, 300),), 10, 2, 64, window=90),  # 35 rows: tiles end within tokens
+    Case("heads", ((3, 900),), 20, 1, 80, causal=False),
+    Case("speculative", ((5, 400), (17, 333), (1, 64)), 4, 2, 128, sinks=True, softcap=20.0),
+    Case("padded", ((12, 5), (12, 200)), 8, 2, 64, chunk=100, holes=((1, 3),)),
+    Case("wide-heads", ((20, 260),), 4, 1, 256),
+    Case("float8", ((9, 500),), 8, 2, 128, cache_dtype=FP8, scales="slot"),
+    Case("bias", ((9, 150),), 8, 2, 64, bias="float", layout="NHD"),
+]
+
+
+@pytest.mark.usefixtures("processors")
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_a_few_long_tails_are_cut_along_their_keys(case: Case, planned: bool) -> None:
+    case = replace(case, dtype=BF16)
+    assert kernels_of(case) == ["decode"]
+    data = build_case(case)
+    plan = None
+    if planned:
+        plan = ops.plan(
+            *data.args[4:7], case.num_heads, case.num_kv_heads, case.head_dim, window=case.window,
+            chunk=case.chunk, backend="cuda",
+        )  # fmt: skip
+        assert plan.diff().min() > 0
+    out, lse = ops.paged_attention(*data.args, **data.kwargs, plan=plan, backend="cuda")
+    assert_as_good_as_dense(case, data, out, lse)
+
+
+@pytest.mark.usefixtures("processors")
+def test_other_tails_are_prefill() -> None:
+    """Enough query tiles for all processors, more rows than prefill takes at once, fixed bits."""
+    assert kernels_of(Case("many", ((30, 700),) * 3, 8, 2, 128)) == ["prefill"]
+    assert kernels_of(Case("long", ((33, 700),), 8, 2, 128)) == ["prefill"]
+    assert kernels_of(Case("mixed", ((1, 700), (300, 700)), 8, 2, 128)) == ["decode", "prefill"]
+    data = build_case(Case("fixed", ((30, 700),), 8, 2, 128, dtype=BF16))
+    how = {"backend": "cuda", "deterministic": True}
+    assert ops.plan(*data.args[4:7], 8, 2, 128, **how).tolist() == [0, 0]
+    alone, _ = ops.paged_attention(*data.args, **data.kwargs, **how)
+    build.control().kv_emulation_set_processors(0)
+    assert torch.equal(ops.paged_attention(*data.args, **data.kwargs, **how)[0], alone)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

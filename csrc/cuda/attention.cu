@@ -59,8 +59,9 @@ std::tuple<Tensor, Tensor> paged_attention(
   return {out, lse};
 }
 
-Tensor make_plan(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t, int64_t num_heads,
-                 int64_t num_kv_heads, int64_t, int64_t window, int64_t chunk, bool deterministic) {
+Tensor make_plan(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t max_seqlen_q,
+                 int64_t num_heads, int64_t num_kv_heads, int64_t, int64_t window, int64_t chunk,
+                 bool deterministic) {
   const Place place = place_of(seq_lens);
   Dim B("B");
   AttentionParams p;
@@ -80,7 +81,7 @@ Tensor make_plan(const Tensor& seq_lens, const Tensor& cu_seqlens_q, int64_t, in
   p.deterministic = deterministic;
   const OnDevice device(seq_lens);
   Tensor made = workspace(seq_lens, B + 1, ScalarType::Int);
-  KernelParams params = kernel_params(p);
+  KernelParams params = kernel_params(p, max_seqlen_q);
   params.plan = static_cast<int32_t*>(made.mutable_data_ptr());
   plan(params, device.stream());
   return made;

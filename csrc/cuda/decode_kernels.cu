@@ -49,9 +49,8 @@ int HeadDim<KV_HEAD_DIM>::resident_decode_ctas(const KernelParams& params) {
 
 template <>
 void HeadDim<KV_HEAD_DIM>::decode(const KernelParams& params, Stream stream) {
-  const dim3 grid{
-      static_cast<unsigned>(params.programs),
-      static_cast<unsigned>(params.attention.num_kv_heads * params.decode_rows / kRowTile)};
+  const dim3 grid{static_cast<unsigned>(params.programs),
+                  static_cast<unsigned>(params.attention.num_kv_heads * row_tiles(params))};
   with_kernel(params, [&](auto kernel, const KernelShape& shape) {
     launch(kernel, grid, shape.threads, shape.shared_bytes, stream, params);
   });

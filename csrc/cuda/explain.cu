@@ -42,7 +42,7 @@ LaunchReport explain_decode(const Schedule& s, const KernelShape& shape,
   LaunchReport report{.kernel = "decode", .shape = shape};
   const int64_t programs = params.piece_units > 1 ? std::min(params.programs, plan.back())
                                                   : sharing_programs(params, plan.back());
-  report.ctas = programs * params.attention.num_kv_heads * params.decode_rows / kRowTile;
+  report.ctas = programs * params.attention.num_kv_heads * row_tiles(params);
   for (size_t row = 0; row < seq_lens.size(); ++row) {
     const SlotRange slots = row_slots(params, static_cast<int32_t>(row));
     const int64_t pieces = slots.end - slots.begin;

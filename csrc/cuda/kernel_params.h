@@ -23,12 +23,17 @@ struct KernelParams {
   Divisor group;  // query heads per KV head
   // Query rows, tokens times group, of the longest sequence that decode takes; a multiple of 16.
   int32_t decode_rows = 0;
-  int32_t merged_rows = 0;       // query rows of a sequence that merging looks at
+  int32_t merged_rows = 0;       // and of the longest one in this call
   int32_t programs = 0;          // persistent decode CTAs per KV head and row tile
   int32_t piece_units = 1;       // units of the plan's entries: 1, or kFixedUnits
   int32_t* plan = nullptr;       // [B + 1], pieces or units before each row
   float* part_values = nullptr;  // [slots, HKV, merged_rows, Dv], normalised
   float* part_lse = nullptr;     // [slots, HKV, merged_rows], natural log
 };
+
+// Row tiles that decode is launched for.
+__host__ __device__ __forceinline__ int32_t row_tiles(const KernelParams& params) {
+  return (params.merged_rows + kRowTile - 1) / kRowTile;
+}
 
 }  // namespace pykvcache::cuda

@@ -39,6 +39,12 @@ inline int& emulated_shared_bytes() {  // that a CTA may have
 }
 inline int shared_bytes_of_device() { return emulated_shared_bytes(); }
 
+inline int& emulated_processors() {  // none: a test that wants many says so
+  static int count = 0;
+  return count;
+}
+inline int processors_of_device() { return emulated_processors(); }
+
 template <class Params>
 bool built_for_hopper(void (*)(Params)) {
   return true;
@@ -72,6 +78,8 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 inline int shared_bytes_of_device() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
+
+inline int processors_of_device() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // Whether the device is a Hopper GPU and the kernel's code is sm_90a's: with code that was compiled
 // from another architecture's PTX the version is another one.

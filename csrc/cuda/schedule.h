@@ -19,18 +19,29 @@ auto dispatch_head_dim([[maybe_unused]] int head_dim, Function&& function) {
   return function(HeadDim<64>());
 }
 
+constexpr int64_t kMostRowTiles = 8;  // a query tile of prefill
+
 // Sequences of up to this many query rows are decode's: one row tile, or one token of a larger
-// group. It does not depend on the batch.
-inline int32_t decode_rows(int64_t group) {
-  return static_cast<int32_t>(std::max<int64_t>(1, (group + kRowTile - 1) / kRowTile) * kRowTile);
+// group. Prefill has one CTA for a query tile and KV head; where these are few (speculative tokens,
+// the end of a prompt whose beginning is cached) and there are processors for a CTA of each row
+// tile, all sequences of the call are decode's. Their row tiles go through the same keys at the
+// same time, and the L2 cache reads them once. It depends on the batch: not when deterministic.
+inline int32_t decode_rows(const AttentionParams& p, int64_t max_seqlen_q) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const auto tiles = [](int64_t rows) { return (rows + kRowTile - 1) / kRowTile; };
+  const int64_t token = tiles(group), longest = tiles(max_seqlen_q * group);
+  const int64_t columns = std::max<int64_t>(1, p.batch * p.num_kv_heads);
+  const int64_t most = std::min<int64_t>(kMostRowTiles, processors_of_device() * 3 / 4 / columns);
+  const bool wide = !p.deterministic && longest > token && longest <= most;
+  return static_cast<int32_t>((wide ? longest : token) * kRowTile);
 }
 
-inline KernelParams kernel_params(const AttentionParams& p) {
+inline KernelParams kernel_params(const AttentionParams& p, int64_t max_seqlen_q) {
   KernelParams params;
   params.attention = p;
   params.block_size = Divisor(p.block_size);
   params.group = Divisor(p.num_heads / p.num_kv_heads);
-  params.decode_rows = decode_rows(p.num_heads / p.num_kv_heads);
+  params.decode_rows = decode_rows(p, max_seqlen_q);
   params.piece_units = p.deterministic ? kFixedUnits : 1;
   return params;
 }
@@ -52,7 +63,7 @@ struct Schedule {
 // max_blocks: columns of the block table.
 inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, int64_t max_blocks) {
   Schedule s;
-  s.params = kernel_params(p);
+  s.params = kernel_params(p, max_seqlen_q);
   const auto fits = [&](const Capability& kernel) {
     if (kernel.head_dim == 0) return true;
     if (kernel.head_dim > kLargestHeadDim) return false;
@@ -69,7 +80,7 @@ inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, in
   s.prefills_with_wgmma = s.prefills && choose_kernel(p, Phase::kPrefill, fits).wgmma;
   s.decodes = !(s.prefills && p.num_tokens == p.batch * max_seqlen_q);  // all of them are that long
   s.params.merged_rows = static_cast<int32_t>(std::min<int64_t>(longest, s.params.decode_rows));
-  const int64_t columns = p.num_kv_heads * s.params.decode_rows / kRowTile;
+  const int64_t columns = p.num_kv_heads * row_tiles(s.params);
   const int ctas =
       dispatch_head_dim(s.head_dim, [&](auto dim) { return dim.resident_decode_ctas(s.params); });
   s.params.programs = static_cast<int32_t>(std::max<int64_t>(1, ctas / columns));

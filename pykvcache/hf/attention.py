@@ -29,7 +29,7 @@ from pykvcache.hf.static import LAYER, StaticPagedLayer
 
 SDPA_NAME = "pykvcache"
 EAGER_NAME = "pykvcache_eager"
-MOST_PLANNED = 16  # tokens of a row; with more of them it is prefill's, which has no plan
+MOST_PLANNED = 128  # tokens of a row; with more of them it is prefill's, which has no plan
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 

@@ -1,4 +1,4 @@
-// What tests ask of the emulation: how many CTAs run at once, and what it has counted.
+// What tests ask of the emulation: what device it is, and what it has counted.
 #include "cuda/hopper.cuh"
 #include "cuda/launch.cuh"
 
@@ -7,6 +7,9 @@ extern "C" __attribute__((visibility("default"))) void kv_emulation_set_ctas(int
 }
 extern "C" __attribute__((visibility("default"))) void kv_emulation_set_shared_bytes(int bytes) {
   pykvcache::cuda::emulated_shared_bytes() = bytes;
+}
+extern "C" __attribute__((visibility("default"))) void kv_emulation_set_processors(int count) {
+  pykvcache::cuda::emulated_processors() = count;
 }
 extern "C" __attribute__((visibility("default"))) uint64_t kv_emulation_bank_conflicts() {
   return cuda_host::counts().bank_conflicts;

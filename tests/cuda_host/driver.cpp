@@ -169,7 +169,7 @@ bool plan_is_right() {
   p.cu_seqlens_q = starts.data();
   p.batch = rows;
   p.num_heads = p.num_kv_heads = p.block_size = 1;
-  KernelParams params = kernel_params(p);
+  KernelParams params = kernel_params(p, 1);
   params.plan = made.data();
   plan(params, nullptr);
   const bool right = made == starts;
