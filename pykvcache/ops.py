@@ -305,8 +305,8 @@ def plan(
     divide their work inside the operator, so there it is empty.
 
     A plan is for one backend and for calls with these lengths, `max_seqlen_q` included, heads,
-    window, chunk and `deterministic`: what a call does with another one is undefined, since it cannot look at the
-    plan without waiting for the GPU.
+    window, chunk and `deterministic`: what a call does with another one is undefined, since it
+    cannot look at the plan without waiting for the GPU.
     """
     return _table(backend, seq_lens).plan(
         seq_lens, cu_seqlens_q, max_seqlen_q, num_heads, num_kv_heads, head_dim, window, chunk,

@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from op_cases import Case, build
+from op_cases import BF16, Case, build
+from op_oracle import assert_as_good_as_dense
 
 from pykvcache import ops
 
@@ -95,7 +97,10 @@ def test_rows_of_bfloat16_fit_float16_in_a_unit_of_their_own(magnitude: int) -> 
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_plan_counts_the_tiles_of_decode_rows(deterministic: bool) -> None:
+def test_plan_counts_the_tiles_of_decode_rows(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "processors", lambda _: 0)
     tile = table.decode_tile(table.architecture(torch.device(DEVICE)), 64)
     unit = attention.FIXED_TOKENS if deterministic else tile
     q_lens, lengths = [1, 4, 5, 0, 1, 1], [10 * unit, unit + 1, 3 * unit, 99, 0, 1]
@@ -106,6 +111,53 @@ def test_plan_counts_the_tiles_of_decode_rows(deterministic: bool) -> None:
     )  # fmt: skip
     units = [10, 2, 0, 0, 1, 1]  # 5 queries of 4 heads are prefill's; 0 queries have no result
     assert plan.diff().tolist() == units and plan[0] == 0
+
+
+WIDE = [  # up to 18 row tiles of KV heads
+    Case("tail", ((30, 300),), 8, 2, 64),  # 120 rows, 8 tiles
+    Case("odd-group", ((7, 200),), 10, 2, 64, window=90, sinks=True),  # tiles end within tokens
+    Case("many-heads", ((3, 200),), 20, 1, 80, causal=False),
+    Case("speculative", ((5, 200), (17, 233), (1, 64)), 4, 2, 48, softcap=20.0),
+    Case("padded", ((12, 5), (12, 100)), 8, 2, 64, chunk=50, holes=((1, 3),)),
+    Case("float8", ((9, 150),), 8, 2, 64, cache_dtype=torch.float8_e4m3fn, scales="slot"),
+]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("case", WIDE, ids=str)
+def test_a_few_long_tails_are_cut_along_their_keys(
+    case: Case, planned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "processors", lambda _: 24)
+    monkeypatch.setattr(attention, "decode_programs", lambda *_: 5)
+    monkeypatch.delattr(attention, "prefill_kernel")
+    case = replace(case, dtype=BF16)
+    data = build(case)
+    plan = None
+    if planned:
+        plan = ops.plan(
+            *data.args[4:7], case.num_heads, case.num_kv_heads, case.head_dim, window=case.window,
+            chunk=case.chunk, backend="triton",
+        )  # fmt: skip
+        assert plan.diff().min() > 0
+    out, lse = ops.paged_attention(*data.args, **data.kwargs, plan=plan, backend="triton")
+    assert_as_good_as_dense(case, data, out, lse)
+
+
+def test_which_tails_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "processors", lambda _: 24)
+    device = torch.device(DEVICE)
+    for group, columns, queries, deterministic, rows in (
+        (4, 2, 30, False, 128),
+        (4, 2, 32, False, 128),
+        (4, 2, 33, False, 16),  # more than prefill takes at once
+        (4, 6, 12, False, 48),
+        (4, 6, 13, False, 16),  # 24 tiles for 18 processors
+        (4, 2, 30, True, 16),
+        (64, 2, 1, False, 64),
+        (64, 2, 2, False, 128),
+    ):
+        assert attention.decode_rows(group, columns, queries, deterministic, device) == rows
 
 
 def test_plan_leaves_out_what_a_window_hides() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import pkgutil
 import subprocess
@@ -102,16 +103,18 @@ else:
     def test_other_batches_and_lengths_compile_nothing(
         arch: str, cache_dtype: torch.dtype, dim: int
     ) -> None:
-        """Batch sizes, table widths, token counts, windows and views at odd addresses: one kernel.
+        """Batch sizes, table widths, token counts, windows and views at odd addresses: one kernel,
+        also where decode has row tiles.
 
         Pools keep their layout; a pool may grow.
         """
         keys = []
-        for rows, width, blocks, queries in (
+        sizes = (
             (1, 1, 1, 1), (16, 16, 64, 16), (3, 7, 17, 5), (17, 33, 1000, 1), (256, 128, 9999, 2),
-        ):  # fmt: skip
+        )  # fmt: skip
+        for processors, (rows, width, blocks, queries) in itertools.product((0, 132), sizes):
             for shift in (0, 1):
-                with noting_launches(arch) as noted:
+                with noting_launches(arch, processors) as noted:
                     one_call_of_each_kind(cache_dtype, rows, width, blocks, queries, shift, dim)
                 keys.append({launch.key for launch in noted})
         names = {key.split()[0] for key in keys[1]}

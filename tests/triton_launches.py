@@ -72,7 +72,7 @@ class Absent:
 
 
 @contextmanager
-def noting_launches(arch: str) -> Iterator[list[Launch]]:
+def noting_launches(arch: str, processors: int = 0) -> Iterator[list[Launch]]:
     """The launches of what is called inside, in order, one entry for each call of a kernel."""
     noted: list[Launch] = []
 
@@ -94,6 +94,7 @@ def noting_launches(arch: str) -> Iterator[list[Launch]]:
         with (
             mock.patch.object(attention, "architecture", lambda device: arch),
             mock.patch.object(attention, "decode_programs", lambda *_: PROGRAMS),
+            mock.patch.object(attention, "processors", lambda device: processors),
             mock.patch.object(attention, "reads_values", lambda tensor: False),
             mock.patch.object(cache, "reads_values", lambda tensor: False),
         ):

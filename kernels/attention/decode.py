@@ -1,7 +1,8 @@
 """Decode: rows with few queries, split along their keys over persistent programs.
 
-    grid (PROGRAMS, GROUPS): program p takes its even share of all units of the plan for one group
-    of query heads. All heads of a KV head are one group, or SPLIT groups where they are many.
+    grid (PROGRAMS, GROUPS, row tiles): program p takes its even share of all units of the plan for
+    one group of query heads and ROWS query rows. All heads of a KV head are one group, or SPLIT
+    groups where they are many.
 
 A program walks rows and, within a row, KV tiles. What it saw of a row is final if it saw all of it;
 otherwise it stores a partial result (normalised values and lse, in float32) in workspace slot
@@ -70,7 +71,8 @@ def decode_kernel(
     kv_head = (group // SPLIT).to(tl.int64)
     units = tl.load(plan + rows)
     programs = tl.num_programs(0) if FIXED else sharing_programs(tl.num_programs(0), units)
-    r = tl.arange(0, ROWS)
+    first_row = tl.program_id(2) * ROWS
+    r = first_row + tl.arange(0, ROWS)
     head = group * GROUP + r % GROUP  # [ROWS]
     k_head = k_cache + kv_head * k_stride_head
     v_head = v_cache + kv_head * v_stride_head
@@ -104,6 +106,8 @@ def decode_kernel(
         first_unit = tile_begin // UNIT
         piece_begin = tl.maximum(tile_begin, (first_unit + unit - row_begin) * UNIT)
         piece_end = tl.minimum(tile_end, (first_unit + unit_end - row_begin) * UNIT)
+        if first_row >= q_len * GROUP:  # another sequence has more rows
+            piece_end = piece_begin
 
         q_offsets = (token + r // GROUP).to(tl.int64) * stride_q_token
         q_offsets += head.to(tl.int64) * stride_q_head

@@ -41,18 +41,18 @@ def sharing_programs(programs, units):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "window", "chunk"],
+    do_not_specialize=["rows", "most_rows", "window", "chunk"],
     do_not_specialize_on_alignment=["seq_lens", "cu_seqlens_q", "plan"],
 )
 def plan_kernel(
-    seq_lens, cu_seqlens_q, plan, rows, window, chunk,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
+    seq_lens, cu_seqlens_q, plan, rows, most_rows, window, chunk,
+    GROUP: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CHUNK: tl.constexpr,
 ):  # fmt: skip
     """plan int32 [rows + 1]: units of the rows before each row; UNIT tiles each.
 
-    Rows of more than ROWS query rows are not decode's and have none; every other row that has a
-    query has at least one, so that somebody writes its result.
+    Rows of more than most_rows query rows are not decode's and have none; every other row that has
+    a query has at least one, so that somebody writes its result.
     """
     tl.store(plan, 0)
     before = 0
@@ -65,6 +65,6 @@ def plan_kernel(
         )
         begin, end = row_tiles(seq_len, q_len, window, chunk, TILE, HAS_WINDOW, HAS_CHUNK)
         units = tl.maximum((end + UNIT - 1) // UNIT - begin // UNIT, 1)
-        units = tl.where((q_len > 0) & (q_len * GROUP <= ROWS), units, 0)
+        units = tl.where((q_len > 0) & (q_len * GROUP <= most_rows), units, 0)
         tl.store(plan + row + 1, before + tl.cumsum(units, 0), mask=mask)
         before += tl.sum(units, 0)

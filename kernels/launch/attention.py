@@ -29,6 +29,7 @@ from pykvcache.kernels.launch.table import (
     choose,
     decode_programs,
     decode_tile,
+    processors,
 )
 from torch import Tensor
 
@@ -40,6 +41,7 @@ MERGED_PIECES = 16  # at once
 # Query rows of a decode tile, by head dim: more do not fit the registers of one program.
 MOST_ROWS = ((128, 64), (256, 32), (576, 16))
 FEWEST_HEADS = 8  # of a group that heads are split into
+MOST_ROW_TILES = 8  # of a sequence of decode
 
 
 def split_dim(dim: int) -> tuple[int, int]:
@@ -59,9 +61,29 @@ def head_split(heads: int, dim: int) -> int:
     return split if split == 1 or heads // split >= FEWEST_HEADS else 1
 
 
-def decode_rows(group: int) -> int:
-    """Query rows of a decode tile; sequences with more are prefill's."""
+def row_tile(group: int) -> int:
+    """Query rows of a decode program."""
     return max(SMALLEST_DOT, int(triton.next_power_of_2(group)))
+
+
+def decode_rows(
+    group: int, columns: int, max_seqlen_q: int, deterministic: bool, device: torch.device
+) -> int:
+    """The most query rows that a sequence of decode has; those with more are prefill's.
+
+    One row tile. Prefill has one program for a query tile and group of heads; where these are few
+    and there are processors for a program of each row tile, all sequences of the call are decode's:
+    speculative tokens, or the end of a prompt whose beginning is cached. It depends on the batch,
+    and so does not happen when deterministic.
+
+    Args:
+        group: query heads of a program.
+        columns: sequences times groups.
+    """
+    tile = row_tile(group)
+    tiles = -(-max_seqlen_q * group // tile)
+    most = min(MOST_ROW_TILES, processors(device) * 3 // 4 // max(columns, 1))
+    return tile * tiles if not deterministic and 1 < tiles <= most else tile
 
 
 def plan(
@@ -85,10 +107,12 @@ def plan(
     checks.check_dtype("seq_lens", seq_lens, torch.int32)
     checks.check_dtype("cu_seqlens_q", cu_seqlens_q, torch.int32)
     check_contiguous(seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
-    group = num_heads // num_kv_heads // head_split(num_heads // num_kv_heads, head_dim)
+    split = head_split(num_heads // num_kv_heads, head_dim)
+    group, columns = num_heads // num_kv_heads // split, len(seq_lens) * num_kv_heads * split
+    most_rows = decode_rows(group, columns, max_seqlen_q, deterministic, seq_lens.device)
     tile = decode_tile(architecture(seq_lens.device), head_dim)
     unit = _unit_tiles(tile, deterministic)
-    return _plan(seq_lens, cu_seqlens_q, group, tile, unit, window, chunk)
+    return _plan(seq_lens, cu_seqlens_q, group, most_rows, tile, unit, window, chunk)
 
 
 def _unit_tiles(tile: int, deterministic: bool) -> int:
@@ -160,25 +184,27 @@ def paged_attention(
     )  # fmt: skip
     # Products in float32 need the tiles of float32, whatever the cache stores.
     size = max(k_cache.element_size(), q.element_size() if q.dtype == torch.float32 else 1)
-    most_rows = decode_rows(group)
+    most_rows = decode_rows(group, rows * groups, max_seqlen_q, deterministic, q.device)
     all_prefill = tokens == rows * max_seqlen_q and max_seqlen_q * group > most_rows
     if not all_prefill:
         tile = decode_tile(arch, dim)
         unit = _unit_tiles(tile, deterministic)
         if plan is None or plan.numel() != rows + 1:
-            plan = _plan(seq_lens, cu_seqlens_q, group, tile, unit, window, chunk)
-        programs = decode_programs(q.device, groups)
+            plan = _plan(seq_lens, cu_seqlens_q, group, most_rows, tile, unit, window, chunk)
+        tile_rows = row_tile(group)
+        part_rows = min(most_rows, max_seqlen_q * group)
+        row_tiles = -(-part_rows // tile_rows)
+        programs = decode_programs(q.device, groups * row_tiles)
         slots = programs + rows
         if deterministic:
             slots = rows * (-(-block_table.shape[1] * block_size // (unit * tile)) + 1)
-        part_rows = min(most_rows, max_seqlen_q * group)
         parts = slots * groups * part_rows
         part_values = q.new_empty(parts * v_head_dim, dtype=torch.float32)
         part_lse = q.new_empty(parts, dtype=torch.float32)
         choice = choose("decode", arch, max(dim, v_head_dim), size)
-        decode_kernel[(programs, groups)](
+        decode_kernel[(programs, groups, row_tiles)](
             q, *q.stride()[:2], *pools, plan, sinks, alibi_slopes, *bias_arguments, out, lse,
-            part_values, part_lse, part_rows, *numbers, groups, split, group, most_rows, *dims,
+            part_values, part_lse, part_rows, *numbers, groups, split, group, tile_rows, *dims,
             tile, unit, *features, deterministic, INTERPRETED,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
@@ -201,13 +227,13 @@ def paged_attention(
 
 
 def _plan(
-    seq_lens: Tensor, cu_seqlens_q: Tensor, group: int, tile: int, unit: int, window: int,
-    chunk: int,
+    seq_lens: Tensor, cu_seqlens_q: Tensor, group: int, most_rows: int, tile: int, unit: int,
+    window: int, chunk: int,
 ) -> Tensor:  # fmt: skip
     rows = seq_lens.shape[0]
     units = torch.empty(rows + 1, dtype=torch.int32, device=seq_lens.device)
     plan_kernel[(1,)](
-        seq_lens, cu_seqlens_q, units, rows, window, chunk, group, decode_rows(group), tile, unit,
+        seq_lens, cu_seqlens_q, units, rows, most_rows, window, chunk, group, tile, unit,
         window > 0, chunk > 0,
     )  # fmt: skip
     return units

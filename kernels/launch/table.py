@@ -103,10 +103,17 @@ def decode_tile(arch: str, head_dim: int) -> int:
 
 
 @functools.cache
-def decode_programs(device: torch.device, kv_heads: int) -> int:
-    """Persistent decode programs per KV head."""
+def processors(device: torch.device) -> int:
+    """Of a GPU; 0 in the interpreter."""
+    if device.type == "cpu":
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def decode_programs(device: torch.device, columns: int) -> int:
+    """Persistent decode programs for each KV head, or each row tile of it."""
     section = _section(architecture(device))
     if "programs" in section:
         return int(section["programs"])
-    units = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, units * int(section["programs_per_sm"]) // kv_heads)
+    return max(1, processors(device) * int(section["programs_per_sm"]) // columns)

@@ -171,13 +171,16 @@ def describe_launch(
     arch = table.architecture(device)
     heads = spec.num_heads // spec.num_kv_heads
     split = attention.head_split(heads, spec.head_dim)
-    decodes = spec.query_len * heads // split <= attention.decode_rows(heads // split)
+    group, groups = heads // split, spec.num_kv_heads * split
+    rows = attention.decode_rows(group, spec.batch * groups, spec.query_len, False, device)
+    decodes = spec.query_len * group <= rows
     phase = "decode" if decodes else "prefill"
     choice = table.choose(phase, arch, spec.head_dim, DTYPES[spec.dtype].itemsize)
     found = {"tile": choice.tile, "stages": choice.stages, "warps": choice.warps}
     if decodes:
         found["tile"] = table.decode_tile(arch, spec.head_dim)
-        found["programs"] = table.decode_programs(device, spec.num_kv_heads * split)
+        tiles = -(-spec.query_len * group // attention.row_tile(group))
+        found["programs"] = table.decode_programs(device, groups * tiles)
     else:
         found["rows"] = choice.rows
     return f"{phase}_kernel (kernels/attention/{phase}.py), {arch}", found
