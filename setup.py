@@ -31,7 +31,7 @@ KERNEL_PACKAGES = sorted(p.parent.name for p in (ROOT / "kernels").glob("*/__ini
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 ISA_FLAGS = {
-    "avx512bf16": f"{AVX512} -mavx512bf16",
+    "avx512bf16": f"{AVX512} -mavx512bf16 -mavx512vbmi",
     "avx512": AVX512,
     "avx2": AVX2,
     "portable": "",

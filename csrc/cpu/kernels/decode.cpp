@@ -192,9 +192,12 @@ void decode_as(const AttentionParams& p, const AttentionItem& item, void* scratc
 
 // Calls f with a value of the type that the kernels are compiled for: that of the caches.
 template <class F>
-auto with_cache_type(DType dtype, F f) {
-  switch (dtype) {
+auto with_cache_type(const AttentionParams& p, F f) {
+  switch (p.k.dtype) {
     case DType::kFloat8E4M3:
+#ifdef KV_FLOAT8_PAIRS
+      if (p.q_dtype == DType::kBFloat16) return f(Float8Pairs{});
+#endif
       return f(Float8{});
     case DType::kBFloat16:
       return f(BFloat16{});
@@ -213,7 +216,7 @@ int64_t workspace_bytes(const AttentionParams& p) {
 }  // namespace
 
 void decode(const AttentionParams& p, const AttentionItem& item, void* scratch) {
-  with_cache_type(p.k.dtype, [&]<class T>(T) { decode_as<T>(p, item, scratch); });
+  with_cache_type(p, [&]<class T>(T) { decode_as<T>(p, item, scratch); });
 }
 
 DecodeShape decode_shape(const AttentionParams& p) {
@@ -224,7 +227,7 @@ DecodeShape decode_shape(const AttentionParams& p) {
 }
 
 int64_t decode_scratch_bytes(const AttentionParams& p) {
-  return with_cache_type(p.k.dtype, [&]<class T>(T) { return workspace_bytes<T>(p); });
+  return with_cache_type(p, [&]<class T>(T) { return workspace_bytes<T>(p); });
 }
 
 }  // namespace pykvcache::KV_ISA

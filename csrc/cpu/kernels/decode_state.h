@@ -86,7 +86,9 @@ KV_INLINE void locate_scales(const Tile& tile, TileSide& side, const ScaleView& 
 // that type.
 template <class T, class F>
 KV_INLINE void with_query_type(DType dtype, F f) {
-  if constexpr (!Line<T>::kScaled)
+  if constexpr (sizeof(typename Line<T>::Query) == 2)
+    f(BFloat16{});
+  else if constexpr (!Line<T>::kScaled)
     f(T{});
   else if (dtype == DType::kBFloat16)
     f(BFloat16{});
@@ -314,11 +316,11 @@ class DecodeState {
     const int64_t padded = round_up(tile.count, kTokenGroup);
     if (scale.kind == ScaleKind::kSlot) {
       const float* from = scale.data + head * scale.stride_head;
-      for (int64_t t = 0; t < tile.count; ++t) to[t] = from[side.scales[t]] * kFloat8Unit;
+      for (int64_t t = 0; t < tile.count; ++t) to[t] = from[side.scales[t]] * L::kUnit;
       for (int64_t t = tile.count; t < padded; ++t) to[t] = 0.0f;
       return;
     }
-    float all = kFloat8Unit;
+    float all = L::kUnit;
     if (scale.kind == ScaleKind::kScalar) all *= *scale.data;
     if (scale.kind == ScaleKind::kHead) all *= scale.data[head * scale.stride_head];
     for (int64_t t = 0; t < padded; t += kWidth) store(to + t, broadcast(all));

@@ -23,6 +23,7 @@ struct Line {
   static constexpr int kVecs = kElems / kWidth;
   static constexpr int kTokens = 1;                // tokens that accumulate() takes at once
   static constexpr bool kScaled = sizeof(T) == 1;  // float8: with scales, and q of any type
+  static constexpr float kUnit = kScaled ? kFloat8Unit : 1.0f;  // of what is loaded
 
   template <class From>
   KV_INLINE void pack_query(Query* to, const From* from, int64_t n) {
@@ -137,6 +138,110 @@ struct Line<BFloat16> {
         _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     store(line, _mm512_permutex2var_ps(low, first, high));
     store(line + kWidth, _mm512_permutex2var_ps(low, second, high));
+  }
+};
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define KV_FLOAT8_PAIRS 1
+// Of the bfloat16 of every code without its sign; one byte each.
+struct Float8Codes {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr Float8Codes() : low(), high() {
+    for (int code = 0; code < 128; ++code) {
+      int exponent = (code >> 3) - 7 + 127, mantissa = code & 7;
+      if (code < 8 && code > 0)  // subnormal: a multiple of 2^-9
+        for (++exponent; mantissa < 8; --exponent) mantissa *= 2;
+      int bits = exponent << 7 | (mantissa & 7) << 4;
+      if (code == 0) bits = 0;
+      if (code == 0x7f) bits = 0x7fc0;
+      low[code] = static_cast<uint8_t>(bits & 0xff);
+      high[code] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+static constexpr Float8Codes kFloat8Codes{};
+
+// Float8 with queries in bfloat16: two look-ups of bytes make bfloat16 of a line's 64 codes, then
+// it is as above. Two vectors hold a line: of every 16 elements, the first the lower 8.
+template <>
+struct Line<Float8Pairs> {
+  using Query = BFloat16;
+  using Prob = BFloat16;
+  using Bf16 = Line<BFloat16>;
+  static constexpr int kElems = 64;
+  static constexpr int kVecs = 4;
+  static constexpr int kTokens = 2;
+  static constexpr bool kScaled = true;
+  static constexpr float kUnit = 1.0f;
+
+  KV_INLINE int element(int i) { return i % 32 / 8 * 16 + i / 32 * 8 + i % 8; }
+
+  KV_INLINE void pack_query(Query* to, const BFloat16* from, int64_t n) {
+    for (int64_t line = 0; line < n; line += kElems)
+      for (int i = 0; i < kElems; ++i)
+        if (line + element(i) < n) to[line + i] = from[line + element(i)];
+  }
+
+  template <bool kTail>
+  KV_INLINE void load_line(const Float8Pairs* from, int n, __m512i (&to)[2]) {
+    const __m512i codes =
+        kTail ? _mm512_maskz_loadu_epi8((uint64_t{1} << n) - 1, from) : _mm512_loadu_si512(from);
+    const auto look_up = [&](const uint8_t* table) __attribute__((always_inline)) {
+      return _mm512_permutex2var_epi8(_mm512_load_si512(table), codes,
+                                      _mm512_load_si512(table + 64));
+    };
+    constexpr int kOrAnd = 0xf8;  // a | (b & c)
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i low = look_up(kFloat8Codes.low);
+    const __m512i high = _mm512_ternarylogic_epi32(look_up(kFloat8Codes.high), codes, sign, kOrAnd);
+    to[0] = _mm512_unpacklo_epi8(low, high);
+    to[1] = _mm512_unpackhi_epi8(low, high);
+  }
+
+  template <int R, int N, bool kTail>
+  KV_INLINE void dot(Vec (&sums)[R * N], const Query* q, int64_t q_stride,
+                     const Float8Pairs* const* rows, int64_t offset, int n, auto&& tick) {
+    for (int t = 0; t < N; ++t) {
+      if (t % kTick == 0) tick();
+      __m512i keys[2];
+      load_line<kTail>(rows[t] + offset, n, keys);
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < 2; ++i)
+          sums[r * N + t] = Bf16::pair_dot(
+              sums[r * N + t], Bf16::load_line(q + r * q_stride + offset + i * 32), keys[i]);
+    }
+  }
+
+  template <int R, int L, bool kTail>
+  KV_INLINE void accumulate(Vec (&out)[R * L * kVecs], const Prob* probs, int64_t prob_stride,
+                            const Float8Pairs* const* rows, int64_t offset, int n) {
+    for (int l = 0; l < L; ++l) {
+      __m512i first[2], second[2];
+      load_line<kTail>(rows[0] + offset + l * kElems, n, first);
+      load_line<kTail>(rows[1] + offset + l * kElems, n, second);
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        __builtin_memcpy(&pair, probs + r * prob_stride, sizeof(pair));
+        const __m512i weight = _mm512_set1_epi32(pair);
+        Vec* sums = &out[(r * L + l) * kVecs];
+        for (int i = 0; i < 2; ++i) {
+          sums[2 * i] =
+              Bf16::pair_dot(sums[2 * i], _mm512_unpacklo_epi16(first[i], second[i]), weight);
+          sums[2 * i + 1] =
+              Bf16::pair_dot(sums[2 * i + 1], _mm512_unpackhi_epi16(first[i], second[i]), weight);
+        }
+      }
+    }
+  }
+
+  // Lane 4 j + i of vector v has element 16 j + 4 v + i.
+  KV_INLINE void restore_order(float* line) {
+    float values[kElems];
+    __builtin_memcpy(values, line, sizeof(values));
+    for (int v = 0; v < kVecs; ++v)
+      for (int lane = 0; lane < kWidth; ++lane)
+        line[lane / 4 * 16 + 4 * v + lane % 4] = values[v * kWidth + lane];
   }
 };
 #endif

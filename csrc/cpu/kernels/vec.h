@@ -33,6 +33,9 @@ struct Float16 {
 struct Float8 {
   uint8_t bits;
 };
+struct Float8Pairs {  // the same, for queries in bfloat16
+  uint8_t bits;
+};
 // Of what is loaded: bits of e4m3fn moved into fp16's fields read as 2^-8 times the value.
 constexpr float kFloat8Unit = 256.0f;
 
