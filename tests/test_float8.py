@@ -120,21 +120,26 @@ def test_many_small_weights_count(backend: str, tokens: int, slot_scales: bool) 
 def test_all_codes_are_read(
     backend: str, phase: str, dtype: torch.dtype, slot_scales: bool
 ) -> None:
-    """Rows of one key: its value comes out as it is, and the score is the lse of the last query."""
-    tokens, dim = {"decode": 1, "prefill": 25}[phase], 64
-    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
-    k, v = (torch.zeros(256, 1, 1, dim) for _ in range(2))
-    column = torch.arange(256) % dim
-    k[torch.arange(256), 0, 0, column] = v[torch.arange(256), 0, 0, column] = codes.float()
-    q = torch.zeros(256, tokens, 1, dim)
-    q[torch.arange(256), :, 0, column] = 1.0
-    scale: Tensor | None = torch.full((256, 1, 1), 2.0) if slot_scales else None
+    """Rows of one key with 16 codes: values come out as they are, and a head's lse is one code.
+
+    The last row has the two codes of NaN, and nothing else comes of it.
+    """
+    tokens, dim, heads = {"decode": 1, "prefill": 25}[phase], 64, 16
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[(codes & 0x7F) != 0x7F].view(FP8).float()
+    keys = torch.zeros(17, 1, 1, dim)
+    keys[:16, 0, 0, :heads] = torch.cat([finite, torch.zeros(2)]).view(16, heads)
+    keys[16, 0, 0, :2] = torch.tensor([0x7F, 0xFF]).to(torch.uint8).view(FP8).float()
+    q = torch.eye(heads, dim).expand(17 * tokens, heads, dim).to(dtype)
+    scale: Tensor | None = torch.full((17, 1, 1), 2.0) if slot_scales else None
     out, lse = ops.paged_attention(
-        q.flatten(0, 1).to(dtype), k.to(FP8), v.to(FP8), torch.arange(256)[:, None].int(),
-        torch.ones(256).int(), torch.arange(257).int() * tokens, tokens, scale=1.0,
-        k_scale=scale, v_scale=scale, backend=backend,
+        q, keys.to(FP8), keys.to(FP8), torch.arange(17)[:, None].int(), torch.ones(17).int(),
+        torch.arange(18).int() * tokens, tokens, scale=1.0, k_scale=scale, v_scale=scale,
+        backend=backend,
     )  # fmt: skip
-    values = codes.float() * (2 if slot_scales else 1)
-    out, lse = out.view(256, tokens, dim)[:, -1].float(), lse.view(256, tokens)[:, -1]
-    torch.testing.assert_close(lse, values, equal_nan=True)
-    torch.testing.assert_close(out[torch.arange(256), column], values, equal_nan=True)
+    values = keys[:, 0, 0] * (2 if slot_scales else 1)
+    out = out.view(17, tokens, heads, dim)[:, -1].float()
+    lse = lse.view(17, tokens, heads)[:, -1]
+    torch.testing.assert_close(lse[:16], values[:16, :heads])
+    torch.testing.assert_close(out[:16], values[:16, None].expand(16, heads, dim))
+    assert lse[16].isnan().all() and out[16].isnan().all()
