@@ -119,7 +119,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.step.bind(k_cache, v_cache, metadata)
             if self.step.write(k, v):
                 return
-        k, v = stored(packed(k, tokens), k_cache), stored(packed(v, tokens), v_cache)
+        k = stored(packed(k, tokens), k_cache)
+        v = stored(packed(v, tokens).to(k.dtype), v_cache)
         scales = pool.k_scales[self.index], pool.v_scales[self.index]
         pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, *scales)
 

@@ -95,7 +95,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             written = step.write(key_states.transpose(0, 2), value_states.transpose(0, 2))
         if not written:
             k, v = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)  # [T, HKV, D]
-            k, v = stored(k, k_cache), stored(v, v_cache)
+            k = stored(k, k_cache)
+            v = stored(v.to(k.dtype), v_cache)
             scales = pool.k_scales[self.index], pool.v_scales[self.index]
             pool.ops.write_kv(k, v, k_cache, v_cache, metadata.slot_mapping, *scales)
         heads, total = k_cache.shape[1], cache.total_kv

@@ -100,6 +100,16 @@ def test_keys_that_are_read_are_near(llama: PreTrainedModel, backend: str) -> No
             torch.testing.assert_close(got, rounded(plain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_keys_and_values_of_two_dtypes(llama: PreTrainedModel, backend: str) -> None:
+    """As autocast may leave them; not all backends take them as they are."""
+    cache = pykvcache.PagedCache(llama.config, kv_dtype=FLOAT8, backend=backend)
+    k, v = torch.randn(2, 1, 2, 5, 8).to(llama.device)
+    keys, values = cache.update(k, v.bfloat16(), 0)
+    torch.testing.assert_close(keys + 0, rounded(k), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values + 0, rounded(v.bfloat16().float()), rtol=1e-5, atol=1e-6)
+
+
 def test_a_pool_of_equal_bytes_holds_more(llama: PreTrainedModel, backend: str) -> None:
     """Rows of 8 bytes have two scales of 4: half of float32. Rows of 128 have 97 % of 4 times."""
     sizes = {}
