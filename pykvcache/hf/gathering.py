@@ -43,7 +43,7 @@ def gather(layer: PagedLayer, start: int, end: int) -> tuple[Tensor, Tensor]:
     """
     rows = layer.rows
     pool, seqs = rows.pool, rows.seqs
-    device = pool.device
+    device = pool.caches(layer.index)[0].device
     pads = np.array(rows.pads or [0] * len(seqs), np.int64)
     first_block = max(start - int(pads.max()), 0) // pool.block_size
     skipped = first_block * pool.block_size
