@@ -23,7 +23,7 @@ struct KernelParams {
   Divisor group;  // query heads per KV head
   // Query rows, tokens times group, of the longest sequence that decode takes; a multiple of 16.
   int32_t decode_rows = 0;
-  int32_t merged_rows = 0;       // and of the longest one in this call
+  int32_t merged_rows = 0;       // the same, of those in this call: the room of a slot
   int32_t programs = 0;          // persistent decode CTAs per KV head and row tile
   int32_t piece_units = 1;       // units of the plan's entries: 1, or kFixedUnits
   int32_t* plan = nullptr;       // [B + 1], pieces or units before each row
