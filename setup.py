@@ -100,8 +100,8 @@ def link_flags() -> str:
 
 def cuda_link_flags(toolkit: Path) -> str:
     lib = shlex.quote(str(torch_dir() / "lib"))
-    folders = [f"-L{shlex.quote(str(f))}" for f in setup_cuda.library_folders(toolkit)]
-    return f"-shared -L{lib} -ltorch_cpu -ltorch_cuda {' '.join(folders)} -lcudart"
+    runtime = setup_cuda.runtime_link_flags(toolkit)
+    return f"-shared -L{lib} -ltorch_cpu -ltorch_cuda {runtime}"
 
 
 def ninja_variables(name: str) -> tuple[dict[str, str], list[tuple[Path, str, str]]]:

@@ -7,11 +7,14 @@ names the GPUs, as for torch's own extensions. No GPU has to be there.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -47,16 +50,21 @@ def find_toolkit() -> Path | None:
         plan = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True,
                               text=True)  # fmt: skip
         candidates += re.findall(r"TOP=(\S+)", plan.stderr)
+    candidates += sorted(glob.glob(sysconfig.get_path("purelib") + "/nvidia/cu[0-9]*"))  # pip's
     for candidate in map(Path, candidates):
         if _is_toolkit(candidate):
             return candidate.resolve()
     return None
 
 
-def library_folders(toolkit: Path) -> list[Path]:
-    """Where libcudart may lie: toolkits of NVIDIA, conda and pip differ."""
+def runtime_link_flags(toolkit: Path) -> str:
+    """Where libcudart lies and its name: toolkits of NVIDIA, conda and pip differ in the folder,
+    and pip's has no libcudart.so, only the libcudart.so.13 that it stands for."""
     folders = [toolkit / "lib64", toolkit / "lib", *sorted(toolkit.glob("targets/*/lib"))]
-    return [folder for folder in folders if folder.is_dir()]
+    flags = [f"-L{shlex.quote(str(folder))}" for folder in folders if folder.is_dir()]
+    versioned = [file.name for folder in folders for file in folder.glob("libcudart.so.*")]
+    usual = any((folder / "libcudart.so").exists() for folder in folders)
+    return " ".join([*flags, "-lcudart" if usual or not versioned else f"-l:{min(versioned)}"])
 
 
 def toolkit_version(toolkit: Path) -> tuple[int, int]:

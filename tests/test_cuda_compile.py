@@ -104,7 +104,38 @@ def test_a_toolkit_that_is_named_is_taken_or_missing(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").touch()
     assert reason() == "None"
-    assert SETUP["library_folders"](tmp_path) == [tmp_path / "targets/any/lib"]
+
+
+def test_the_runtime_is_linked_by_the_name_it_has(tmp_path: Path) -> None:
+    flags = SETUP["runtime_link_flags"]
+    folder = tmp_path / "targets/any/lib"
+    folder.mkdir(parents=True)
+    assert flags(tmp_path) == f"-L{folder} -lcudart"
+    (folder / "libcudart.so.13").touch()
+    assert flags(tmp_path) == f"-L{folder} -l:libcudart.so.13"
+    (folder / "libcudart.so").touch()
+    assert flags(tmp_path) == f"-L{folder} -lcudart"
+
+
+def test_the_toolkit_of_pip_is_found(tmp_path: Path) -> None:
+    function = SETUP["find_toolkit"]
+    folder = tmp_path / "nvidia/cu13"
+
+    def found() -> Path | None:
+        with (
+            mock.patch.dict("os.environ", {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": ""}),
+            mock.patch("sysconfig.get_path", lambda _: str(tmp_path)),
+        ):
+            toolkit: Path | None = function()
+            return toolkit
+
+    elsewhere = found()  # in a usual folder of this machine
+    (folder / "include").mkdir(parents=True)
+    (folder / "include/cuda_runtime.h").touch()
+    assert found() == elsewhere  # torch brings headers without a compiler
+    (folder / "bin").mkdir()
+    (folder / "bin/nvcc").touch()
+    assert found() == (elsewhere or folder)
 
 
 def why_not(version: str | None, toolkit: tuple[int, int] | None, wanted: str = "") -> str | None:
