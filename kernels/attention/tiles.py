@@ -74,7 +74,7 @@ def load_channel_scales(
     """Scales of a tile's tokens, float32 [TILE, PART], read once a block; 0 in holes."""
     N: tl.constexpr = blocks.shape[0]
     d = FIRST + tl.arange(0, PART)
-    rows = tl.maximum(blocks, 0).to(tl.int64) * stride_block
+    rows = blocks.to(tl.int64) * stride_block
     mask = (blocks >= 0)[:, None] & (d < DIM)[None, :]
     scales = tl.load(scale + rows[:, None] + d[None, :], mask=mask, other=0.0)  # [N, PART]
     spread = tl.broadcast_to(scales[:, None, :], [N, TILE // N, PART])

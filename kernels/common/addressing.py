@@ -39,13 +39,13 @@ def spread_ids(blocks, start, end, TILE: tl.constexpr):
 
 @triton.jit
 def slot_offsets(ids, start, stride_block, stride_slot, BLOCK_SIZE: tl.constexpr):
-    """Offsets, in elements for head 0, of the tokens from `start` on; 0 where ids are negative.
+    """Offsets, in elements for head 0, of the tokens from `start` on; not to be used where ids are
+    negative.
 
     Ids are widened before they are multiplied: a pool may hold more than 2^31 elements.
     """
     slot = (start + tl.arange(0, ids.shape[0])) % BLOCK_SIZE
-    block = tl.maximum(ids, 0).to(tl.int64)
-    return block * stride_block + slot.to(tl.int64) * stride_slot
+    return ids.to(tl.int64) * stride_block + slot.to(tl.int64) * stride_slot
 
 
 @triton.jit

@@ -7,10 +7,12 @@ written with integer arithmetic, and read so too where the chip has no such type
 import triton
 import triton.language as tl
 
-# How a cache stores its numbers: as they are, as e4m3 decoded by us, as e4m3 decoded by the chip.
+# How a cache stores its numbers: as they are, or as e4m3 decoded by us, by us on a chip that
+# multiplies tf32, or by the chip, which has tf32 then.
 PLAIN = tl.constexpr(0)
 E4M3_BYTES = tl.constexpr(1)
-E4M3_NATIVE = tl.constexpr(2)
+E4M3_BYTES_TF32 = tl.constexpr(2)
+E4M3_NATIVE = tl.constexpr(3)
 
 
 @triton.jit
@@ -18,10 +20,11 @@ def decode_e4m3(bits):
     """uint8 to float32, exact."""
     bits = bits.to(tl.int32)
     magnitude = bits & 0x7F
-    # The same bits as a float16 are 2^8 times too small: the biases are 7 and 15.
-    half = ((bits & 0x80) << 8) | (magnitude << 7)
-    value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where(magnitude == 0x7F, float("nan"), value)
+    # The same bits as a float16 are 2^8 times too small: the biases are 7 and 15. Of 0x7F, which is
+    # NaN, all exponent bits are set; arithmetic takes fewer registers here than a comparison.
+    nan = ((magnitude + 1) & 0x80) * (0x7C00 // 0x80)
+    half = ((bits & 0x80) << 8) | (magnitude << 7) | nan
+    return half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def encode_e4m3(x):
 @triton.jit
 def load_stored(pointers, mask, DTYPE: tl.constexpr, E4M3: tl.constexpr):
     """Values of a cache in DTYPE, 0 where masked."""
-    if E4M3 == E4M3_BYTES:
+    if E4M3 == E4M3_BYTES or E4M3 == E4M3_BYTES_TF32:
         return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(DTYPE)
     if E4M3 == E4M3_NATIVE:
         bits = tl.load(pointers, mask=mask, other=0)
@@ -96,10 +99,10 @@ def product(a, b, INTERPRETED: tl.constexpr):
 def product_of_wide(a, b, E4M3: tl.constexpr, INTERPRETED: tl.constexpr):
     """a [M, K] of 2 bytes times the transpose of b [N, K] float32, on tensor cores.
 
-    Chips with e4m3 have tf32: 11 digits of b, which is as many as float16 has, and few registers.
-    Elsewhere b is split into two numbers of a's dtype: 16 digits or more, two products.
+    As tf32, where there is that: 11 digits of b, which is as many as float16 has, and few
+    registers. Elsewhere b is split into two numbers of a's dtype: 16 digits or more, two products.
     """
-    if E4M3 == E4M3_NATIVE:
+    if E4M3 >= E4M3_BYTES_TF32:
         # The chip cuts the last 13 bits off; adding half of what goes first rounds to nearest.
         rounded = (b.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True)
         return tl.dot(a.to(tl.float32), tl.trans(rounded), input_precision="tf32")

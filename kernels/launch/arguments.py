@@ -14,8 +14,8 @@ from pykvcache import checks
 
 # As kernels/attention/tiles.py and kernels/common/numeric.py name them.
 SCALE_KINDS = {"scalar": 1, "head": 1, "slot": 2, "channel": 3}
-PLAIN, E4M3_BYTES, E4M3_NATIVE = 0, 1, 2
-SMALLEST_NATIVE_E4M3 = 89
+PLAIN, E4M3_BYTES, E4M3_BYTES_TF32, E4M3_NATIVE = 0, 1, 2, 3
+SMALLEST_TF32, SMALLEST_NATIVE_E4M3 = 80, 89
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:
@@ -47,8 +47,10 @@ def storage_kind(cache: Tensor, arch: str) -> int:
     """How a kernel reads the numbers of a cache: see kernels/common/numeric.py."""
     if cache.dtype != torch.float8_e4m3fn:
         return PLAIN
-    native = arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= SMALLEST_NATIVE_E4M3
-    return E4M3_NATIVE if native else E4M3_BYTES
+    capability = int(arch.removeprefix("sm_")) if arch.startswith("sm_") else 0
+    if capability >= SMALLEST_NATIVE_E4M3:
+        return E4M3_NATIVE
+    return E4M3_BYTES_TF32 if capability >= SMALLEST_TF32 else E4M3_BYTES
 
 
 def scale_arguments(scale: Tensor | None, cache: Tensor) -> tuple[int, tuple[Any, ...]]:
