@@ -46,11 +46,11 @@ def encode_e4m3(x):
 @triton.jit
 def load_stored(pointers, mask, DTYPE: tl.constexpr, E4M3: tl.constexpr):
     """Values of a cache in DTYPE, 0 where masked."""
-    if E4M3 == E4M3_BYTES or E4M3 == E4M3_BYTES_TF32:
-        return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(DTYPE)
     if E4M3 == E4M3_NATIVE:
         bits = tl.load(pointers, mask=mask, other=0)
         return bits.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    if E4M3 != PLAIN:
+        return decode_e4m3(tl.load(pointers, mask=mask, other=0)).to(DTYPE)
     return tl.load(pointers, mask=mask, other=0.0).to(DTYPE)
 
 
