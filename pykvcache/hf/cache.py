@@ -262,6 +262,7 @@ def _static_cache(
     *,
     max_length: int | None = None,
     backend: str = "auto",
+    kv_dtype: str | torch.dtype = "auto",
     **unsupported: Any,
 ) -> StaticPagedCache:
     check_config(config)
@@ -269,4 +270,4 @@ def _static_cache(
         raise ValueError("static=True needs max_length, the tokens that a row may have")
     if unsupported:
         raise ValueError(f"static=True does not take {', '.join(sorted(unsupported))}")
-    return StaticPagedCache(config, max_length, block_size, num_blocks, backend)
+    return StaticPagedCache(config, max_length, block_size, num_blocks, backend, kv_dtype)

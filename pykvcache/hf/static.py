@@ -5,7 +5,7 @@ In a patched model what `update` returns has the layer as an attribute, which su
 is lost in every operation; our attention function then reads the blocks of that layer. Code that
 touches keys or values gets dense ones: a lazy handle outside of graphs, and in a graph tensors that
 the compiler drops if nobody reads them. Lengths are tensors, positions count padding, and masks are
-dense.
+dense. Float8 has a scale for each slot and head, as in a pool.
 
 Read first: pykvcache/hf/cache.py, pykvcache/hf/handles.py.
 """
@@ -26,10 +26,12 @@ from transformers.cache_utils import (
 )
 
 from pykvcache import ops
+from pykvcache.block_layout import QUANTISED, SCALE, LayerCaches
 from pykvcache.cache import parse_positive
 from pykvcache.errors import OutOfBlocks
+from pykvcache.hf.arguments import parse_dtype
 from pykvcache.hf.counters import counters
-from pykvcache.hf.gathering import packed
+from pykvcache.hf.gathering import packed, stored
 from pykvcache.hf.handles import LazyTensor, wrap
 
 LAYER = "_pykvcache_layer"  # attribute of the keys and values that a static layer returns
@@ -40,13 +42,15 @@ class StaticHandle(LazyTensor):
 
     layer: StaticPagedLayer
     cache: Tensor
+    scale: Tensor | None
     _dense: Tensor | None = None
 
     def dense(self) -> Tensor:
         """Copied out of the blocks once, kept while the handle lives."""
         if self._dense is None:
             counters.gathered += 1
-            self._dense = self.layer.dense(self.cache).contiguous()  # as the handle says it is
+            dense = self.layer.dense(self.cache, self.scale)
+            self._dense = dense.contiguous()  # as the handle says it is
         return self._dense
 
 
@@ -64,10 +68,11 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
         block_size: int,
         backend: str,
         num_blocks: int | None,
+        kv_dtype: torch.dtype | None,
     ) -> None:
         self.config = config
         self.max_length, self.block_size, self.backend = max_length, block_size, backend
-        self.num_blocks = num_blocks
+        self.num_blocks, self.kv_dtype = num_blocks, kv_dtype
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
         self.is_initialized = False
         self.keys = self.values = None
@@ -91,15 +96,23 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
                 self.num_blocks,
             )
         cells = (blocks, self.num_heads, self.block_size)
-        self.k_cache = key_states.new_zeros(*cells, key_states.shape[3])
-        self.v_cache = value_states.new_zeros(*cells, value_states.shape[3])
+        dtype, device = self.kv_dtype or self.dtype, self.device
+        k_cache, v_cache = (
+            torch.zeros(*cells, x.shape[3], dtype=dtype, device=device)
+            for x in (key_states, value_states)
+        )
+        k_scale = v_scale = None
+        if dtype == QUANTISED:
+            k_scale, v_scale = (torch.zeros(cells, dtype=SCALE, device=device) for _ in range(2))
+        self.caches = LayerCaches(k_cache, v_cache, k_scale, v_scale)
         table = torch.arange(blocks, dtype=torch.int32, device=self.device)
         self.block_table = table.view(self.batch_size, columns)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.ops = ops.table(self.backend, self.device.type)
         if not torch.compiler.is_compiling():
-            for tensor in (self.k_cache, self.v_cache, self.block_table, self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
+            for tensor in (*self.caches, self.block_table, self.cumulative_length):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def update(
@@ -123,13 +136,17 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
         slots = self.ops.slot_mapping(
             self.block_table, seq_lens, cu_seqlens_q, batch * tokens, self.block_size
         )
+        k_cache, v_cache, k_scale, v_scale = self.caches
         k, v = packed(key_states, tokens), packed(value_states, tokens)
-        self.ops.write_kv(k, v, self.k_cache, self.v_cache, slots, None, None)
+        if self.kv_dtype is not None:
+            k = stored(k, k_cache)
+            v = stored(v.to(k.dtype), v_cache)
+        self.ops.write_kv(k, v, k_cache, v_cache, slots, k_scale, v_scale)
         self.cumulative_length.add_(tokens)  # last: the operators may refuse
         self.seq_lens, self.cu_seqlens_q = seq_lens, cu_seqlens_q
         if not str(self.config._attn_implementation).startswith("pykvcache"):
-            return self.dense(self.k_cache), self.dense(self.v_cache)
-        return self._marked(self.k_cache), self._marked(self.v_cache)
+            return self.dense(k_cache, k_scale), self.dense(v_cache, v_scale)
+        return self._marked(k_cache, k_scale), self._marked(v_cache, v_scale)
 
     def _check_room(self, tokens: int) -> None:
         total = int(self.cumulative_length) + tokens
@@ -142,20 +159,26 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"the cache holds {self.batch_size} rows but keys have {batch}")
         self.is_initialized = False
 
-    def _marked(self, cache: Tensor) -> Tensor:
+    def _marked(self, cache: Tensor, scale: Tensor | None) -> Tensor:
         """A cache as [B, HKV, max_length, D] that our attention function knows."""
         if torch.compiler.is_compiling():
-            marked = self.dense(cache)
+            marked = self.dense(cache, scale)
         else:
             shape = (self.batch_size, self.num_heads, self.max_length, cache.shape[3])
-            marked = wrap(StaticHandle, shape, dtype=cache.dtype, device=cache.device)
-            marked.layer, marked.cache = self, cache
+            marked = wrap(StaticHandle, shape, dtype=self.dtype, device=cache.device)
+            marked.layer, marked.cache, marked.scale = self, cache, scale
         setattr(marked, LAYER, self)
         return marked
 
-    def dense(self, cache: Tensor) -> Tensor:
-        """A cache as [B, HKV, max_length, D]: the rows' blocks stand one after the other."""
+    def dense(self, cache: Tensor, scale: Tensor | None) -> Tensor:
+        """A cache as [B, HKV, max_length, D] in the model's dtype.
+
+        The rows' blocks stand one after the other.
+        """
         heads, dim = cache.shape[1], cache.shape[3]
+        if scale is not None:
+            cache = cache.float() * scale[..., None]
+        cache = cache.to(self.dtype)
         columns = cache.view(self.batch_size, -1, heads, self.block_size, dim).transpose(1, 2)
         return columns.flatten(2, 3)[:, :, : self.max_length]
 
@@ -175,11 +198,12 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
             causal: mask later positions; a bias already does.
         """
         batch, heads, tokens, dim = query.shape
-        value_dim = self.v_cache.shape[3]
+        k_cache, v_cache, k_scale, v_scale = self.caches
+        value_dim = v_cache.shape[3]
         out, _ = self.ops.paged_attention(
-            packed(query, tokens),
-            self.k_cache,
-            self.v_cache,
+            stored(packed(query, tokens), k_cache),
+            k_cache,
+            v_cache,
             self.block_table,
             self.seq_lens,
             self.cu_seqlens_q,
@@ -192,13 +216,13 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
             sinks if sinks is None else sinks.float(),
             None,
             bias,
-            None,
-            None,
+            k_scale,
+            v_scale,
             value_dim,
             None,
             False,
         )
-        return out.view(batch, tokens, heads, value_dim)
+        return out.view(batch, tokens, heads, value_dim).to(query.dtype)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, first position) of the keys that masks are for."""
@@ -224,9 +248,10 @@ class StaticPagedLayer(CacheLayerMixin):  # type: ignore[misc]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i continues row beam_idx[i]; blocks are copied, rows never share."""
         if self.is_initialized:
-            for cache in (self.k_cache, self.v_cache):
-                rows = cache.view(self.batch_size, -1)
-                rows.copy_(rows[beam_idx.to(self.device)])
+            for part in self.caches:
+                if part is not None:
+                    rows = part.view(self.batch_size, -1)
+                    rows.copy_(rows[beam_idx.to(self.device)])
 
 
 class StaticPagedCache(Cache):  # type: ignore[misc]
@@ -238,6 +263,7 @@ class StaticPagedCache(Cache):  # type: ignore[misc]
         block_size: tokens a block.
         num_blocks: most blocks that the rows may take; None = what they need.
         backend: "auto" or a name from `ops.backends()`.
+        kv_dtype: "auto" (that of the keys), or a float dtype or its name, as in `patch`.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the model has no attention layer.
@@ -250,7 +276,9 @@ class StaticPagedCache(Cache):  # type: ignore[misc]
         block_size: int = 16,
         num_blocks: int | None = None,
         backend: str = "auto",
+        kv_dtype: str | torch.dtype = "auto",
     ) -> None:
+        dtype = parse_dtype(kv_dtype)
         max_length = parse_positive("max_length", max_length)
         block_size = parse_positive("block_size", block_size)
         layers = StaticCache(config=config, max_cache_len=max_length).layers
@@ -267,5 +295,6 @@ class StaticPagedCache(Cache):  # type: ignore[misc]
                     block_size,
                     backend,
                     num_blocks,
+                    dtype,
                 )
         super().__init__(layers=layers)

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from families import FAMILIES, make_model
 from test_identity import can
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ways import WAYS, Result, greedy_tokens
 
@@ -128,9 +129,60 @@ def test_a_pool_of_equal_bytes_holds_more(llama: PreTrainedModel, backend: str) 
     }  # fmt: skip
 
 
-def test_static_caches_say_that_they_cannot(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="static=True does not take kv_dtype"):
-        pykvcache.PagedCache(llama.config, static=True, max_length=32, kv_dtype=FLOAT8)
+STATIC_WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {}, "beams": {"num_beams": 3}, "chunks": {"prefill_chunk_size": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", STATIC_WAYS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "diffllama"])
+def test_static_caches(family: str, way: str, backend: str) -> None:
+    """In patched models, of which the last two read keys, and in others."""
+    model, options = copy.deepcopy(make_model(family)), {"disable_compile": True}
+    options |= STATIC_WAYS[way]
+
+    def generate() -> Tensor:
+        cache = pykvcache.PagedCache(
+            model.config, static=True, max_length=64, block_size=4, kv_dtype=FLOAT8, backend=backend
+        )
+        return greedy_tokens(model, past_key_values=cache, **options)
+
+    with rounding_caches():
+        expected = greedy_tokens(model, **options)
+    assert torch.equal(generate(), expected)
+    pykvcache.patch(model, backend=backend)
+    assert torch.equal(generate(), expected)
+
+
+def test_static_cache_in_one_graph(llama: PreTrainedModel) -> None:
+    with rounding_caches():
+        expected = greedy_tokens(llama)
+    pykvcache.patch(llama)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    options._compile_all_devices = True
+    cache = pykvcache.PagedCache(llama.config, static=True, max_length=64, kv_dtype=FLOAT8)
+    tokens = greedy_tokens(llama, past_key_values=cache, compile_config=options)
+    assert torch.equal(tokens, expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2"])
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "float32"])
+def test_static_caches_of_another_dtype(family: str, kv_dtype: str, backend: str) -> None:
+    """They lose what the dynamic ones lose, which themselves differ by the order of sums."""
+    model = copy.deepcopy(make_model(family))
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 1}
+    plain = greedy_tokens(model, **options).logits[0]
+    pykvcache.patch(model, backend=backend, kv_dtype=kv_dtype)
+    expected = greedy_tokens(model, **options).logits[0]
+    cache = pykvcache.PagedCache(
+        model.config, static=True, max_length=64, kv_dtype=kv_dtype, backend=backend
+    )
+    logits = greedy_tokens(model, past_key_values=cache, disable_compile=True, **options).logits[0]
+    lost = float((expected - plain).abs().max())
+    torch.testing.assert_close(logits, expected, rtol=0, atol=lost / 2 + 2e-5)
 
 
 def test_other_float8_is_refused(llama: PreTrainedModel) -> None:
