@@ -106,16 +106,12 @@ inline AttentionParams attention_arguments(
   AttentionParams p;
   p.k = cache_view(k_cache, "k_cache", &num_blocks, &HKV, &block_size, &D, place);
   p.v = v_cache ? cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv, place) : p.k;
-  if (p.v.dtype != p.k.dtype)
-    fail("v_cache must be ", dtype_name(k_cache.scalar_type()), ", got ",
-         dtype_name(v_cache->scalar_type()));
+  if (v_cache) check_dtype(*v_cache, "v_cache", k_cache.scalar_type());
   check_place(q, "q", place);
   check_shape(q, "q", {&T, &HQ, &D});
   check_last_dim_contiguous(q, "q");
+  check_float(q, "q");
   p.q_dtype = to_dtype(q, "q");
-  for (const DType dtype : {p.q_dtype, p.k.dtype})
-    if (dtype == DType::kBool || (dtype == DType::kFloat8E4M3 && p.q_dtype == dtype))
-      fail(dtype == p.q_dtype ? "q" : "k_cache", " must be float32, float16 or bfloat16");
   check_range("D", D, 1, kMaxHeadDim);
   check_range("v_head_dim", v_head_dim, 1, std::min(p.v.head_dim, kMaxHeadDim));
   if (HKV < 1 || HQ < 1 || HQ % HKV != 0)

@@ -19,13 +19,6 @@ inline void check_slot_values(const int64_t* slots, int64_t count, int64_t num_s
            " slots, and only -1 skips a token");
 }
 
-inline void check_cache_dtype(const CacheView& cache, const TokenView& x, const Tensor& x_tensor,
-                              const char* name) {
-  if (cache.dtype != x.dtype && cache.dtype != DType::kFloat8E4M3)
-    fail(name, " must have the dtype of ", name, "_cache (or that be float8_e4m3fn), got ",
-         dtype_name(x_tensor.scalar_type()));
-}
-
 // Where two elements are one, the order of writing decides what is left.
 inline void check_no_overlap(const Tensor& cache, const char* name) {
   for (int64_t i = 0; i < cache.dim(); ++i)
@@ -44,7 +37,7 @@ inline WriteArguments write_arguments(const Tensor& k, const std::optional<Tenso
   WriteArguments w;
   w.caches[0] = cache_view(k_cache, "k_cache", &num_blocks, &HKV, &block_size, &D, place);
   w.tokens[0] = token_view(k, "k", &T, &HKV, &D, place);
-  check_cache_dtype(w.caches[0], w.tokens[0], k, "k");
+  if (w.caches[0].dtype != DType::kFloat8E4M3) check_dtype(k, "k", k_cache.scalar_type());
   check_no_overlap(k_cache, "k_cache");
   check_place(slot_mapping, "slot_mapping", place);
   check_dtype(slot_mapping, "slot_mapping", ScalarType::Long);
@@ -53,9 +46,10 @@ inline WriteArguments write_arguments(const Tensor& k, const std::optional<Tenso
   w.scales[0] = scale_view(k_scale, "k_scale", w.caches[0], HKV, block_size, place);
   if (v) {
     w.sides = 2;
+    check_dtype(*v_cache, "v_cache", k_cache.scalar_type());
+    check_dtype(*v, "v", k.scalar_type());
     w.caches[1] = cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv, place);
     w.tokens[1] = token_view(*v, "v", &T, &HKV, &Dv, place);
-    check_cache_dtype(w.caches[1], w.tokens[1], *v, "v");
     check_no_overlap(*v_cache, "v_cache");
     w.scales[1] = scale_view(v_scale, "v_scale", w.caches[1], HKV, block_size, place);
   }

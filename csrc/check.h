@@ -111,6 +111,12 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType wanted) {
     fail(name, " must be ", dtype_name(wanted), ", got ", dtype_name(t.scalar_type()));
 }
 
+inline void check_float(const Tensor& t, const char* name) {
+  for (const ScalarType wanted : {ScalarType::Float, ScalarType::Half, ScalarType::BFloat16})
+    if (t.scalar_type() == wanted) return;
+  fail(name, " must be float32, float16 or bfloat16, got ", dtype_name(t.scalar_type()));
+}
+
 // Where a backend wants its tensors.
 struct Place {
   const char* backend;

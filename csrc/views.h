@@ -16,9 +16,11 @@ inline CacheView cache_view(const Tensor& cache, const char* name, Dim* num_bloc
   check_shape(cache, name, {num_blocks, heads, block_size, head_dim});
   check_last_dim_contiguous(cache, name);
   if (*block_size < 1) fail("block_size must be at least 1, got ", *block_size);
+  constexpr const char* kDtypes = "float32, float16, bfloat16 or float8_e4m3fn";
   CacheView view;
   view.data = cache.mutable_data_ptr();
-  view.dtype = to_dtype(cache, name, "float32, float16, bfloat16 or float8_e4m3fn");
+  view.dtype = to_dtype(cache, name, kDtypes);
+  if (view.dtype == DType::kBool) fail(name, " must be ", kDtypes, ", got bool");
   view.num_blocks = cache.size(0);
   view.head_dim = cache.size(3);
   view.stride_block = cache.stride(0);
@@ -68,10 +70,8 @@ inline TokenView token_view(const Tensor& x, const char* name, Dim* tokens, Dim*
   check_place(x, name, place);
   check_shape(x, name, {tokens, heads, head_dim});
   check_last_dim_contiguous(x, name);
-  const DType dtype = to_dtype(x, name);
-  if (dtype == DType::kFloat8E4M3 || dtype == DType::kBool)
-    fail(name, " must be float32, float16 or bfloat16, got ", dtype_name(x.scalar_type()));
-  return {x.const_data_ptr(), dtype, x.stride(0), x.stride(1)};
+  check_float(x, name);
+  return {x.const_data_ptr(), to_dtype(x, name), x.stride(0), x.stride(1)};
 }
 
 template <class T>

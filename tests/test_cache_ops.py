@@ -168,6 +168,13 @@ BAD_WRITES = {
     "tokens": ({"v": torch.zeros(2, 1, 8)}, "T is 3 but got 2"),
     "dtype": ({"k": torch.zeros(3, 1, 8).half()}, "float16"),
     "integer": ({"k": torch.zeros(3, 1, 8).int()}, "k must be float32"),
+    "two dtypes": ({"v": torch.zeros(3, 1, 8).half()}, "v must be float32, got float16"),
+    "two cache dtypes": (
+        {"v_cache": torch.zeros(2, 1, 4, 8).to(torch.float8_e4m3fn)},
+        "v_cache must be float32, got float8_e4m3fn",
+    ),
+    "float8": ({"k": torch.zeros(3, 1, 8).to(torch.float8_e4m3fn)}, "k must be float32"),
+    "bool": ({"k_cache": torch.zeros(2, 1, 4, 8).bool()}, "k_cache must be float32.* got bool"),
     "slots dtype": ({"slot_mapping": torch.zeros(3).int()}, "slot_mapping must be int64"),
     "slot": ({"slot_mapping": torch.tensor([0, 1, 8])}, "8"),
     "slot -2": ({"slot_mapping": torch.tensor([0, 1, -2])}, "-2"),
@@ -198,6 +205,15 @@ def test_bad_write_names_the_argument_and_writes_nothing(backend: str, name: str
         ops.write_kv(**{**good, **change}, backend=backend)
     assert "\n" not in str(error.value)
     assert good["k_cache"].sum() == 0 and good["v_cache"].sum() == 0
+
+
+def test_keys_and_values_of_two_dtypes_do_not_go_to_float8(backend: str) -> None:
+    """One dtype reads both: bits of the other would be taken for its numbers."""
+    caches = [torch.zeros(2, 1, 4, 8).to(torch.float8_e4m3fn) for _ in range(2)]
+    k, v = torch.ones(3, 1, 8).half(), torch.ones(3, 1, 8).bfloat16()
+    with pytest.raises((ValueError, TypeError), match="v must be float16, got bfloat16"):
+        ops.write_kv(k, v, *caches, torch.arange(3), backend=backend)
+    assert all((cache.float() == 0).all() for cache in caches)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +258,15 @@ def test_copies_within_a_pool_stay_apart(backend: str) -> None:
         ({"cu_seqlens_k": torch.tensor([0, 6]).int()}, "cu_seqlens_k must be the running sum"),
         ({"cu_seqlens_k": torch.tensor([1, 6]).int()}, "cu_seqlens_k must be the running sum"),
         ({"total_k": 4}, "end at total_k = 4"),
+        (
+            {"v_cache": torch.ones(2, 1, 4, 8).to(torch.float8_e4m3fn)},
+            "v_cache must be float32, got float8_e4m3fn",
+        ),
     ],
 )
 def test_bad_gather(backend: str, change: dict[str, Any], message: str) -> None:
-    skip_if_values_are_not_read(backend)
+    if "v_cache" not in change:
+        skip_if_values_are_not_read(backend)
     good = {
         "k_cache": torch.ones(2, 1, 4, 8),
         "v_cache": None,
@@ -254,7 +275,7 @@ def test_bad_gather(backend: str, change: dict[str, Any], message: str) -> None:
         "cu_seqlens_k": torch.tensor([0, 5]).int(),
         "total_k": 5,
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         ops.gather_kv(**{**good, **change}, backend=backend)
 
 
@@ -264,6 +285,12 @@ def test_bad_gather(backend: str, change: dict[str, Any], message: str) -> None:
         (torch.ones(2, 3, 4, 8), torch.ones(2, 3, 4).half(), "lses must be float32"),
         (torch.ones(2, 3, 4, 8), torch.ones(2, 3, 5), "lses must be"),
         (torch.ones(2, 3, 8), torch.ones(2, 3), "outs must be"),
+        (torch.ones(2, 3, 4, 8).bool(), torch.ones(2, 3, 4), "outs must be float32.* got bool"),
+        (
+            torch.ones(2, 3, 4, 8).to(torch.float8_e4m3fn),
+            torch.ones(2, 3, 4),
+            "outs must be float32.* got float8_e4m3fn",
+        ),
     ],
 )
 def test_bad_merge(backend: str, outs: torch.Tensor, lses: torch.Tensor, message: str) -> None:

@@ -105,7 +105,10 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& k_cache, const std::optional<
   Dim B("B"), HKV("HKV"), D("D"), Dv("Dv"), num_blocks("num_blocks"), block_size("block_size");
   const CacheView k_view = cache_view(k_cache, "k_cache", &num_blocks, &HKV, &block_size, &D, kCpu);
   CacheView v_view;
-  if (v_cache) v_view = cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv, kCpu);
+  if (v_cache) {
+    check_dtype(*v_cache, "v_cache", k_cache.scalar_type());
+    v_view = cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv, kCpu);
+  }
   check_table(block_table, seq_lens, &B, num_blocks, block_size, kCpu);
   check_starts(cu_seqlens_k, "cu_seqlens_k", B, kCpu);
   const int32_t* table = const_data<int32_t>(block_table);
@@ -136,6 +139,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& outs_in, const Tensor& lse
   check_shape(outs_in, "outs", {&S, &T, &HQ, &D});
   check_shape(lses_in, "lses", {&S, &T, &HQ});
   check_dtype(lses_in, "lses", ScalarType::Float);
+  check_float(outs_in, "outs");
   const DType dtype = to_dtype(outs_in, "outs");
   const Tensor outs = torch::stable::contiguous(outs_in);
   const Tensor lses = torch::stable::contiguous(lses_in);

@@ -70,8 +70,10 @@ std::tuple<Tensor, Tensor> gather_kv(const Tensor& k_cache, const std::optional<
   Dim B("B"), HKV("HKV"), D("D"), Dv("Dv"), num_blocks("num_blocks"), block_size("block_size");
   GatherParams params;
   params.caches[0] = cache_view(k_cache, "k_cache", &num_blocks, &HKV, &block_size, &D, place);
-  if (v_cache)
+  if (v_cache) {
+    check_dtype(*v_cache, "v_cache", k_cache.scalar_type());
     params.caches[1] = cache_view(*v_cache, "v_cache", &num_blocks, &HKV, &block_size, &Dv, place);
+  }
   check_table(block_table, seq_lens, &B, num_blocks, block_size, place);
   check_starts(cu_seqlens_k, "cu_seqlens_k", B, place);
   params.block_table = const_data<int32_t>(block_table);
@@ -101,6 +103,7 @@ std::tuple<Tensor, Tensor> merge_partials(const Tensor& outs_in, const Tensor& l
   check_shape(outs_in, "outs", {&S, &T, &HQ, &D});
   check_shape(lses_in, "lses", {&S, &T, &HQ});
   check_dtype(lses_in, "lses", ScalarType::Float);
+  check_float(outs_in, "outs");
   const DType dtype = to_dtype(outs_in, "outs");
   const OnDevice device(outs_in);
   const Tensor outs = torch::stable::contiguous(outs_in);
