@@ -113,10 +113,11 @@ def ninja_variables(name: str) -> tuple[dict[str, str], list[tuple[Path, str, st
     }
     if name != "pykvcache._C_cuda":
         return variables, native_sources()
-    toolkit = setup_cuda.find_toolkit()
+    toolkit = setup_cuda.find_toolkit(setup_cuda.torch_cuda_version(torch_dir()))
     assert toolkit is not None  # setup_cuda.why_not() has seen it
     variables["ldflags"] = f"{cuda_link_flags(toolkit)} {os.environ.get('LDFLAGS', '')}"
-    variables["nvcc"] = f"{toolkit / 'bin' / 'nvcc'} -ccbin $cxx"
+    nvcc = shlex.quote(str(toolkit / "bin" / "nvcc"))
+    variables["nvcc"] = f"{nvcc} {setup_cuda.host_compiler_flags(variables['cxx'])}"
     archs = setup_cuda.architectures(toolkit)
     gencode = setup_cuda.gencode_flags(archs)
     variables["nvccflags"] = f"{setup_cuda.nvcc_flags(torch_dir())} {gencode}"

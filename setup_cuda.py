@@ -22,10 +22,13 @@ HEAD_DIMS = (64, 128, 256)  # classes that the tensor-core kernels are compiled 
 SMALLEST_ARCH = (8, 0)
 # Names that torch's own extensions take. Those before Ampere are of GPUs that are left out.
 NAMED_ARCHS = {
-    "Kepler": "3.5", "Maxwell": "5.0", "Pascal": "6.0", "Volta": "7.0", "Turing": "7.5",
+    "Kepler": "3.5", "Kepler+Tesla": "3.7", "Maxwell": "5.0", "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0", "Volta": "7.0", "Volta+Tegra": "7.2", "Turing": "7.5",
     "Ampere": "8.0 8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX", "Hopper": "9.0+PTX",
     "Blackwell": "10.0 12.0+PTX", "Blackwell+Tegra": "11.0",
 }  # fmt: skip
+
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # of compilers
 
 
 def _is_toolkit(folder: Path) -> bool:
@@ -40,21 +43,33 @@ def named_toolkit() -> str | None:
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
 
 
-def find_toolkit() -> Path | None:
-    """The folder that holds bin/nvcc and the headers: the one that is named, or a usual one."""
+def find_toolkit(cuda: str | None = None) -> Path | None:
+    """The folder that holds bin/nvcc and the headers: the one that is named, or a usual one, best
+    of the major version of `cuda`, torch's."""
     if named := named_toolkit():
         return Path(named).resolve() if _is_toolkit(Path(named)) else None
-    candidates = ["/usr/local/cuda"]
+    candidates = []
     if nvcc := shutil.which("nvcc"):
         # The one on PATH may be a script that calls another: ask it where it runs from.
         plan = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True,
                               text=True)  # fmt: skip
-        candidates += re.findall(r"TOP=(\S+)", plan.stderr)
+        candidates += [top.strip() for top in re.findall(r"TOP=(.+)", plan.stderr)]
+    candidates.append("/usr/local/cuda")
     candidates += sorted(glob.glob(sysconfig.get_path("purelib") + "/nvidia/cu[0-9]*"))  # pip's
-    for candidate in map(Path, candidates):
-        if _is_toolkit(candidate):
-            return candidate.resolve()
-    return None
+    found = [Path(folder).resolve() for folder in candidates if _is_toolkit(Path(folder))]
+    if cuda and len(found) > 1:
+        major = int(cuda.split(".")[0])
+        found.sort(key=lambda folder: toolkit_version(folder)[0] != major)  # stable
+    return found[0] if found else None
+
+
+def host_compiler_flags(cxx: str) -> str:
+    """What nvcc is told of the C++ compiler: it takes neither launchers nor options as one word."""
+    words = shlex.split(cxx)
+    while len(words) > 1 and Path(words[0]).name in LAUNCHERS:
+        words = words[1:]
+    options = [shlex.quote(f"-Xcompiler={option}") for option in words[1:]]
+    return " ".join([f"-ccbin {shlex.quote(words[0])}", *options])
 
 
 def runtime_link_flags(toolkit: Path) -> str:
@@ -95,7 +110,7 @@ def _missing(torch_dir: Path) -> str | None:
     version = torch_cuda_version(torch_dir)
     if version is None:
         return "the installed torch is built without CUDA"
-    toolkit = find_toolkit()
+    toolkit = find_toolkit(version)
     if toolkit is None and (named := named_toolkit()):
         return f"CUDA_HOME (or CUDA_PATH) is {named}, which has no bin/nvcc or no headers"
     if toolkit is None:
@@ -104,17 +119,22 @@ def _missing(torch_dir: Path) -> str | None:
     if major != int(version.split(".")[0]):
         return f"torch has CUDA {version} but the toolkit in {toolkit} is CUDA {major}"
     if not architectures(toolkit):
-        listed = os.environ["TORCH_CUDA_ARCH_LIST"]
-        return f"TORCH_CUDA_ARCH_LIST is {listed!r}: none has compute capability 8.0 or newer"
+        listed = listed_words()
+        whose = f"TORCH_CUDA_ARCH_LIST is {listed!r}" if listed else "of the GPUs that are here"
+        return f"{whose}: none has compute capability 8.0 or newer"
     return None
+
+
+def listed_words() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,")
 
 
 def architectures(toolkit: Path) -> list[str]:
     """ "8.0", "9.0", "12.0+PTX": TORCH_CUDA_ARCH_LIST, else the GPUs', else the common ones."""
-    if listed := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"):
+    if listed := listed_words():
         return listed_architectures(listed)
     if present := present_architectures():
-        return present
+        return listed_architectures(" ".join(present))
     newest = ["10.0", "12.0"] if toolkit_version(toolkit) >= (12, 8) else []
     common = ["8.0", "9.0", *newest]
     return [*common[:-1], f"{common[-1]}+PTX"]
@@ -166,8 +186,8 @@ def nvcc_flags(torch_dir: Path) -> str:
     """Everything but -gencode. USE_CUDA opens the part of the stable ABI that has streams."""
     return (
         f"-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler=-fPIC -DNDEBUG -DUSE_CUDA "
-        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -I{ROOT / 'csrc'} "
-        f"-isystem {torch_dir / 'include'}"
+        f"-DTORCH_TARGET_VERSION=0x020a000000000000 -I{shlex.quote(str(ROOT / 'csrc'))} "
+        f"-isystem {shlex.quote(str(torch_dir / 'include'))}"
     )
 
 

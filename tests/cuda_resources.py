@@ -15,6 +15,7 @@ import argparse
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -80,7 +81,8 @@ def find_nvcc() -> tuple[str, list[str]] | None:
     toolkit = setup["find_toolkit"]()
     if toolkit is None:
         return None
-    return str(toolkit / "bin" / "nvcc"), setup["nvcc_flags"](Path(torch.__file__).parent).split()
+    flags = shlex.split(setup["nvcc_flags"](Path(torch.__file__).parent))
+    return str(toolkit / "bin" / "nvcc"), flags
 
 
 def main(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ everything for every architecture, where this leaves some classes of head dims o
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shlex
 import subprocess
@@ -66,6 +67,7 @@ def test_architectures_become_flags() -> None:
         ("Turing;Ampere;Hopper", ["8.0", "8.6+PTX", "9.0+PTX"]),
         ("native;9.0a", ["9.0a", "8.9", "12.0"]),
         ("Volta", []),
+        ("Kepler+Tesla Maxwell+Tegra Volta+Tegra", []),
     ],
 )
 def test_architectures_are_listed_as_torch_takes_them(listed: str, archs: list[str]) -> None:
@@ -78,6 +80,39 @@ def test_architectures_are_listed_as_torch_takes_them(listed: str, archs: list[s
         assert function(Path("toolkit")) == archs
         if not archs:
             assert "none has compute capability 8.0" in str(why_not("13.0", (13, 1)))
+
+
+def test_gpus_that_are_too_old_are_left_out() -> None:
+    function = SETUP["architectures"]
+    for present, archs in ((["7.0", "7.5"], []), (["7.5", "8.6", "9.0"], ["8.6", "9.0"])):
+        with (
+            mock.patch.dict(
+                function.__globals__, {"present_architectures": lambda found=present: found}
+            ),
+            mock.patch.dict("os.environ", {"TORCH_CUDA_ARCH_LIST": ""}),
+        ):
+            assert function(Path("toolkit")) == archs
+            if not archs:
+                assert "of the GPUs that are here: none has" in str(why_not("13.0", (13, 1)))
+
+
+@pytest.mark.parametrize(
+    ("cxx", "flags"),
+    [
+        ("c++", "-ccbin c++"),
+        ("ccache /opt/gcc/g++", "-ccbin /opt/gcc/g++"),
+        ("'/opt/my tools/g++' -m64", "-ccbin '/opt/my tools/g++' -Xcompiler=-m64"),
+    ],
+)
+def test_nvcc_is_told_of_the_compiler_without_its_launcher(cxx: str, flags: str) -> None:
+    assert SETUP["host_compiler_flags"](cxx) == flags
+
+
+def test_paths_with_spaces_stay_whole() -> None:
+    function = SETUP["nvcc_flags"]
+    with mock.patch.dict(function.__globals__, {"ROOT": Path("/my code")}):
+        words = shlex.split(function(Path("/the torch")))
+    assert "-I/my code/csrc" in words and "/the torch/include" in words
 
 
 @pytest.mark.parametrize("listed", ["8", "hopper", "80", "8.0+ptx", "9.0b"])
@@ -104,6 +139,41 @@ def test_a_toolkit_that_is_named_is_taken_or_missing(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/nvcc").touch()
     assert reason() == "None"
+
+
+def test_of_two_toolkits_that_of_torchs_version_is_taken(tmp_path: Path) -> None:
+    function = SETUP["find_toolkit"]
+    for major in (12, 13):
+        folder = tmp_path / f"nvidia/cu{major}"
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin/nvcc").touch()
+        (folder / "include").mkdir()
+        (folder / "include/cuda_runtime.h").touch()
+
+    def version(toolkit: Path) -> tuple[int, int]:
+        number = re.fullmatch(r"cu(\d+)", toolkit.name)
+        return int(number[1]) if number else 11, 0
+
+    with (
+        mock.patch.dict("os.environ", {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": ""}),
+        mock.patch("sysconfig.get_path", lambda _: str(tmp_path)),
+        mock.patch.dict(function.__globals__, {"toolkit_version": version}),
+    ):
+        assert function("13.0") == tmp_path / "nvidia/cu13"
+        assert function("12.8") == tmp_path / "nvidia/cu12"
+
+
+def test_nvcc_on_path_comes_before_the_usual_folder(tmp_path: Path) -> None:
+    toolkit = tmp_path / "my cuda"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "include").mkdir()
+    (toolkit / "include/cuda_runtime.h").touch()
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}' >&2\n")
+    nvcc.chmod(0o755)
+    path = f"{toolkit / 'bin'}:{os.environ['PATH']}"
+    with mock.patch.dict("os.environ", {"CUDA_HOME": "", "CUDA_PATH": "", "PATH": path}):
+        assert SETUP["find_toolkit"]() == toolkit
 
 
 def test_the_runtime_is_linked_by_the_name_it_has(tmp_path: Path) -> None:
@@ -141,7 +211,7 @@ def test_the_toolkit_of_pip_is_found(tmp_path: Path) -> None:
 def why_not(version: str | None, toolkit: tuple[int, int] | None, wanted: str = "") -> str | None:
     changes = {
         "torch_cuda_version": lambda _: version,
-        "find_toolkit": lambda: Path("toolkit") if toolkit else None,
+        "find_toolkit": lambda _: Path("toolkit") if toolkit else None,
         "toolkit_version": lambda _: toolkit,
     }
     function = SETUP["why_not"]
