@@ -162,7 +162,8 @@ def paged_attention(
         alibi_slopes: [HQ]; adds slope * (key position - query position), after softcap.
         bias: float (added last) or bool (True = may attend), broadcastable to [B, HQ, max_q,
             max_kv].
-        k_scale, v_scale: factors of the stored values, shapes as in `write_kv`.
+        k_scale, v_scale: factors of the stored values, shapes as in `write_kv`. With one v_scale a
+            slot, GPUs keep all digits of values whose scales are up to 2**28 apart in a sequence.
         v_head_dim: Dv of the output; default v_cache's last dim.
         layout: "HND" or "NHD", of both caches.
         plan: what `plan` returned for these lengths, reused by all layers of a step.
