@@ -166,12 +166,22 @@ def test_queries_above_2_to_31_elements(backend: str, tokens: int, dim: int) -> 
 
 
 @pytest.mark.parametrize("backend", READY)
-def test_a_row_masked_by_the_lowest_float_is_still_normalised(backend: str) -> None:
-    """As torch SDPA does with a float mask that hides everything."""
-    lengths = torch.tensor([4], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    out, _ = ops.paged_attention(
-        torch.randn(1, 1, 8), torch.randn(1, 1, 4, 8), torch.ones(1, 1, 4, 8), table, *lengths, 1,
-        bias=torch.full((1, 1, 1, 4), torch.finfo(torch.float32).min), backend=backend,
-    )  # fmt: skip
-    torch.testing.assert_close(out, torch.ones_like(out))
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("length", [9, 70, 300])  # whole, and cut into pieces of unequal length
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9], ids=str)
+def test_a_row_whose_keys_are_all_masked_by_a_finite_bias_spreads_evenly(
+    backend: str, tokens: int, length: int, lowest: float
+) -> None:
+    """As torch SDPA does. Beside such a bias scores vanish, and a log-sum-exp has no room for the
+    number of keys."""
+    case = Case("masked", ((tokens, length),), causal=False, dtype=torch.bfloat16, bias="float")
+    data = build(case)
+    kwargs = {**data.kwargs, "bias": torch.full((1, 1, tokens, length), lowest)}
+    for deterministic in (False, True):
+        out, lse = ops.paged_attention(
+            *data.args, **kwargs, deterministic=deterministic, backend=backend
+        )
+        even = data.values[0].mean(0).repeat_interleave(2, 0).expand_as(out)
+        torch.testing.assert_close(out.float(), even, atol=1e-2, rtol=1e-2)
+        if lowest == -1e9:
+            torch.testing.assert_close(lse, torch.full_like(lse, lowest), rtol=1e-6, atol=0)

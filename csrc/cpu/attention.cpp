@@ -48,6 +48,9 @@ void attend(const AttentionParams& given) {
   const auto unfinished = std::make_unique<std::atomic<int64_t>[]>(merges.size());
   for (size_t i = 0; i < merges.size(); ++i) unfinished[i] = merges[i].num_splits;
 
+  const auto states_of = [&](const Merge& merge) {
+    return reinterpret_cast<PartialState*>(partials + merge.states_offset);
+  };
   const auto run_item = [&](const WorkItem& item, void* scratch) {
     AttentionItem part = item.part;
     const Merge* merge = item.merge < 0 ? nullptr : &merges[item.merge];
@@ -55,12 +58,12 @@ void attend(const AttentionParams& given) {
       const int64_t row = part.row;
       const int64_t places = (p.cu_seqlens_q[row + 1] - p.cu_seqlens_q[row]) * p.num_heads;
       part.partial_out = partials + merge->out_offset + item.split * places * p.v_head_dim;
-      part.partial_lse = partials + merge->lse_offset + item.split * places;
+      part.partial_states = states_of(*merge) + item.split * places;
     }
     (item.decode ? table.decode : table.prefill)(p, part, scratch);
     if (merge != nullptr && unfinished[item.merge].fetch_sub(1) == 1)
-      table.merge_splits(p, merge->whole, partials + merge->out_offset,
-                         partials + merge->lse_offset, merge->num_splits);
+      table.merge_splits(p, merge->whole, partials + merge->out_offset, states_of(*merge),
+                         merge->num_splits);
   };
 
   std::atomic<size_t> next{0};

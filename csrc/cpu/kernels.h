@@ -9,6 +9,13 @@
 
 namespace pykvcache {
 
+// Softmax of some keys: the highest score, in base 2, and the sum of 2^(score - highest). Not their
+// log-sum-exp: beside a bias of -1e9 it has no room for the sum.
+struct PartialState {
+  float highest;
+  float sum;
+};
+
 // A piece of one batch row's attention: some of its queries and KV heads against some of its keys.
 struct AttentionItem {
   int64_t row = 0;
@@ -19,9 +26,10 @@ struct AttentionItem {
   int64_t kv_begin = 0;  // positions, already clipped to what these queries see
   int64_t kv_end = 0;
   // nullptr: the item covers all keys and writes params.out and params.lse. Otherwise it writes its
-  // places in one split of the row, without sinks: fp32 [q_len, HQ, Dv] and [q_len, HQ].
+  // places in one split of the row, without sinks and not normalised: fp32 [q_len, HQ, Dv] and
+  // [q_len, HQ].
   float* partial_out = nullptr;
-  float* partial_lse = nullptr;
+  PartialState* partial_states = nullptr;
 };
 
 // Tokens of a decode tile, and the steps that prefetching runs ahead; 0 stages: two streams that
@@ -59,7 +67,7 @@ struct KernelTable {
   // Combines the splits [num_splits, q_len, HQ, Dv] and [num_splits, q_len, HQ] of an item that was
   // cut along its keys, and the sinks, into params.out and params.lse.
   void (*merge_splits)(const AttentionParams&, const AttentionItem&, const float* partial_out,
-                       const float* partial_lse, int64_t num_splits);
+                       const PartialState* partial_states, int64_t num_splits);
   float (*read)(const float*, int64_t count);  // the sum
   // The largest |x| of a row; NaN does not count.
   float (*largest)(const void* from, DType, int64_t n);
@@ -76,22 +84,22 @@ struct KernelTable {
 constexpr int64_t kMaxDecodeRows = 24;
 const KernelTable& kernels();
 
-#define KV_DECLARE_KERNELS(isa)                                                               \
-  namespace isa {                                                                             \
-  void decode(const AttentionParams&, const AttentionItem&, void*);                           \
-  int64_t decode_scratch_bytes(const AttentionParams&);                                       \
-  DecodeShape decode_shape(const AttentionParams&);                                           \
-  void prefill(const AttentionParams&, const AttentionItem&, void*);                          \
-  int64_t prefill_scratch_bytes(const AttentionParams&);                                      \
-  int64_t prefill_query_tile(const AttentionParams&);                                         \
-  void merge_splits(const AttentionParams&, const AttentionItem&, const float*, const float*, \
-                    int64_t);                                                                 \
-  float read(const float*, int64_t);                                                          \
-  float largest(const void*, DType, int64_t);                                                 \
-  void to_float8(const void*, DType, int64_t, float, const float*, uint8_t*);                 \
-  int64_t linear_rows();                                                                      \
-  void linear_pack(const LinearParams&, float*);                                              \
-  void linear_outputs(const LinearParams&, const float*, int64_t, int64_t);                   \
+#define KV_DECLARE_KERNELS(isa)                                                 \
+  namespace isa {                                                               \
+  void decode(const AttentionParams&, const AttentionItem&, void*);             \
+  int64_t decode_scratch_bytes(const AttentionParams&);                         \
+  DecodeShape decode_shape(const AttentionParams&);                             \
+  void prefill(const AttentionParams&, const AttentionItem&, void*);            \
+  int64_t prefill_scratch_bytes(const AttentionParams&);                        \
+  int64_t prefill_query_tile(const AttentionParams&);                           \
+  void merge_splits(const AttentionParams&, const AttentionItem&, const float*, \
+                    const PartialState*, int64_t);                              \
+  float read(const float*, int64_t);                                            \
+  float largest(const void*, DType, int64_t);                                   \
+  void to_float8(const void*, DType, int64_t, float, const float*, uint8_t*);   \
+  int64_t linear_rows();                                                        \
+  void linear_pack(const LinearParams&, float*);                                \
+  void linear_outputs(const LinearParams&, const float*, int64_t, int64_t);     \
   }
 
 KV_DECLARE_KERNELS(portable)

@@ -24,12 +24,12 @@ struct WorkItem {
 };
 
 // A segment computed in splits. Offsets are in floats from the start of the call's partials; the
-// segments of a batch row share its [splits, q_len, HQ, Dv] and [splits, q_len, HQ].
+// segments of a batch row share its [splits, q_len, HQ, Dv] and its states [splits, q_len, HQ].
 struct Merge {
   AttentionItem whole;
   int64_t num_splits;
   int64_t out_offset = 0;
-  int64_t lse_offset = 0;
+  int64_t states_offset = 0;
 };
 
 class Partition {
@@ -70,6 +70,8 @@ class Partition {
   // Tokens, when deterministic. A query tile has enough work by itself, and merging costs.
   static constexpr int64_t kFixedSplit = 512;
   static constexpr int64_t kFixedGeneralSplit = 8192;
+
+  static constexpr int64_t kFloatsPerState = sizeof(PartialState) / sizeof(float);
 
   struct Segment {
     AttentionItem whole;
@@ -178,12 +180,12 @@ class Partition {
       int64_t splits = 0;
       for (; last < merges_.size() && merges_[last].whole.row == row; ++last)
         splits = std::max(splits, merges_[last].num_splits);
-      const int64_t lses = splits * q_len * p.num_heads;
+      const int64_t states = splits * q_len * p.num_heads;
       for (size_t i = first; i < last; ++i) {
         merges_[i].out_offset = partial_floats_;
-        merges_[i].lse_offset = partial_floats_ + lses * p.v_head_dim;
+        merges_[i].states_offset = partial_floats_ + states * p.v_head_dim;
       }
-      partial_floats_ += lses * (p.v_head_dim + 1);
+      partial_floats_ += states * (p.v_head_dim + kFloatsPerState);
     }
   }
 

@@ -7,6 +7,7 @@
 
 #include "attention_arguments.h"
 #include "cuda/schedule.h"
+#include "cuda/softmax_state.cuh"
 #include "cuda/torch_device.h"
 
 namespace pykvcache::cuda {
@@ -37,7 +38,7 @@ std::tuple<Tensor, Tensor> paged_attention(
   if (p.num_tokens == 0) return {out, lse};
 
   Schedule s = make_schedule(p, max_seqlen_q, block_table.size(1));
-  std::optional<Tensor> own_plan, part_values, part_lse;
+  std::optional<Tensor> own_plan, part_values, part_states;
   const bool has_plan = plan && plan->numel() == p.batch + 1;
   if (s.decodes) {
     if (has_plan) {
@@ -48,12 +49,13 @@ std::tuple<Tensor, Tensor> paged_attention(
       own_plan = workspace(q, p.batch + 1, ScalarType::Int);
     }
     part_values = workspace(q, s.part_values_count(), ScalarType::Float);
-    part_lse = workspace(q, s.part_lse_count(), ScalarType::Float);
+    constexpr int64_t kFloats = sizeof(SoftmaxState) / sizeof(float);
+    part_states = workspace(q, s.part_states_count() * kFloats, ScalarType::Float);
     // A given plan is only read.
     s.params.plan = has_plan ? static_cast<int32_t*>(const_cast<void*>(plan->const_data_ptr()))
                              : static_cast<int32_t*>(own_plan->mutable_data_ptr());
     s.params.part_values = static_cast<float*>(part_values->mutable_data_ptr());
-    s.params.part_lse = static_cast<float*>(part_lse->mutable_data_ptr());
+    s.params.part_states = static_cast<SoftmaxState*>(part_states->mutable_data_ptr());
   }
   run(s, has_plan, device.stream());
   return {out, lse};

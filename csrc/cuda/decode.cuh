@@ -158,12 +158,14 @@ struct Decode {
       float weights[kWarps];
       for (int w = 0; w < kWarps; ++w) {
         const SoftmaxState part = piece_states(w)[row];
-        weights[w] = exp2_fast(part.highest - total.base());
+        weights[w] = total.weight(part);
         total.sum += part.sum * weights[w];
       }
-      const float rescale =
-          whole && p.sinks != nullptr ? total.add_sink(p.sinks[query.head]) : 1.0f;
-      const float factor = total.normalizer() * rescale * value_scale;
+      float factor = value_scale;
+      if (whole) {
+        if (p.sinks != nullptr) factor *= total.add_sink(p.sinks[query.head]);
+        factor *= total.normalizer();
+      }
       const int64_t place =
           whole ? output_place(p, rows.sequence, query)
                 : (slot * p.num_kv_heads + rows.kv_head) * params.merged_rows + rows.first + row;
@@ -175,7 +177,8 @@ struct Decode {
         else
           params.part_values[place * dim + d] = sum * factor;
       }
-      if (lane == 0) (whole ? p.lse : params.part_lse)[place] = total.lse();
+      if (lane == 0 && whole) p.lse[place] = total.lse();
+      if (lane == 0 && !whole) params.part_states[place] = total;
     }
   }
 

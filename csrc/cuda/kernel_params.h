@@ -17,6 +17,8 @@ __host__ __device__ __forceinline__ int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat8E4M3 || dtype == DType::kBool ? 1 : 2;
 }
 
+struct SoftmaxState;
+
 struct KernelParams {
   AttentionParams attention;
   Divisor block_size;
@@ -27,8 +29,9 @@ struct KernelParams {
   int32_t programs = 0;          // persistent decode CTAs per KV head and row tile
   int32_t piece_units = 1;       // units of the plan's entries: 1, or kFixedUnits
   int32_t* plan = nullptr;       // [B + 1], pieces or units before each row
-  float* part_values = nullptr;  // [slots, HKV, merged_rows, Dv], normalised
-  float* part_lse = nullptr;     // [slots, HKV, merged_rows], natural log
+  float* part_values = nullptr;  // [slots, HKV, merged_rows, Dv], not normalised
+  // [slots, HKV, merged_rows]. Not log-sum-exps: beside a bias of -1e9 they have no room for a sum.
+  SoftmaxState* part_states = nullptr;
 };
 
 // Row tiles that decode is launched for.

@@ -1,4 +1,5 @@
-// Combines partial results: out = sum_s out_s exp(lse_s - lse).
+// Combines partial results: states and values of pieces of the keys, or what a caller kept of them,
+// out = sum_s out_s exp(lse_s - lse).
 //
 // Pieces of decode: one CTA for each query row of a sequence that was cut. Every lane holds 4 dims
 // and every warp takes each fourth piece, kPiecesAtOnce of them in flight: one after the other they
@@ -13,16 +14,20 @@ constexpr int kMergeWarps = 4;
 constexpr int kMergeThreads = 32 * kMergeWarps;
 constexpr int kPiecesAtOnce = 8;
 
-// The state of partials [begin, end) whose lse lies at lses[s * stride], by a warp; without a sink.
-__device__ __forceinline__ SoftmaxState merged_state(const float* lses, int64_t stride,
-                                                     int64_t begin, int64_t end) {
+// The state of parts [begin, end) together, by a warp; part_of(s) is that of one.
+template <class Part>
+__device__ __forceinline__ SoftmaxState merged_state(const Part& part_of, int64_t begin,
+                                                     int64_t end) {
   constexpr unsigned kAll = 0xffffffffu;
   const int lane = threadIdx.x % 32;
   SoftmaxState state;
-  for (int64_t s = begin + lane; s < end; s += 32) state.raise(lses[s * stride] * kLog2e);
+  for (int64_t s = begin + lane; s < end; s += 32) state.raise(part_of(s).highest);
   for (int lanes = 16; lanes > 0; lanes /= 2)
     state.raise(__shfl_xor_sync(kAll, state.highest, lanes));
-  for (int64_t s = begin + lane; s < end; s += 32) state.sum += state.weight(lses[s * stride]);
+  for (int64_t s = begin + lane; s < end; s += 32) {
+    const SoftmaxState part = part_of(s);
+    state.sum += part.sum * state.weight(part);
+  }
   for (int lanes = 16; lanes > 0; lanes /= 2) state.sum += __shfl_xor_sync(kAll, state.sum, lanes);
   return state;
 }
@@ -56,19 +61,20 @@ __device__ __forceinline__ float4 sum_pieces(const KernelParams& params, const S
                                              int64_t first, int32_t dim) {
   float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
   for (int64_t from = begin; from < end; from += kPiecesAtOnce * kMergeWarps) {
-    float lses[kPiecesAtOnce];
+    float2 parts[kPiecesAtOnce];  // of states
     float4 values[kPiecesAtOnce];
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
       const int64_t piece = from + i * kMergeWarps;
       const int64_t at = (piece < end ? piece : begin) * stride + first;
-      lses[i] = load_now(params.part_lse + at);
+      parts[i] = load_now(reinterpret_cast<const float2*>(params.part_states + at));
       values[i] = load_now(reinterpret_cast<const float4*>(params.part_values +
                                                            at * params.attention.v_head_dim + dim));
     }
 #pragma unroll
     for (int i = 0; i < kPiecesAtOnce; ++i) {
-      const float weight = from + i * kMergeWarps < end ? state.weight(lses[i]) : 0.0f;
+      const float weight =
+          from + i * kMergeWarps < end ? state.weight({parts[i].x, parts[i].y}) : 0.0f;
       const bool counts = weight != 0.0f;  // otherwise its values may be anything
       sum.x += counts ? weight * values[i].x : 0.0f;
       sum.y += counts ? weight * values[i].y : 0.0f;
@@ -96,7 +102,8 @@ __device__ __forceinline__ void merge_pieces(const KernelParams& params) {
   const QueryRow query = query_row(params, sequence, kv_head, r);
   const int64_t stride = p.num_kv_heads * params.merged_rows;  // of a slot, in rows
   const int64_t first = static_cast<int64_t>(kv_head) * params.merged_rows + r;
-  SoftmaxState state = merged_state(params.part_lse + first, stride, slots.begin, slots.end);
+  const auto part_of = [&](int64_t slot) { return params.part_states[slot * stride + first]; };
+  SoftmaxState state = merged_state(part_of, slots.begin, slots.end);
   if (p.sinks != nullptr) state.add_sink(p.sinks[query.head]);
   const int64_t place = output_place(p, sequence, query);
   const auto dims = static_cast<int32_t>(p.v_head_dim);
@@ -131,13 +138,16 @@ __device__ __forceinline__ void merge_states(const MergeStatesParams& p) {
   const int lane = threadIdx.x % 32;
   const int64_t place = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / 32;
   if (place >= p.places) return;
-  const SoftmaxState state = merged_state(p.lses + place, p.places, 0, p.parts);
+  const auto part_of = [&](int64_t s) {
+    return SoftmaxState{p.lses[s * p.places + place] * kLog2e, 1.0f};
+  };
+  const SoftmaxState state = merged_state(part_of, 0, p.parts);
   for (int64_t d = lane; d < p.dim; d += 32) {
     float sum = 0.0f;
 #pragma unroll 4
     for (int64_t s = 0; s < p.parts; ++s) {
       const int64_t at = s * p.places + place;
-      const float weight = state.weight(p.lses[at]);
+      const float weight = state.weight(part_of(s));
       const float value = to_float(static_cast<const T*>(p.outs)[at * p.dim + d]);
       sum += weight != 0.0f ? weight * value : 0.0f;
     }

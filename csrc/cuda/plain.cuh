@@ -176,7 +176,7 @@ struct Plain {
     for (int w = 0; w < kWarps; ++w) total.raise(piece_states[w].highest);
     float weights[kWarps];
     for (int w = 0; w < kWarps; ++w) {
-      weights[w] = exp2_fast(piece_states[w].highest - total.base());
+      weights[w] = total.weight(piece_states[w]);
       total.sum += piece_states[w].sum * weights[w];
     }
     const float rescale = p.sinks != nullptr ? total.add_sink(p.sinks[head]) : 1.0f;

@@ -114,9 +114,9 @@ __device__ __forceinline__ float4 load_now(const float4* from) {
                : "memory");
   return x;
 }
-__device__ __forceinline__ float load_now(const float* from) {
-  float x;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+__device__ __forceinline__ float2 load_now(const float2* from) {
+  float2 x;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
   return x;
 }
 

@@ -54,10 +54,10 @@ struct Schedule {
   bool prefills_with_wgmma = false;
   int64_t slots = 0;  // pieces that decode may leave in the workspace
 
-  int64_t part_lse_count() const {
+  int64_t part_states_count() const {
     return slots * params.attention.num_kv_heads * params.merged_rows;
   }
-  int64_t part_values_count() const { return part_lse_count() * params.attention.v_head_dim; }
+  int64_t part_values_count() const { return part_states_count() * params.attention.v_head_dim; }
 };
 
 // max_blocks: columns of the block table.
@@ -91,7 +91,7 @@ inline Schedule make_schedule(const AttentionParams& p, int64_t max_seqlen_q, in
   return s;
 }
 
-// Needs params.plan (made here unless `has_plan`), part_values and part_lse if it decodes.
+// Needs params.plan (made here unless `has_plan`), part_values and part_states if it decodes.
 inline void run(const Schedule& s, bool has_plan, Stream stream) {
   if (s.head_dim == 0) return attend_plainly(s.params, stream);
   if (s.decodes && !has_plan) plan(s.params, stream);

@@ -34,9 +34,9 @@ struct SoftmaxState {
     return factor;
   }
 
-  // Weight of another partial whose natural log-sum-exp is `lse`, once `highest` covers it.
-  __device__ __forceinline__ float weight(float lse) const {
-    return exp2_fast(lse * kLog2e - base());
+  // What the sum and the values of other keys are multiplied by, once `highest` covers theirs.
+  __device__ __forceinline__ float weight(const SoftmaxState& part) const {
+    return exp2_fast(part.highest - base());
   }
 
   // Values times this are normalised; 0 if nothing was seen, NaN if the sum is.

@@ -5,9 +5,9 @@
     groups where they are many.
 
 A program walks rows and, within a row, KV tiles. What it saw of a row is final if it saw all of it;
-otherwise it stores a partial result (normalised values and lse, in float32) in workspace slot
-p + row, which no other program uses: both numbers only ever grow from one piece to the next.
-merge.py then combines the slots of each row.
+otherwise it stores its softmax state (values, not normalised; maximum and total; in float32) in
+workspace slot p + row, which no other program uses: both numbers only ever grow from one piece to
+the next. merge.py then combines the slots of each row.
 
 Read first: plan.py, tiles.py. Read next: merge.py.
 """
@@ -18,7 +18,6 @@ from pykvcache.kernels.attention.plan import row_tiles, sharing_programs
 from pykvcache.kernels.attention.tiles import (
     CHANNEL_SCALE,
     HEAD_SCALE,
-    LOG2E,
     SLOT_SCALE,
     WEIGHT_UNIT,
     attend_tiles,
@@ -29,7 +28,7 @@ from pykvcache.kernels.attention.tiles import (
 )
 from pykvcache.kernels.common.addressing import find_row
 from pykvcache.kernels.common.numeric import PLAIN
-from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
+from pykvcache.kernels.common.softmax import LOG2E, softmax_add_sink, softmax_finish
 
 
 @triton.jit(
@@ -49,7 +48,7 @@ def decode_kernel(
     sinks, alibi_slopes,  # float32 [HQ], or None
     bias, bias_stride_batch, bias_stride_head, bias_stride_query, bias_stride_key,
     out, lse,  # [T, HQ, DV], float32 [T, HQ]
-    part_values, part_lse,  # float32 [slots, GROUPS, part_rows, DV], [slots, GROUPS, part_rows]
+    part_values, part_states,  # float32 [slots, GROUPS, part_rows, DV], [..., part_rows, 2]
     part_rows,  # the most query rows that any sequence of decode has in a group
     rows, scale, softcap, window, chunk,
     GROUPS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
@@ -155,12 +154,12 @@ def decode_kernel(
             if V_DIM2 > 0:
                 store_rows(values2, factor, out, place * V_DIM, valid, V_DIM, V_DIM1, V_DIM2)
         else:
-            factor, row_lse = softmax_finish(highest, total)
-            factor *= row_value_scale
+            factor = tl.zeros([ROWS], tl.float32) + row_value_scale
             slot = unit if FIXED else program + row
             place = (slot.to(tl.int64) * GROUPS + group) * part_rows + r
             kept = valid & (r < part_rows)  # more come only of a max_seqlen_q that is too small
-            tl.store(part_lse + place, row_lse, mask=kept)
+            tl.store(part_states + 2 * place, highest, mask=kept)
+            tl.store(part_states + 2 * place + 1, total, mask=kept)
             store_rows(values1, factor, part_values, place * V_DIM, kept, V_DIM, 0, V_DIM1)
             if V_DIM2 > 0:
                 store_rows(values2, factor, part_values, place * V_DIM, kept, V_DIM, V_DIM1, V_DIM2)

@@ -1,13 +1,15 @@
-"""Combine what several decode programs saw of one row: out = sum_s out_s exp(lse_s - lse).
+"""Combine what several decode programs saw of one row: softmax states and values of its pieces.
 
     grid (B, GROUPS * query rows of a group): programs of rows that nobody cut return at once.
 
-Also `merge_states`, the same sum over partials that a caller kept.
+Also `merge_states`, the same of partials that a caller kept: out = sum_s out_s exp(lse_s - lse).
+Pieces have no lse: beside a bias of -1e9 it has no room for a sum.
 """
 
 import triton
 import triton.language as tl
 from pykvcache.kernels.attention.plan import sharing_programs
+from pykvcache.kernels.common.softmax import LN2, LOG2E
 
 
 @triton.jit
@@ -32,7 +34,7 @@ def piece_range(plan, row, rows, programs, FIXED: tl.constexpr):
     do_not_specialize_on_alignment=["cu_seqlens_q", "plan", "sinks"],
 )
 def merge_kernel(
-    part_values, part_lse,  # float32 [slots, GROUPS, part_rows, DV], [slots, GROUPS, part_rows]
+    part_values, part_states,  # float32 [slots, GROUPS, part_rows, DV], [..., part_rows, 2]
     cu_seqlens_q, plan, sinks, out, lse, rows, programs, part_rows,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr,
     WIDTH: tl.constexpr, PIECES: tl.constexpr, FIXED: tl.constexpr,
@@ -50,22 +52,23 @@ def merge_kernel(
         highest, total = float("-inf"), 0.0
         values = tl.zeros([WIDTH], tl.float32)
         if sinks is not None:
-            highest = tl.load(sinks + head)
+            highest = tl.load(sinks + head) * LOG2E
             total = tl.where(highest == float("-inf"), 0.0, 1.0)
         for first in range(begin, end, PIECES):
             slot = first + tl.arange(0, PIECES)
             place = (slot.to(tl.int64) * GROUPS + group) * part_rows + r
             there = slot < end
-            part_lses = tl.load(part_lse + place, mask=there, other=float("-inf"))  # [PIECES]
+            part_highest = tl.load(part_states + 2 * place, mask=there, other=float("-inf"))
+            part_totals = tl.load(part_states + 2 * place + 1, mask=there, other=0.0)  # [PIECES]
             parts = tl.load(
                 part_values + place[:, None] * V_DIM + d[None, :],
                 mask=there[:, None] & (d < V_DIM)[None, :],
                 other=0.0,
             )
-            new_highest = tl.maximum(highest, tl.max(part_lses, 0))
+            new_highest = tl.maximum(highest, tl.max(part_highest, 0))
             base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # never -inf minus -inf
-            weights, factor = tl.exp(part_lses - base), tl.exp(highest - base)
-            total = total * factor + tl.sum(weights, 0)
+            weights, factor = tl.exp2(part_highest - base), tl.exp2(highest - base)
+            total = total * factor + tl.sum(weights * part_totals, 0)
             values = values * factor + tl.sum(
                 tl.where(weights[:, None] != 0.0, weights[:, None] * parts, 0.0), 0
             )
@@ -73,7 +76,8 @@ def merge_kernel(
         empty = total == 0.0
         divisor = tl.where(empty, 1.0, total)
         place = (token + r // GROUP).to(tl.int64) * (GROUPS * GROUP) + head
-        tl.store(lse + place, tl.where(empty, float("-inf"), highest + tl.log(divisor)))
+        row_lse = (highest + tl.log2(divisor)) * LN2
+        tl.store(lse + place, tl.where(empty, float("-inf"), row_lse))
         tl.store(
             out + place * V_DIM + d, (values / divisor).to(out.dtype.element_ty), mask=d < V_DIM
         )

@@ -19,7 +19,6 @@ from pykvcache.kernels.attention.plan import row_tiles
 from pykvcache.kernels.attention.tiles import (
     CHANNEL_SCALE,
     HEAD_SCALE,
-    LOG2E,
     SLOT_SCALE,
     WEIGHT_UNIT,
     attend_tiles,
@@ -28,7 +27,7 @@ from pykvcache.kernels.attention.tiles import (
     store_rows,
 )
 from pykvcache.kernels.common.numeric import PLAIN
-from pykvcache.kernels.common.softmax import softmax_add_sink, softmax_finish
+from pykvcache.kernels.common.softmax import LOG2E, softmax_add_sink, softmax_finish
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from pykvcache.kernels.common.numeric import (
     unit_of,
     unit_of_rows,
 )
-from pykvcache.kernels.common.softmax import softmax_step
+from pykvcache.kernels.common.softmax import LOG2E, softmax_step
 
 # Kinds of k_scale and v_scale: float32 [HKV] (or [], with a stride of 0), [num_blocks, HKV,
 # block_size], [num_blocks, HKV, D]
@@ -25,7 +25,6 @@ NO_SCALE = tl.constexpr(0)
 HEAD_SCALE = tl.constexpr(1)
 SLOT_SCALE = tl.constexpr(2)
 CHANNEL_SCALE = tl.constexpr(3)
-LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.0e38)
 # Float8 is multiplied as float16, of bfloat16 queries too: it is that after one instruction for two
 # numbers, to bfloat16 it takes five, and decode then has no issue slots to spare. q is in a unit of

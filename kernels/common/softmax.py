@@ -7,6 +7,9 @@ units of log2, so that exp2 serves; a row that has seen nothing has maximum -inf
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def softmax_step(highest, total, scores):
@@ -25,7 +28,6 @@ def softmax_step(highest, total, scores):
 @triton.jit
 def softmax_finish(highest, total):
     """(factor of the weighted values, natural lse) [M]; 0 and -inf where nothing was seen."""
-    LN2: tl.constexpr = 0.6931471805599453
     empty = total == 0.0
     factor = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
     lse = (highest + tl.log2(tl.where(empty, 1.0, total))) * LN2

@@ -200,17 +200,17 @@ def paged_attention(
             slots = rows * (-(-block_table.shape[1] * block_size // (unit * tile)) + 1)
         parts = slots * groups * part_rows
         part_values = q.new_empty(parts * v_head_dim, dtype=torch.float32)
-        part_lse = q.new_empty(parts, dtype=torch.float32)
+        part_states = q.new_empty(parts * 2, dtype=torch.float32)
         choice = choose("decode", arch, max(dim, v_head_dim), size)
         decode_kernel[(programs, groups, row_tiles)](
             q, *q.stride()[:2], *pools, plan, sinks, alibi_slopes, *bias_arguments, out, lse,
-            part_values, part_lse, part_rows, *numbers, groups, split, group, tile_rows, *dims,
+            part_values, part_states, part_rows, *numbers, groups, split, group, tile_rows, *dims,
             tile, unit, *features, deterministic, INTERPRETED,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
         width = triton.next_power_of_2(v_head_dim)
         merge_kernel[(rows, groups * part_rows)](
-            part_values, part_lse, cu_seqlens_q, plan, sinks, out, lse, rows, programs,
+            part_values, part_states, cu_seqlens_q, plan, sinks, out, lse, rows, programs,
             part_rows, groups, group, v_head_dim, width, MERGED_PIECES, deterministic,
             num_warps=max(width // 64, 1),
         )  # fmt: skip

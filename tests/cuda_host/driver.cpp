@@ -59,10 +59,10 @@ bool attention_is_right(const Case& c) {
   Schedule s = make_schedule(problem.p, longest, problem.max_blocks);
   const auto plan = std::make_unique<int32_t[]>(problem.p.batch + 1);
   const auto values = std::make_unique<float[]>(s.part_values_count());
-  const auto lses = std::make_unique<float[]>(s.part_lse_count());
+  const auto states = std::make_unique<SoftmaxState[]>(s.part_states_count());
   s.params.plan = plan.get();
   s.params.part_values = values.get();
-  s.params.part_lse = lses.get();
+  s.params.part_states = states.get();
   run(s, false, nullptr);
   double worst = 0.0;
   for (size_t b = 0; b < c.rows.size(); ++b)

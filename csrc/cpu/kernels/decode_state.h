@@ -297,17 +297,18 @@ class DecodeState {
       const int64_t state = local(head) * w_.rows + row;
       float* from = out_row(head, row);
       for (int64_t d = 0; d < w_.out_stride; d += L::kElems) L::restore_order(from + d);
-      const bool has_sink = !partial && p_.sinks != nullptr;
-      const Normalizer n = normalize(w_.maxima[state], reduce_add(load(w_.sums + state * kWidth)),
-                                     has_sink ? p_.sinks + q_head : nullptr);
-      (partial ? item_.partial_lse : p_.lse)[place] = n.lse;
+      const float max = w_.maxima[state], sum = reduce_add(load(w_.sums + state * kWidth));
       const int64_t at = place * p_.v_head_dim;
-      if (partial)
-        store_scaled(item_.partial_out + at, from, n.scale, p_.v_head_dim);
-      else
-        with_query_type<T>(p_.q_dtype, [&]<class Q>(Q) {
-          store_scaled(static_cast<Q*>(p_.out) + at, from, n.scale, p_.v_head_dim);
-        });
+      if (partial) {
+        item_.partial_states[place] = {max, sum};
+        store_scaled(item_.partial_out + at, from, 1.0f, p_.v_head_dim);
+        continue;
+      }
+      const Normalizer n = normalize(max, sum, p_.sinks == nullptr ? nullptr : p_.sinks + q_head);
+      p_.lse[place] = n.lse;
+      with_query_type<T>(p_.q_dtype, [&]<class Q>(Q) {
+        store_scaled(static_cast<Q*>(p_.out) + at, from, n.scale, p_.v_head_dim);
+      });
     }
   }
 

@@ -38,7 +38,8 @@ class QueryTile {
   void attend(Panel& panel, const TileRange& range);
   LaneLogits lane_logits(const Panel& panel) const;
   void finish(const Panel& panel);
-  void store_lse(int64_t row, float lse) const;
+  // Stores lse, or a split's state; returns what the row's values are multiplied by.
+  float finish_row(int64_t row, float max, float sum) const;
   void store_out(int64_t row, const float* out) const;
 
   const AttentionParams& p_;
@@ -195,11 +196,10 @@ LaneLogits QueryTile<Words>::lane_logits(const Panel& panel) const {
   return lanes;
 }
 
-// Normalises a panel's sums and writes them back as rows.
+// Writes a panel's sums back as rows, normalised if they are of all keys.
 template <class Words>
 void QueryTile<Words>::finish(const Panel& panel) {
   const int64_t stride = layout_.staging_stride();
-  const bool has_sinks = p_.sinks != nullptr && item_.partial_out == nullptr;
   if (panel.fresh) clear_words(panel.out, layout_.out_rows * kPanel);
   for (int64_t c = 0; c < panel.vecs; ++c) {
     const int64_t first_row = panel.first_row + c * kWidth;
@@ -207,10 +207,7 @@ void QueryTile<Words>::finish(const Panel& panel) {
     float scales[kWidth] = {};
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = first_row + i, lane = c * kWidth + i;
-      const Normalizer normal = normalize(panel.max[lane], panel.sum[lane],
-                                          has_sinks ? p_.sinks + head_of(row) : nullptr);
-      scales[i] = normal.scale * head_scale(value_side_);
-      store_lse(row, normal.lse);
+      scales[i] = finish_row(row, panel.max[lane], panel.sum[lane]) * head_scale(value_side_);
     }
     for (int64_t d = 0; d < p_.v_head_dim; d += kWidth) {
       Vec columns[kWidth];
@@ -224,11 +221,15 @@ void QueryTile<Words>::finish(const Panel& panel) {
 }
 
 template <class Words>
-void QueryTile<Words>::store_lse(int64_t row, float lse) const {
-  if (item_.partial_lse != nullptr)
-    item_.partial_lse[query_of(row) * p_.num_heads + head_of(row)] = lse;
-  else
-    p_.lse[(first_token_ + query_of(row)) * p_.num_heads + head_of(row)] = lse;
+float QueryTile<Words>::finish_row(int64_t row, float max, float sum) const {
+  const int64_t head = head_of(row), place = query_of(row) * p_.num_heads + head;
+  if (item_.partial_states != nullptr) {
+    item_.partial_states[place] = {max, sum};
+    return 1.0f;
+  }
+  const Normalizer n = normalize(max, sum, p_.sinks == nullptr ? nullptr : p_.sinks + head);
+  p_.lse[first_token_ * p_.num_heads + place] = n.lse;
+  return n.scale;
 }
 
 template <class Words>
