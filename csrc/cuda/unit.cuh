@@ -3,9 +3,9 @@
 // Float8 is a pair of halves after one instruction, and a pair of bfloat16 after five; decode would
 // spend most of the chip's issue slots on that. So it is multiplied as Half, and what has
 // bfloat16's range is measured in a unit: q in one of its row, weights in kWeightUnit, values whose
-// slots have scales in one of the warp that grows with the scales. That follows the largest scale of
-// a key that has a weight, however small: a slot's scale may be 2^28 times another's of the sequence
-// before the smaller one's values lose digits.
+// slots have scales in one of the warp that grows with the scales. That follows the largest scale
+// of a key that has a weight, however small: a slot's scale may be 2^28 times another's of the
+// sequence before the smaller one's values lose digits.
 #pragma once
 
 #include "cuda/ptx.cuh"
