@@ -37,7 +37,8 @@ from pykvcache import checks
 
 SMALLEST_DOT = 16  # of every side of a tl.dot
 FIXED_TOKENS = 1024  # of a unit when deterministic, about
-MERGED_PIECES = 16  # at once
+MERGED_PIECES = 16  # at once, and
+MERGED_NUMBERS = 8192  # of them: more do not fit the registers
 # Query rows of a decode tile, by head dim: more do not fit the registers of one program.
 MOST_ROWS = ((128, 64), (256, 32), (576, 16))
 FEWEST_HEADS = 8  # of a group that heads are split into
@@ -209,9 +210,10 @@ def paged_attention(
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
         width = triton.next_power_of_2(v_head_dim)
+        pieces = min(MERGED_PIECES, MERGED_NUMBERS // width)
         merge_kernel[(rows, groups * part_rows)](
             part_values, part_states, cu_seqlens_q, plan, sinks, out, lse, rows, programs,
-            part_rows, groups, group, v_head_dim, width, MERGED_PIECES, deterministic,
+            part_rows, groups, group, v_head_dim, width, pieces, deterministic,
             num_warps=max(width // 64, 1),
         )  # fmt: skip
     if max_seqlen_q * group > most_rows:
