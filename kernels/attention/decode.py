@@ -156,10 +156,12 @@ def decode_kernel(
         else:
             factor = tl.zeros([ROWS], tl.float32) + row_value_scale
             slot = unit if FIXED else program + row
-            place = (slot.to(tl.int64) * GROUPS + group) * part_rows + r
+            first = (slot.to(tl.int64) * GROUPS + group) * part_rows
             kept = valid & (r < part_rows)  # more come only of a max_seqlen_q that is too small
-            tl.store(part_states + 2 * place, highest, mask=kept)
-            tl.store(part_states + 2 * place + 1, total, mask=kept)
+            states = part_states + 2 * first
+            tl.store(states + 2 * r, highest, mask=kept)
+            tl.store(states + 2 * r + 1, total, mask=kept)
+            place = first + r
             store_rows(values1, factor, part_values, place * V_DIM, kept, V_DIM, 0, V_DIM1)
             if V_DIM2 > 0:
                 store_rows(values2, factor, part_values, place * V_DIM, kept, V_DIM, V_DIM1, V_DIM2)
