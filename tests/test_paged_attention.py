@@ -185,3 +185,39 @@ def test_a_row_whose_keys_are_all_masked_by_a_finite_bias_spreads_evenly(
         torch.testing.assert_close(out.float(), even, atol=1e-2, rtol=1e-2)
         if lowest == -1e9:
             torch.testing.assert_close(lse, torch.full_like(lse, lowest), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("where", ["key", "bias"])
+def test_nan_that_a_query_sees_is_not_hidden(
+    backend: str, tokens: int, softcap: float, where: str
+) -> None:
+    """A broken activation or mask must show, and only in the rows that see it."""
+    case = Case("nan", ((tokens, 150), (tokens, 90)), dtype=torch.bfloat16, softcap=softcap)
+    data = build(case)
+    q, k_cache, *rest = data.args
+    kwargs = data.kwargs
+    if where == "key":
+        k_cache = k_cache.clone()
+        k_cache[rest[1][0, 70 // 16], 0, 70 % 16] = torch.nan
+    else:
+        bias = torch.zeros(2, 4, tokens, 150)
+        bias[0, :2, :, 70] = torch.nan
+        kwargs = {**kwargs, "bias": bias}
+    out, lse = ops.paged_attention(q, k_cache, *rest, **kwargs, backend=backend)
+    broken = torch.zeros_like(lse, dtype=torch.bool)
+    broken[:tokens, :2] = True  # the sequence and the KV head
+    assert torch.equal(lse.isnan(), broken) and torch.equal(out.isnan().all(-1), broken)
+    assert torch.equal(out.isnan().any(-1), broken)
+
+
+@pytest.mark.parametrize("backend", READY)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_large_softcap_caps_nothing(backend: str, tokens: int) -> None:
+    data = build(Case("cap", ((tokens, 300),), sinks=True))
+    expected = ops.paged_attention(*data.args, **data.kwargs, backend=backend)
+    kwargs = {**data.kwargs, "softcap": 1e5}
+    got = ops.paged_attention(*data.args, **kwargs, backend=backend)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -59,7 +59,10 @@ __device__ __forceinline__ bool has_plain_logits(const AttentionParams& p) {
          p.k_scale.kind != ScaleKind::kSlot;
 }
 
+// Near 0 by its series, as 1 - 2 / (e^2x + 1) has no digits left there.
 __device__ __forceinline__ float bounded_tanh(float x) {
+  const float square = x * x;
+  if (square < 1.0f / 64) return x * (1.0f + square * (square * (2.0f / 15) - 1.0f / 3));
   const float bounded = x > 15.0f ? 15.0f : x;  // not fminf, which would hide NaN
   return 1.0f - 2.0f / (exp2_fast(bounded * (2.0f * kLog2e)) + 1.0f);
 }

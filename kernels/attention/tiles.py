@@ -108,7 +108,12 @@ def load_side(
 
 @triton.jit
 def tanh(x):
-    return 1.0 - 2.0 / (tl.exp2(tl.minimum(x, 15.0) * (2.0 * LOG2E)) + 1.0)
+    """Near 0 by its series, as 1 - 2 / (e^2x + 1) has no digits left there; NaN stays NaN."""
+    square = x * x
+    series = x * (1.0 + square * (square * (2.0 / 15.0) - 1.0 / 3.0))
+    bounded = tl.where(x > 15.0, 15.0, x)
+    far = 1.0 - 2.0 / (tl.exp2(bounded * (2.0 * LOG2E)) + 1.0)
+    return tl.where(square < 1.0 / 64.0, series, far)
 
 
 @triton.jit
@@ -206,9 +211,10 @@ def attend_tiles(
                 visible = seen & (tl.load(at, mask=seen, other=0) != 0)
             else:
                 addend = tl.load(at, mask=seen, other=0.0).to(tl.float32)
-                # The lowest float must not become -inf, which would say that nothing is seen.
-                finite = tl.maximum(addend * LOG2E, LOWEST)
-                scores += tl.where(addend == float("-inf"), addend, finite)
+                # The lowest float must not become -inf, which would say that nothing is seen, and
+                # NaN must stay.
+                lowest = (addend * LOG2E < LOWEST) & (addend != float("-inf"))
+                scores += tl.where(lowest, LOWEST, addend * LOG2E)
         scores = tl.where(visible, scores, float("-inf"))
 
         highest, total, weights, factor = softmax_step(highest, total, scores)

@@ -52,7 +52,7 @@ KV_INLINE void modify_logits(const AttentionParams& p, float scale, const LaneLo
       if (p.bias.data != nullptr)
         logit = logit + gather_bias(p.bias, lanes.bias_row + c * kWidth, tile.positions[t]);
       const Vec lowest = broadcast(kLowestFloat), hidden = broadcast(-kInfinity);
-      Vec final = max(logit, broadcast(kLowestLogit)) * broadcast(kLog2e);
+      Vec final = max(broadcast(kLowestLogit), logit) * broadcast(kLog2e);  // NaN stays
       final = select_greater(lowest, logit, hidden, final);
       final = select_greater(lowest, raw, hidden, final);  // a scale <= 0 has made it NaN or +inf
       store(at, final);
