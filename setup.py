@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -181,6 +182,11 @@ def ninja_command() -> list[str]:
     return [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
 
 
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(
+        f"pykvcache: setuptools {setuptools.__version__} cannot read pyproject.toml; "
+        "run pip install 'setuptools>=77', or pip install . which fetches one for the build"
+    )
 has_torch = find_torch()
 names = ["pykvcache._C"] if has_torch else []
 if has_torch and (reason := setup_cuda.why_not(torch_dir())):

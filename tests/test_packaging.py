@@ -117,6 +117,17 @@ def test_setup_lists_every_package_and_the_traces() -> None:
     assert set(present) <= set(shipped)
 
 
+def test_setup_names_a_setuptools_that_is_too_old() -> None:
+    """Older ones reject the licence expression of pyproject.toml with a page of text."""
+    with (
+        mock.patch("setuptools.__version__", "65.5.0"),
+        mock.patch("setuptools.setup") as setup,
+        pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 .* 'setuptools>=77'"),
+    ):
+        runpy.run_path(str(ROOT / "setup.py"))
+    assert not setup.called
+
+
 def test_no_importable_package_named_kernels() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
     assert not (ROOT / "kernels/triton").exists()
